@@ -1,0 +1,329 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+)
+
+// Event is the perf event that takes CPU samples.
+type Event string
+
+// The events. EventCPUClock is a timer and works everywhere; what runs with interrupts
+// off shows at the instruction that turns them on again. EventCycles is an NMI and needs
+// a PMU.
+const (
+	EventCPUClock = Event("cpu-clock")
+	EventCycles   = Event("cycles")
+)
+
+// CPUConfig configures on-CPU sampling.
+type CPUConfig struct {
+	Event     Event // EventCPUClock if empty
+	Frequency int   // Hz a CPU, 1 to 10,000
+	CgroupV1  bool  // the cpu controller is on a v1 hierarchy (see CPUControllerV1)
+}
+
+// CPU samples on-CPU stacks: a perf event on each online CPU, the idle task excluded.
+// Drain and Wait are for one goroutine; Follow, Stats and Close may be called from others.
+type CPU struct {
+	object
+	rings *rings
+	prog  *ebpf.Program
+	attr  unix.PerfEventAttr
+
+	mu     sync.Mutex
+	links  map[int]*perfLink // by CPU
+	closed bool
+}
+
+type perfLink struct {
+	event *os.File
+	link  *link.RawLink
+}
+
+func (l *perfLink) close() error {
+	return errors.Join(l.link.Close(), l.event.Close())
+}
+
+// NewCPU loads the program, attaches it to all online CPUs, and samples from then on.
+// It needs CAP_PERFMON and CAP_BPF, and Linux 5.15 (perf event links).
+func NewCPU(cfg CPUConfig) (_ *CPU, err error) {
+	if cfg.Frequency < 1 || cfg.Frequency > 10_000 {
+		return nil, fmt.Errorf("sample CPU: frequency %d Hz is not between 1 and 10000", cfg.Frequency)
+	}
+	period := uint64(time.Second) / uint64(cfg.Frequency)
+	attr := unix.PerfEventAttr{
+		Size: uint32(unix.PERF_ATTR_SIZE_VER5),
+		Bits: unix.PerfBitExcludeIdle,
+	}
+	switch cfg.Event {
+	case EventCPUClock, "":
+		attr.Type, attr.Config = unix.PERF_TYPE_SOFTWARE, unix.PERF_COUNT_SW_CPU_CLOCK
+		// A fixed period: the frequency mode adapts the period and skews the count.
+		attr.Sample = period
+	case EventCycles:
+		attr.Type, attr.Config = unix.PERF_TYPE_HARDWARE, unix.PERF_COUNT_HW_CPU_CYCLES
+		attr.Sample = uint64(cfg.Frequency)
+		attr.Bits |= unix.PerfBitFreq
+	default:
+		return nil, fmt.Errorf("sample CPU: unknown event %q, want %s or %s", cfg.Event, EventCPUClock, EventCycles)
+	}
+	spec, err := loadCpu()
+	if err != nil {
+		return nil, fmt.Errorf("parse cpu object: %w", err)
+	}
+	size := ringSize(cfg.Frequency)
+	if err := setVariables(spec, map[string]any{
+		cpuVarHfPeriodNs: period,
+		cpuVarHfCgroupV1: cfg.CgroupV1,
+		cpuVarHfRingHalf: uint64(size / 2),
+	}); err != nil {
+		return nil, err
+	}
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return nil, fmt.Errorf("count CPUs: %w", err)
+	}
+	spec.Maps[cpuMapHfRings].MaxEntries = uint32(cpus)
+	coll, err := ebpf.NewCollection(spec)
+	if err != nil {
+		return nil, fmt.Errorf("load cpu object: %w", err)
+	}
+	c := &CPU{
+		object: object{
+			coll:     coll,
+			programs: []string{cpuProgHfCpu},
+			reasons:  []DropReason{DropRingFull, DropNoRing},
+		},
+		prog:  coll.Programs[cpuProgHfCpu],
+		attr:  attr,
+		links: map[int]*perfLink{},
+	}
+	defer func() {
+		if err != nil {
+			c.Close()
+		}
+	}()
+	if c.rings, err = newRings(coll.Maps[cpuMapHfRings], size); err != nil {
+		return nil, err
+	}
+	if err := c.sync(); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// sync attaches to the CPUs that came online and lets go of those that went offline.
+func (c *CPU) sync() error {
+	online, err := OnlineCPUs()
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return os.ErrClosed
+	}
+	var errs []error
+	want := make(map[int]bool, len(online))
+	for _, cpu := range online {
+		want[cpu] = true
+		if c.links[cpu] != nil {
+			continue
+		}
+		l, err := c.attach(cpu)
+		// The CPU can leave between the list and the open.
+		if err != nil && !errors.Is(err, unix.ENODEV) {
+			errs = append(errs, err)
+		}
+		if err == nil {
+			c.links[cpu] = l
+		}
+	}
+	for cpu, l := range c.links {
+		if !want[cpu] {
+			errs = append(errs, l.close())
+			delete(c.links, cpu)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (c *CPU) attach(cpu int) (*perfLink, error) {
+	attr := c.attr
+	fd, err := unix.PerfEventOpen(&attr, -1, cpu, -1, unix.PERF_FLAG_FD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("open perf event on CPU %d: %w", cpu, err)
+	}
+	event := os.NewFile(uintptr(fd), "perf event")
+	l, err := link.AttachRawLink(link.RawLinkOptions{Target: fd, Program: c.prog, Attach: ebpf.AttachPerfEvent})
+	if err != nil {
+		event.Close()
+		return nil, fmt.Errorf("attach to perf event of CPU %d: %w", cpu, err)
+	}
+	return &perfLink{event: event, link: l}, nil
+}
+
+// Follow keeps the perf events on the online CPUs until ctx ends, looking once a second.
+// onError, if not nil, gets what went wrong; sampling goes on with the CPUs that work.
+func (c *CPU) Follow(ctx context.Context, onError func(error)) {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	last := ""
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		// One small read a second; nothing is parsed while nothing changes.
+		now, err := os.ReadFile(onlinePath)
+		if err == nil && string(now) == last {
+			continue
+		}
+		if err := c.sync(); err != nil {
+			if errors.Is(err, os.ErrClosed) {
+				return
+			}
+			if onError != nil {
+				onError(err)
+			}
+			continue
+		}
+		last = string(now)
+	}
+}
+
+// Drain hands every sample that the kernel has taken to fn; the sample is fn's to keep.
+func (c *CPU) Drain(fn func(*Sample)) error { return c.rings.drain(fn) }
+
+// Wait returns when a ring is half full, after d, or, with its error, when ctx ends.
+func (c *CPU) Wait(ctx context.Context, d time.Duration) error { return c.rings.wait(ctx, d) }
+
+// Stats returns the counters of the object.
+func (c *CPU) Stats() (Stats, error) {
+	s, err := c.stats()
+	if err != nil {
+		return s, err
+	}
+	var ring uint64
+	for _, m := range c.rings.inner {
+		if info, err := m.Info(); err == nil {
+			b, _ := info.Memlock()
+			ring += b
+		}
+	}
+	s.Maps = append(s.Maps, MapStats{Name: "hf_ring", Memory: ring})
+	return s, nil
+}
+
+// Detach stops sampling. What is in the rings can still be drained.
+func (c *CPU) Detach() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closed = true
+	var errs []error
+	for cpu, l := range c.links {
+		errs = append(errs, l.close())
+		delete(c.links, cpu)
+	}
+	return errors.Join(errs...)
+}
+
+// Close detaches and frees everything. It is idempotent.
+func (c *CPU) Close() error {
+	errs := []error{c.Detach()}
+	if c.rings != nil {
+		errs = append(errs, c.rings.close())
+		c.rings = nil
+	}
+	c.coll.Close()
+	return errors.Join(errs...)
+}
+
+const onlinePath = "/sys/devices/system/cpu/online"
+
+// OnlineCPUs lists the online CPUs.
+func OnlineCPUs() ([]int, error) {
+	b, err := os.ReadFile(onlinePath)
+	if err != nil {
+		return nil, fmt.Errorf("list online CPUs: %w", err)
+	}
+	cpus, err := parseCPUList(string(b))
+	if err != nil {
+		return nil, fmt.Errorf("list online CPUs: %w", err)
+	}
+	return cpus, nil
+}
+
+// parseCPUList parses the kernel's list format, "0-3,8".
+func parseCPUList(list string) ([]int, error) {
+	var cpus []int
+	for _, part := range strings.Split(strings.TrimSpace(list), ",") {
+		lo, hi, ranged := strings.Cut(part, "-")
+		first, err := strconv.Atoi(lo)
+		if err != nil {
+			return nil, fmt.Errorf("parse CPU list %q: %w", list, err)
+		}
+		last := first
+		if ranged {
+			if last, err = strconv.Atoi(hi); err != nil {
+				return nil, fmt.Errorf("parse CPU list %q: %w", list, err)
+			}
+		}
+		if first < 0 || last < first || last > 1<<20 {
+			return nil, fmt.Errorf("parse CPU list %q: bad range", list)
+		}
+		for cpu := first; cpu <= last; cpu++ {
+			cpus = append(cpus, cpu)
+		}
+	}
+	return cpus, nil
+}
+
+// setVariables sets load-time constants. A name that the object lacks is a defect here.
+func setVariables(spec *ebpf.CollectionSpec, values map[string]any) error {
+	for name, value := range values {
+		v := spec.Variables[name]
+		if v == nil {
+			return fmt.Errorf("set %s: no such variable in the object", name)
+		}
+		if err := v.Set(value); err != nil {
+			return fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// CPUControllerV1 tells whether the cpu controller is on a cgroup v1 hierarchy (v1 and
+// hybrid hosts): then scheduling takes its containers from there.
+func CPUControllerV1() bool {
+	b, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return false
+	}
+	for _, line := range strings.Split(string(b), "\n") {
+		f := strings.SplitN(line, ":", 3)
+		if len(f) != 3 || f[0] == "0" {
+			continue
+		}
+		for _, controller := range strings.Split(f[1], ",") {
+			if controller == "cpu" {
+				return true
+			}
+		}
+	}
+	return false
+}

@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Cell of a duration, without a search: see internal/histogram/index.go, which fills
+ * the two tables at load time. */
+#ifndef HF_HISTOGRAM_BPF_H
+#define HF_HISTOGRAM_BPF_H
+
+#include "abi.h"
+#include <bpf/bpf_helpers.h>
+
+const volatile __u8 hf_time_first[1024] = {};
+const volatile __u64 hf_time_cuts[256] = {};
+
+/* floor(log2(v)), v > 0 */
+static __always_inline __u32 hf_log2(__u64 v)
+{
+	__u32 r = 0;
+
+	if (v >> 32) { v >>= 32; r += 32; }
+	if (v >> 16) { v >>= 16; r += 16; }
+	if (v >> 8) { v >>= 8; r += 8; }
+	if (v >> 4) { v >>= 4; r += 4; }
+	if (v >> 2) { v >>= 2; r += 2; }
+	if (v >> 1) r += 1;
+	return r;
+}
+
+static __always_inline __u32 hf_time_cell(__u64 ns)
+{
+	__u32 slot, exp, cell;
+
+	if (ns < 16) {
+		slot = ns;
+	} else {
+		exp = hf_log2(ns);
+		slot = exp << 4 | (ns >> (exp - 4) & 15);
+	}
+	cell = hf_time_first[slot & 1023];
+	if (ns > hf_time_cuts[cell & 255])
+		cell++;
+	if (ns > hf_time_cuts[cell & 255])
+		cell++;
+	return cell;
+}
+
+/* The histogram is per CPU, and programs of one map do not interrupt each other on a
+ * CPU, so plain adds do. */
+static __always_inline void hf_time_add(struct hf_time_hist *h, __u64 ns)
+{
+	__u32 cell = hf_time_cell(ns);
+
+	if (cell < HF_TIME_CELLS) {
+		h->cells[cell]++;
+		h->sum_ns += ns;
+	}
+}
+
+#endif

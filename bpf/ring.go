@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/ringbuf"
+	"golang.org/x/sys/unix"
+)
+
+// rings are the sample rings, one a possible CPU. The kernel side asks for a wakeup only
+// when a ring gets half full; else a drain finds the samples by the ring's own positions.
+type rings struct {
+	outer   *ebpf.Map
+	inner   []*ebpf.Map
+	readers []*ringbuf.Reader
+	epoll   *os.File
+	record  ringbuf.Record
+}
+
+// newRings makes one ring of size bytes (a power of two, at least a page) a possible CPU
+// and puts them into outer.
+func newRings(outer *ebpf.Map, size int) (_ *rings, err error) {
+	r := &rings{outer: outer}
+	defer func() {
+		if err != nil {
+			r.close()
+		}
+	}()
+	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("create epoll: %w", err)
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("set epoll non-blocking: %w", err)
+	}
+	r.epoll = os.NewFile(uintptr(fd), "sample rings")
+	for cpu := range outer.MaxEntries() {
+		m, err := ebpf.NewMap(&ebpf.MapSpec{Name: "hf_ring", Type: ebpf.RingBuf, MaxEntries: uint32(size)})
+		if err != nil {
+			return nil, fmt.Errorf("create ring of CPU %d: %w", cpu, err)
+		}
+		r.inner = append(r.inner, m)
+		rd, err := ringbuf.NewReader(m)
+		if err != nil {
+			return nil, fmt.Errorf("map ring of CPU %d: %w", cpu, err)
+		}
+		r.readers = append(r.readers, rd)
+		// A deadline in the past makes a read return what is there, without waiting.
+		rd.SetDeadline(time.Unix(1, 0))
+		ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: int32(cpu)}
+		if err := unix.EpollCtl(fd, unix.EPOLL_CTL_ADD, m.FD(), &ev); err != nil {
+			return nil, fmt.Errorf("watch ring of CPU %d: %w", cpu, err)
+		}
+		if err := outer.Put(cpu, m); err != nil {
+			return nil, fmt.Errorf("install ring of CPU %d: %w", cpu, err)
+		}
+	}
+	return r, nil
+}
+
+// drain hands every sample in the rings to fn, ring by ring; within a ring in order of
+// time. The sample is fn's to keep.
+func (r *rings) drain(fn func(*Sample)) error {
+	for cpu, rd := range r.readers {
+		if rd.AvailableBytes() == 0 {
+			continue
+		}
+		for {
+			err := rd.ReadInto(&r.record)
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				break
+			}
+			if err != nil {
+				return fmt.Errorf("read ring of CPU %d: %w", cpu, err)
+			}
+			s := new(Sample)
+			if err := s.decode(r.record.RawSample); err != nil {
+				return err
+			}
+			fn(s)
+			if r.record.Remaining == 0 {
+				break
+			}
+		}
+	}
+	return nil
+}
+
+// wait returns when a ring is half full, after d, or when ctx ends.
+func (r *rings) wait(ctx context.Context, d time.Duration) error {
+	if err := r.epoll.SetReadDeadline(time.Now().Add(d)); err != nil {
+		return fmt.Errorf("wait for samples: %w", err)
+	}
+	stop := context.AfterFunc(ctx, func() { r.epoll.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	conn, err := r.epoll.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("wait for samples: %w", err)
+	}
+	events := make([]unix.EpollEvent, len(r.readers))
+	err = conn.Read(func(fd uintptr) bool {
+		n, err := unix.EpollWait(int(fd), events, 0)
+		return n > 0 || (err != nil && err != unix.EINTR)
+	})
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		return fmt.Errorf("wait for samples: %w", err)
+	}
+	return nil
+}
+
+func (r *rings) close() error {
+	var errs []error
+	for _, rd := range r.readers {
+		errs = append(errs, rd.Close())
+	}
+	for _, m := range r.inner {
+		errs = append(errs, m.Close())
+	}
+	if r.epoll != nil {
+		errs = append(errs, r.epoll.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// ringSize is the size in bytes of a ring: two drain intervals of the largest samples at
+// hz a second, so that half of it is never reached between two drains that are on time.
+func ringSize(hz int) int {
+	const largest = 8 + 80 + 2*8*MaxFrames
+	need := 2 * largest * hz / 4
+	size := 64 << 10
+	for size < need && size < 16<<20 {
+		size *= 2
+	}
+	return size
+}
