@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package exporter
+
+import (
+	"bytes"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/base64"
+	"fmt"
+	"html/template"
+	"net/http"
+	"regexp"
+	"time"
+
+	"github.com/hostflame/hostflame/internal/buildinfo"
+	"github.com/hostflame/hostflame/profiler"
+)
+
+var (
+	//go:embed landing.html
+	landingHTML string
+	//go:embed landing.css
+	landingCSS string
+	//go:embed landing.js
+	landingJS string
+)
+
+// landing serves the page that links all others.
+type landing struct {
+	cfg    HandlerConfig
+	page   *template.Template
+	policy string
+}
+
+// landingData is what the page is made of.
+type landingData struct {
+	CSS         template.CSS
+	JS          template.JS
+	Build       buildinfo.Info
+	Host        string
+	MetricsPath string
+	DebugPprof  bool
+	NotReady    error
+	Collectors  []CollectorStatus
+	Window      *profiler.Window
+	Lost        uint64
+	Base        string // URL of this agent as the client reaches it
+}
+
+func newLanding(cfg HandlerConfig) (*landing, error) {
+	page, err := template.New("landing").Funcs(template.FuncMap{
+		"clock": func(t time.Time) string { return t.Format("15:04:05 MST") },
+		"ms":    func(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d)/1e6) },
+	}).Parse(landingHTML)
+	if err != nil {
+		return nil, fmt.Errorf("parse landing page: %w", err)
+	}
+	return &landing{
+		cfg:  cfg,
+		page: page,
+		policy: fmt.Sprintf("default-src 'none'; style-src %s; script-src %s; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+			sourceHash(landingCSS), sourceHash(landingJS)),
+	}, nil
+}
+
+// sourceHash is what a content security policy calls the inline text.
+func sourceHash(text string) string {
+	h := sha256.Sum256([]byte(text))
+	return "'sha256-" + base64.StdEncoding.EncodeToString(h[:]) + "'"
+}
+
+func (l *landing) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	data := landingData{
+		CSS:         template.CSS(landingCSS),
+		JS:          template.JS(landingJS),
+		Build:       l.cfg.Build,
+		Host:        l.cfg.Host,
+		MetricsPath: l.cfg.MetricsPath,
+		DebugPprof:  l.cfg.DebugPprof,
+		NotReady:    notReady(l.cfg),
+		Window:      l.cfg.Capturer.Newest(),
+		Base:        baseURL(r),
+	}
+	if l.cfg.Collector != nil {
+		data.Collectors = l.cfg.Collector.Status()
+	}
+	if data.Window != nil {
+		for _, n := range data.Window.Lost {
+			data.Lost += n
+		}
+	}
+	var body bytes.Buffer
+	if err := l.page.Execute(&body, data); err != nil {
+		l.cfg.Logger.Error("make landing page failed", "err", err)
+		http.Error(w, "make landing page failed", http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	w.Header().Set("Content-Security-Policy", l.policy)
+	w.Header().Set("Cache-Control", "no-store")
+	body.WriteTo(w)
+}
+
+// plainHost is a host that can stand in a shell command without surprises.
+var plainHost = regexp.MustCompile(`^[A-Za-z0-9.:\[\]_-]+$`)
+
+// baseURL is how the client reached this agent.
+func baseURL(r *http.Request) string {
+	host := r.Host
+	if !plainHost.MatchString(host) {
+		host = "localhost:4678"
+	}
+	if r.TLS != nil {
+		return "https://" + host
+	}
+	return "http://" + host
+}
