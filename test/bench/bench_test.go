@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"math"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+// The whole bench in a few seconds, so that it never rots. No time is looked at.
+func TestShort(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("loading BPF programs needs root")
+	}
+	var out bytes.Buffer
+	if err := run(&out, short, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("\n%s", out.String())
+	number := `[0-9.]+`
+	for _, row := range []string{
+		`\| an empty program on sched_switch +\| .empty. +\| ` + number,
+		`\| runqlat +\| .[a-z_]*sched_switch. +\| ` + number,
+		`\| runqlat +\| all, ns a switch +\| ` + number,
+		`\| hostflame +\| .hf_sched_switch. +\| ` + number,
+		`\| hostflame +\| all, ns a switch +\| ` + number,
+		`\| biolatency +\| all, ns a I/O +\| ` + number,
+		`\| hostflame +\| .hf_block_[a-z_]+. +\| ` + number,
+		`\| nothing +\| ` + number,
+		`\| hostflame +\| ` + number + ` +\| ` + number,
+		`\| CPU of the process, BPF apart +\| ` + number + ` ms a second`,
+		`\| - .hf_cpu. +\| ` + number + ` ns a run`,
+		`\| kernel maps +\| ` + number + ` MB in [1-9][0-9]* maps`,
+	} {
+		if !regexp.MustCompile(row).Match(out.Bytes()) {
+			t.Errorf("no row like %s", row)
+		}
+	}
+	if strings.Contains(out.String(), "NaN") {
+		t.Error("a figure is not a number")
+	}
+}
+
+func TestSpread(t *testing.T) {
+	for _, test := range []struct {
+		values []float64
+		want   spread
+	}{
+		{[]float64{3}, spread{3, 3, 3, 3, 3}},
+		{[]float64{5, 1, 3, 2, 4}, spread{1, 2, 3, 4, 5}},
+		{[]float64{1, 2}, spread{1, 1.25, 1.5, 1.75, 2}},
+	} {
+		if got := spreadOf(test.values); got != test.want {
+			t.Errorf("spread of %v: %v, want %v", test.values, got, test.want)
+		}
+	}
+	if got := spreadOf(nil).median; !math.IsNaN(got) {
+		t.Errorf("the median of nothing is %v", got)
+	}
+}
+
+func TestTable(t *testing.T) {
+	out := table{header: []string{"a", "bb"}}
+	out.add("ccc", "µ")
+	var b bytes.Buffer
+	out.print(&b)
+	const want = "| a   | bb |\n|-----|----|\n| ccc | µ  |\n"
+	if b.String() != want {
+		t.Errorf("got\n%swant\n%s", b.String(), want)
+	}
+}
+
+func TestProcessCPU(t *testing.T) {
+	before, err := processCPU(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for begin := time.Now(); time.Since(begin) < 200*time.Millisecond; {
+	}
+	after, err := processCPU(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Another process may have had the CPU for a part of the time.
+	if grew := after - before; grew < 20*time.Millisecond || grew > time.Second {
+		t.Errorf("burning 200 ms took %v of CPU", grew)
+	}
+	user, system, err := userSystem(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := after - user - system; d < -50*time.Millisecond || d > 100*time.Millisecond {
+		t.Errorf("the clock says %v, the ticks %v", after, user+system)
+	}
+}

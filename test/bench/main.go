@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Bench measures what the agent costs on this machine, beside what the usual tools cost,
+// in one run, and prints Markdown tables. Nothing in it passes or fails by a time.
+//
+//	go run ./test/bench          a few minutes, as root, on a quiet machine
+//	go run ./test/bench -short   a few seconds: proves that it runs, measures nothing
+//
+// The agent is the real binary, built for the run. Compare figures of one run only:
+// machines and moments differ by more than tools do.
+package main
+
+import (
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/hostflame/hostflame/test/agent"
+	"github.com/hostflame/hostflame/test/workload"
+)
+
+// config is how much of everything is measured.
+type config struct {
+	windows int           // rounds of the programs' cost
+	window  time.Duration // how long a tool is watched in each
+	rounds  int           // rounds of the pipe benchmark
+	loops   int           // pipe operations in each
+	busy    time.Duration // the busy minute
+	cpu     int           // the CPU that switching loads are pinned to
+}
+
+var (
+	full  = config{windows: 5, window: 2 * time.Second, rounds: 15, loops: 100_000, busy: time.Minute}
+	short = config{windows: 1, window: 300 * time.Millisecond, rounds: 1, loops: 2_000, busy: 2 * time.Second}
+)
+
+func main() {
+	cfg := full
+	shortRun := flag.Bool("short", false, "run once through everything, in seconds, to see that it works")
+	rounds := flag.Int("rounds", full.rounds, "interleaved `rounds` of the pipe benchmark")
+	busy := flag.Duration("busy", full.busy, "how long the busy minute is")
+	hostflame := flag.String("agent", "", "`path` of the agent binary; built when not given")
+	flag.Parse()
+	cfg.rounds, cfg.busy = *rounds, *busy
+	if *shortRun {
+		cfg = short
+	}
+	cfg.cpu = runtime.NumCPU() - 1
+	// Children are in our process group: the terminal's Ctrl-C reaches them too, and
+	// each of them ends with it. Ours only has to survive long enough to clean up.
+	interrupt := make(chan os.Signal, 1)
+	signal.Notify(interrupt, os.Interrupt, syscall.SIGTERM)
+	done := make(chan error, 1)
+	go func() { done <- run(os.Stdout, cfg, *hostflame) }()
+	var err error
+	select {
+	case err = <-done:
+	case s := <-interrupt:
+		stopAll()
+		err = fmt.Errorf("interrupted by %v", s)
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "bench: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+// run measures everything and writes the report to w.
+func run(w io.Writer, cfg config, hostflame string) error {
+	if os.Geteuid() != 0 {
+		return fmt.Errorf("loading BPF programs needs root\nhint: run it with sudo")
+	}
+	if err := requirePeers(); err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "hostflame-bench-")
+	if err != nil {
+		return fmt.Errorf("make a directory: %w", err)
+	}
+	defer os.RemoveAll(dir)
+	defer stopAll()
+	progress("building")
+	if hostflame == "" {
+		if hostflame, err = agent.Build(dir); err != nil {
+			return err
+		}
+	}
+	loads := map[string]string{}
+	for _, name := range []string{workload.Burn, workload.BurnGo, workload.PingPong, workload.Threads, workload.Storm} {
+		if loads[name], err = workload.Compile(dir, name); err != nil {
+			return err
+		}
+	}
+	b := &bench{config: cfg, dir: dir, hostflame: hostflame, loads: loads}
+	heading(w)
+	for _, section := range []func(io.Writer) error{b.programCosts, b.pipe, b.busyMinute} {
+		if err := section(w); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// bench is one run.
+type bench struct {
+	config
+	dir       string            // for the run's files, on a real file system
+	hostflame string            // path of the agent
+	loads     map[string]string // paths of the workloads
+}
+
+func heading(w io.Writer) {
+	var u unix.Utsname
+	kernel := "unknown"
+	if unix.Uname(&u) == nil {
+		kernel = unix.ByteSliceToString(u.Release[:])
+	}
+	fmt.Fprintf(w, "# hostflame bench, %s\n\n%d CPUs (%s), kernel %s\n", time.Now().UTC().Format("2006-01-02 15:04 MST"),
+		runtime.NumCPU(), cpuModel(), kernel)
+}
+
+func cpuModel() string {
+	b, _ := os.ReadFile("/proc/cpuinfo")
+	for line := range strings.Lines(string(b)) {
+		if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+			return strings.TrimSpace(value)
+		}
+	}
+	return runtime.GOARCH
+}
+
+// progress tells on standard error what is being done, the report being on standard output.
+func progress(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, "bench: "+format+"\n", args...)
+}

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+
+	"github.com/hostflame/hostflame/test/agent"
+)
+
+// A tool is something whose cost is measured while it runs. start returns when its
+// programs are attached, with what ends it.
+type tool struct {
+	name  string
+	start func() (stop func() error, err error)
+}
+
+func (b *bench) nothing() tool {
+	return tool{"nothing", func() (func() error, error) { return func() error { return nil }, nil }}
+}
+
+func (b *bench) agent(args ...string) tool {
+	return tool{"hostflame", func() (func() error, error) {
+		a, err := agent.Start(b.hostflame, args...)
+		if err != nil {
+			return nil, err
+		}
+		return onStop(func() error {
+			_, err := a.Stop()
+			return err
+		}), nil
+	}}
+}
+
+// emptyProgram is the least that any hook on the tracepoint costs.
+func (b *bench) emptyProgram(tracepoint string) tool {
+	return tool{"an empty program on " + tracepoint, func() (func() error, error) {
+		prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+			Name:         "empty",
+			Type:         ebpf.Tracing,
+			AttachType:   ebpf.AttachTraceRawTp,
+			AttachTo:     tracepoint,
+			Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},
+			License:      "Dual BSD/GPL",
+		})
+		if err != nil {
+			return nil, fmt.Errorf("load an empty program: %w", err)
+		}
+		l, err := link.AttachTracing(link.TracingOptions{Program: prog})
+		if err != nil {
+			prog.Close()
+			return nil, fmt.Errorf("attach an empty program to %s: %w", tracepoint, err)
+		}
+		return onStop(func() error { return errors.Join(l.Close(), prog.Close()) }), nil
+	}}
+}
+
+// peers are the programs of other projects that the bench starts, and their packages.
+var peers = map[string]string{
+	"runqlat": "libbpf-tools", "biolatency": "libbpf-tools", "perf": "linux-perf",
+	"fio": "fio", "stdbuf": "coreutils", "taskset": "util-linux",
+}
+
+func requirePeers() error {
+	var missing, packages []string
+	for command, pkg := range peers {
+		if _, err := exec.LookPath(command); err != nil {
+			missing, packages = append(missing, command), append(packages, pkg)
+		}
+	}
+	if missing == nil {
+		return nil
+	}
+	return fmt.Errorf("not found: %s\nhint: apt-get install %s", strings.Join(missing, ", "), strings.Join(packages, " "))
+}
+
+// peer is a tool of libbpf-tools, which says on its first line that it traces.
+func peer(command string) tool {
+	return tool{command, func() (func() error, error) {
+		// Its standard output is buffered whole where it is not a terminal.
+		cmd := exec.Command("stdbuf", "-oL", command)
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			return nil, fmt.Errorf("start %s: %w", command, err)
+		}
+		if err := cmd.Start(); err != nil {
+			return nil, fmt.Errorf("start %s: %w", command, err)
+		}
+		stop := onStop(func() error {
+			cmd.Process.Signal(os.Interrupt)
+			io.Copy(io.Discard, out)
+			return cmd.Wait()
+		})
+		lines := bufio.NewReader(out)
+		for {
+			line, err := lines.ReadString('\n')
+			if err != nil {
+				return nil, fmt.Errorf("start %s: %w", command, errors.Join(err, stop()))
+			}
+			if strings.HasPrefix(line, "Tracing") {
+				return stop, nil
+			}
+		}
+	}}
+}
+
+// startLoad starts a program that makes load; what it prints is of no interest.
+func startLoad(name string, args ...string) (stop func() error, err error) {
+	cmd := exec.Command(name, args...)
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start load %s: %w", name, err)
+	}
+	return onStop(func() error {
+		cmd.Process.Signal(syscall.SIGTERM)
+		kill := time.AfterFunc(5*time.Second, func() { cmd.Process.Kill() })
+		defer kill.Stop()
+		cmd.Wait() // how it dies of a signal is its own affair
+		return nil
+	}), nil
+}
+
+// What has been started and not yet stopped, so that an interrupt leaves nothing behind.
+var (
+	running   = map[int]func() error{}
+	runningMu sync.Mutex
+	runningID int
+)
+
+// onStop registers stop with stopAll, and makes it safe to call again.
+func onStop(stop func() error) func() error {
+	runningMu.Lock()
+	defer runningMu.Unlock()
+	id := runningID
+	runningID++
+	once := sync.OnceValue(func() error {
+		err := stop()
+		runningMu.Lock()
+		defer runningMu.Unlock()
+		delete(running, id)
+		return err
+	})
+	running[id] = once
+	return once
+}
+
+func stopAll() {
+	runningMu.Lock()
+	var all []func() error
+	for _, stop := range running {
+		all = append(all, stop)
+	}
+	runningMu.Unlock()
+	for _, stop := range all {
+		stop()
+	}
+}
