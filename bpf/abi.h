@@ -36,33 +36,37 @@ enum hf_drop {
 	HF_DROP_RING_FULL = 0,     /* the per-CPU ring had no room */
 	HF_DROP_NO_RING = 1,       /* no ring for this CPU */
 	HF_DROP_NO_STORAGE = 2,    /* sched: a task without task storage */
-	HF_DROP_SWITCH_UNSEEN = 3, /* sched: a switch that emitted no sched_switch */
+	HF_DROP_SWITCH_UNSEEN = 3, /* sched: a switch-in that emitted no sched_switch */
 	HF_DROP_NEGATIVE = 4,      /* a duration came out negative and was not counted */
 	HF_DROP_NO_SLOT = 5,       /* block: no room for a queue, device or tag */
-	HF_DROP_NO_START = 6,      /* block: completed, but its start was not seen */
+	HF_DROP_NO_START = 6,      /* block: completed, sched: switched in, but the start was not seen */
 	HF_DROP_DELAYED = 7,       /* sched: run_delay inflated by delayed dequeue, wait not counted */
 	HF_DROP_REASONS = 8,
 };
 
-/* Header of a sample; kernel_frames then user_frames addresses (u64, leaf first) follow. */
+/* Header of a sample; kernel_frames then user_frames addresses (u64, leaf first) follow.
+ * start_ns and exec_id together with pid name one program image: an id that was reused
+ * has another start, an execve another exec_id. */
 struct hf_sample {
 	__u64 time_ns;   /* boot clock (bpf_ktime_get_boot_ns) */
 	__u64 cgroup_id; /* kernfs id; cpu hierarchy on v1 and hybrid hosts */
-	__u64 value;     /* what the profile type measures, ns (cpu: the period) */
+	__u64 value;     /* what the profile type measures, ns (cpu: the period times the weight) */
+	__u64 start_ns;  /* birth of the thread group leader, boot clock */
+	__u64 exec_id;   /* counts the execve calls of the task and of those it was forked from */
 	__u32 pid;       /* tgid in the initial pid namespace */
 	__u32 tid;
 	__u32 cpu;
+	__u32 weight;        /* how many observations this one stands for */
 	__u16 kernel_frames;
 	__u16 user_frames;
 	__u8 profile;        /* enum hf_profile */
 	__u8 kernel_outcome; /* enum hf_outcome */
 	__u8 user_outcome;   /* enum hf_outcome */
 	__u8 user_mode;      /* 1 when the CPU was in user mode */
-	__u32 pad;
 	char comm[HF_COMM_LEN];   /* of the thread group leader */
 	char thread[HF_COMM_LEN]; /* of the thread */
 };
-_Static_assert(sizeof(struct hf_sample) == 80, "hf_sample is packed by hand");
+_Static_assert(sizeof(struct hf_sample) == 96, "hf_sample is packed by hand");
 _Static_assert(sizeof(struct hf_sample) % 8 == 0, "frames follow, aligned");
 
 /* A time histogram of one series on one CPU. The count is the sum of the cells. */
@@ -74,6 +78,61 @@ struct hf_time_hist {
 struct hf_size_hist {
 	__u64 sum_bytes;
 	__u64 cells[HF_SIZE_CELLS];
+};
+
+/* Run-queue latency on one CPU: what the switch-ins there waited. */
+struct hf_runqueue {
+	__u64 run_delay_ns; /* growth of the tasks' own sched_info.run_delay */
+	struct hf_time_hist wait;
+};
+
+/* What the scheduler hook knows of a task. */
+struct hf_task {
+	__u64 known_ns;     /* run_delay when the task became known */
+	__u64 run_delay_ns; /* run_delay up to which the hook has counted */
+	__u64 arrivals;     /* sched_info.pcount, likewise */
+	__u64 queued_ns;    /* ktime of a switch-out that left it runnable, else 0 */
+	__u8 fresh;         /* no switch-in counted yet */
+	__u8 moved_asleep;  /* queued elsewhere while it slept: see hf_sched_move */
+	__u8 pad[6];
+};
+
+/* The hook's books and the kernel's, over the tasks alive. */
+struct hf_accounting {
+	__u64 counted_ns;
+	__u64 kernel_ns;
+	__u64 tasks;
+};
+
+/* What a block request does. Names and rules: bpf/block.go. */
+enum hf_operation {
+	HF_OPERATION_READ = 0,
+	HF_OPERATION_WRITE = 1,
+	HF_OPERATION_FLUSH = 2,
+	HF_OPERATION_DISCARD = 3,
+	HF_OPERATION_OTHER = 4,
+	HF_OPERATIONS = 5,
+};
+
+/* Requests of one device and operation on one CPU. */
+struct hf_block_cells {
+	struct hf_time_hist total;  /* start to last byte */
+	struct hf_time_hist queue;  /* start to issue */
+	struct hf_time_hist device; /* issue to last byte */
+	struct hf_size_hist size;   /* of requests that carry data */
+	__u64 errors;
+	__u64 unbooked; /* requests that /proc/diskstats does not count */
+};
+_Static_assert(sizeof(struct hf_block_cells) <= 32768, "limit of a per-CPU map value");
+
+/* A whole disk that had I/O. */
+struct hf_block_device {
+	__u64 key; /* hash of the name, 0: free */
+	__u32 major;
+	__u32 minor;
+	__u32 ready; /* 1 once the name is written */
+	__u32 pad;
+	char name[32]; /* DISK_NAME_LEN */
 };
 
 /* Keeps the enums in the BTF that bpf2go reads. */

@@ -48,8 +48,8 @@ func (r DropReason) String() string {
 
 // Stats is what an object's programs counted since they were loaded.
 type Stats struct {
-	Delivered uint64                // samples put into a ring
-	Dropped   map[DropReason]uint64 // one entry for each reason that the object can have, zeros included
+	Delivered uint64                // samples put into a ring, by weight
+	Dropped   map[DropReason]uint64 // by weight; one entry for each reason that the object can have, zeros included
 	Programs  []ProgramStats
 	Maps      []MapStats
 }

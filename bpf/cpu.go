@@ -36,7 +36,10 @@ type CPUConfig struct {
 }
 
 // CPU samples on-CPU stacks: a perf event on each online CPU, the idle task excluded.
-// Drain and Wait are for one goroutine; Follow, Stats and Close may be called from others.
+// A sample's weight is the number of periods of the event that it stands for, one unless the
+// tick was late by whole periods; time that the hypervisor took is nobody's CPU time. So the
+// weights, delivered and dropped, times the period add up to the CPU time that the kernel
+// accounts to tasks. Drain and Wait are for one goroutine; Follow, Stats and Close may be called from others.
 type CPU struct {
 	object
 	rings *rings
@@ -86,9 +89,11 @@ func NewCPU(cfg CPUConfig) (_ *CPU, err error) {
 	}
 	size := ringSize(cfg.Frequency)
 	if err := setVariables(spec, map[string]any{
-		cpuVarHfPeriodNs: period,
-		cpuVarHfCgroupV1: cfg.CgroupV1,
-		cpuVarHfRingHalf: uint64(size / 2),
+		cpuVarHfPeriodNs:  period,
+		cpuVarHfTimer:     attr.Type == unix.PERF_TYPE_SOFTWARE,
+		cpuVarHfCgroupV1:  cfg.CgroupV1,
+		cpuVarHfRingHalf:  uint64(size / 2),
+		cpuVarHfMaxFrames: maxFrames(),
 	}); err != nil {
 		return nil, err
 	}
@@ -161,6 +166,18 @@ func (c *CPU) sync() error {
 	return errors.Join(errs...)
 }
 
+// forget closes the event of a CPU, or of all of them for -1; sync opens it again.
+func (c *CPU) forget(cpu int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for n, l := range c.links {
+		if n == cpu || cpu == -1 {
+			l.close()
+			delete(c.links, n)
+		}
+	}
+}
+
 func (c *CPU) attach(cpu int) (*perfLink, error) {
 	attr := c.attr
 	fd, err := unix.PerfEventOpen(&attr, -1, cpu, -1, unix.PERF_FLAG_FD_CLOEXEC)
@@ -176,37 +193,8 @@ func (c *CPU) attach(cpu int) (*perfLink, error) {
 	return &perfLink{event: event, link: l}, nil
 }
 
-// Follow keeps the perf events on the online CPUs until ctx ends, looking once a second.
-// onError, if not nil, gets what went wrong; sampling goes on with the CPUs that work.
-func (c *CPU) Follow(ctx context.Context, onError func(error)) {
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
-	last := ""
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		// One small read a second; nothing is parsed while nothing changes.
-		now, err := os.ReadFile(onlinePath)
-		if err == nil && string(now) == last {
-			continue
-		}
-		if err := c.sync(); err != nil {
-			if errors.Is(err, os.ErrClosed) {
-				return
-			}
-			if onError != nil {
-				onError(err)
-			}
-			continue
-		}
-		last = string(now)
-	}
-}
-
-// Drain hands every sample that the kernel has taken to fn; the sample is fn's to keep.
+// Drain hands every sample that the kernel has taken to fn. The sample is valid during
+// the call only: its memory is used again.
 func (c *CPU) Drain(fn func(*Sample)) error { return c.rings.drain(fn) }
 
 // Wait returns when a ring is half full, after d, or, with its error, when ctx ends.
@@ -253,44 +241,17 @@ func (c *CPU) Close() error {
 	return errors.Join(errs...)
 }
 
-const onlinePath = "/sys/devices/system/cpu/online"
-
-// OnlineCPUs lists the online CPUs.
-func OnlineCPUs() ([]int, error) {
-	b, err := os.ReadFile(onlinePath)
+// maxFrames is where the kernel's stack walkers stop.
+func maxFrames() uint32 {
+	b, err := os.ReadFile("/proc/sys/kernel/perf_event_max_stack")
 	if err != nil {
-		return nil, fmt.Errorf("list online CPUs: %w", err)
+		return MaxFrames
 	}
-	cpus, err := parseCPUList(string(b))
-	if err != nil {
-		return nil, fmt.Errorf("list online CPUs: %w", err)
+	n, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 32)
+	if err != nil || n < 1 || n > MaxFrames {
+		return MaxFrames
 	}
-	return cpus, nil
-}
-
-// parseCPUList parses the kernel's list format, "0-3,8".
-func parseCPUList(list string) ([]int, error) {
-	var cpus []int
-	for _, part := range strings.Split(strings.TrimSpace(list), ",") {
-		lo, hi, ranged := strings.Cut(part, "-")
-		first, err := strconv.Atoi(lo)
-		if err != nil {
-			return nil, fmt.Errorf("parse CPU list %q: %w", list, err)
-		}
-		last := first
-		if ranged {
-			if last, err = strconv.Atoi(hi); err != nil {
-				return nil, fmt.Errorf("parse CPU list %q: %w", list, err)
-			}
-		}
-		if first < 0 || last < first || last > 1<<20 {
-			return nil, fmt.Errorf("parse CPU list %q: bad range", list)
-		}
-		for cpu := first; cpu <= last; cpu++ {
-			cpus = append(cpus, cpu)
-		}
-	}
-	return cpus, nil
+	return uint32(n)
 }
 
 // setVariables sets load-time constants. A name that the object lacks is a defect here.

@@ -58,16 +58,18 @@ type cpuHfSample struct {
 	TimeNs        uint64
 	CgroupId      uint64
 	Value         uint64
+	StartNs       uint64
+	ExecId        uint64
 	Pid           uint32
 	Tid           uint32
 	Cpu           uint32
+	Weight        uint32
 	KernelFrames  uint16
 	UserFrames    uint16
 	Profile       uint8
 	KernelOutcome uint8
 	UserOutcome   uint8
 	UserMode      uint8
-	Pad           uint32
 	Comm          [16]int8
 	Thread        [16]int8
 }
@@ -79,13 +81,16 @@ const (
 	cpuMapHfCount         = "hf_count"
 	cpuMapHfRings         = "hf_rings"
 	cpuMapHfScratch       = "hf_scratch"
+	cpuMapHfTicks         = "hf_ticks"
 	cpuProgHfCpu          = "hf_cpu"
 	cpuVarHfCgroupV1      = "hf_cgroup_v1"
 	cpuVarHfExportDrop    = "hf_export_drop"
 	cpuVarHfExportOutcome = "hf_export_outcome"
 	cpuVarHfExportProfile = "hf_export_profile"
+	cpuVarHfMaxFrames     = "hf_max_frames"
 	cpuVarHfPeriodNs      = "hf_period_ns"
 	cpuVarHfRingHalf      = "hf_ring_half"
+	cpuVarHfTimer         = "hf_timer"
 )
 
 // loadCpu returns the embedded CollectionSpec for cpu.
@@ -140,6 +145,7 @@ type cpuMapSpecs struct {
 	HfCount   *ebpf.MapSpec `ebpf:"hf_count"`
 	HfRings   *ebpf.MapSpec `ebpf:"hf_rings"`
 	HfScratch *ebpf.MapSpec `ebpf:"hf_scratch"`
+	HfTicks   *ebpf.MapSpec `ebpf:"hf_ticks"`
 }
 
 // cpuVariableSpecs contains global variables before they are loaded into the kernel.
@@ -150,8 +156,10 @@ type cpuVariableSpecs struct {
 	HfExportDrop    *ebpf.VariableSpec `ebpf:"hf_export_drop"`
 	HfExportOutcome *ebpf.VariableSpec `ebpf:"hf_export_outcome"`
 	HfExportProfile *ebpf.VariableSpec `ebpf:"hf_export_profile"`
+	HfMaxFrames     *ebpf.VariableSpec `ebpf:"hf_max_frames"`
 	HfPeriodNs      *ebpf.VariableSpec `ebpf:"hf_period_ns"`
 	HfRingHalf      *ebpf.VariableSpec `ebpf:"hf_ring_half"`
+	HfTimer         *ebpf.VariableSpec `ebpf:"hf_timer"`
 }
 
 // cpuObjects contains all objects after they have been loaded into the kernel.
@@ -177,6 +185,7 @@ type cpuMaps struct {
 	HfCount   *ebpf.Map `ebpf:"hf_count"`
 	HfRings   *ebpf.Map `ebpf:"hf_rings"`
 	HfScratch *ebpf.Map `ebpf:"hf_scratch"`
+	HfTicks   *ebpf.Map `ebpf:"hf_ticks"`
 }
 
 func (m *cpuMaps) Close() error {
@@ -184,6 +193,7 @@ func (m *cpuMaps) Close() error {
 		m.HfCount,
 		m.HfRings,
 		m.HfScratch,
+		m.HfTicks,
 	)
 }
 
@@ -195,8 +205,10 @@ type cpuVariables struct {
 	HfExportDrop    *ebpf.Variable `ebpf:"hf_export_drop"`
 	HfExportOutcome *ebpf.Variable `ebpf:"hf_export_outcome"`
 	HfExportProfile *ebpf.Variable `ebpf:"hf_export_profile"`
+	HfMaxFrames     *ebpf.Variable `ebpf:"hf_max_frames"`
 	HfPeriodNs      *ebpf.Variable `ebpf:"hf_period_ns"`
 	HfRingHalf      *ebpf.Variable `ebpf:"hf_ring_half"`
+	HfTimer         *ebpf.Variable `ebpf:"hf_timer"`
 }
 
 // cpuPrograms contains all programs after they have been loaded into the kernel.

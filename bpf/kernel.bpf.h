@@ -43,14 +43,131 @@ enum cgroup_subsys_id {
 
 struct mm_struct;
 
+struct rq {
+	__u64 clock;
+	__u64 prev_steal_time_rq; /* CONFIG_PARAVIRT_TIME_ACCOUNTING; ns taken by the hypervisor */
+};
+
+struct cfs_rq {
+	struct rq *rq; /* CONFIG_FAIR_GROUP_SCHED */
+};
+
+struct sched_entity {
+	unsigned char sched_delayed; /* since 152e11f6df29 (6.12) */
+	struct cfs_rq *cfs_rq;       /* CONFIG_FAIR_GROUP_SCHED; of tasks of all classes */
+};
+
+/* CONFIG_SCHED_INFO; ns of the run queue's clock */
+struct sched_info {
+	unsigned long pcount;            /* arrivals on a CPU */
+	unsigned long long run_delay;    /* waits up to the newest arrival or move */
+	unsigned long long last_queued;  /* 0 when not waiting */
+};
+
 struct task_struct {
+	unsigned int __state;
+	int on_rq;
+	int on_cpu;
+	struct sched_entity se;
+	struct sched_info sched_info;
 	int pid;
 	int tgid;
 	unsigned int flags;
 	struct mm_struct *mm;
 	struct task_struct *group_leader;
+	__u64 start_boottime; /* since cf25e24db61c (5.5) */
+	__u64 self_exec_id;   /* 64 bits since d1e7fd6462ca (5.7) */
 	struct css_set *cgroups;
 	char comm[16];
+};
+
+struct timerqueue_node {
+	__s64 expires; /* ns of the timer's clock */
+};
+
+struct hrtimer {
+	struct timerqueue_node node;
+};
+
+struct hw_perf_event {
+	struct hrtimer hrtimer;
+};
+
+struct perf_event {
+	struct hw_perf_event hw;
+};
+
+/* What a perf_event program's context really points to. */
+struct bpf_perf_event_data_kern {
+	struct perf_event *event;
+};
+
+struct bpf_iter_meta;
+
+struct bpf_iter__task {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+};
+
+enum mq_rq_state {
+	MQ_RQ_IDLE = 0,
+};
+
+struct blk_mq_hw_ctx {
+	unsigned int queue_num;
+};
+
+struct blk_mq_tags;
+struct elevator_queue;
+
+struct blk_mq_tag_set {
+	unsigned int queue_depth;
+	struct blk_mq_tags *shared_tags;
+};
+
+struct gendisk {
+	int major;
+	int first_minor;
+	char disk_name[32];
+	__u64 diskseq;
+};
+
+struct request_queue {
+	struct elevator_queue *elevator;
+	unsigned int nr_hw_queues;
+	struct gendisk *disk;
+	int id;
+	unsigned long nr_requests;
+	struct blk_mq_tag_set *tag_set;
+};
+
+struct request {
+	struct request_queue *q;
+	struct blk_mq_hw_ctx *mq_hctx;
+	__u32 cmd_flags;
+	__u32 rq_flags;
+	int tag;
+	int internal_tag;
+	unsigned int __data_len;
+	__u64 start_time_ns;
+	enum mq_rq_state state;
+};
+
+/* Renumbered over versions, so only their names are used. */
+enum req_op {
+	REQ_OP_READ = 0,
+	REQ_OP_WRITE = 1,
+	REQ_OP_FLUSH = 2,
+	REQ_OP_DISCARD = 3,
+	REQ_OP_ZONE_APPEND = 7,
+	REQ_OP_WRITE_ZEROES = 9,
+	REQ_OP_DRV_IN = 34,
+	REQ_OP_DRV_OUT = 35,
+};
+
+enum rqf_flags {
+	__RQF_FLUSH_SEQ = 1,
+	__RQF_IO_STAT = 8,
 };
 
 #pragma clang attribute pop

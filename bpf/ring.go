@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"syscall"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -21,7 +22,10 @@ type rings struct {
 	inner   []*ebpf.Map
 	readers []*ringbuf.Reader
 	epoll   *os.File
+	conn    syscall.RawConn // of epoll
+	events  []unix.EpollEvent
 	record  ringbuf.Record
+	sample  Sample
 }
 
 // newRings makes one ring of size bytes (a power of two, at least a page) a possible CPU
@@ -42,6 +46,10 @@ func newRings(outer *ebpf.Map, size int) (_ *rings, err error) {
 		return nil, fmt.Errorf("set epoll non-blocking: %w", err)
 	}
 	r.epoll = os.NewFile(uintptr(fd), "sample rings")
+	if r.conn, err = r.epoll.SyscallConn(); err != nil {
+		return nil, fmt.Errorf("watch rings: %w", err)
+	}
+	r.events = make([]unix.EpollEvent, outer.MaxEntries())
 	for cpu := range outer.MaxEntries() {
 		m, err := ebpf.NewMap(&ebpf.MapSpec{Name: "hf_ring", Type: ebpf.RingBuf, MaxEntries: uint32(size)})
 		if err != nil {
@@ -67,31 +75,28 @@ func newRings(outer *ebpf.Map, size int) (_ *rings, err error) {
 }
 
 // drain hands every sample in the rings to fn, ring by ring; within a ring in order of
-// time. The sample is fn's to keep.
+// time. The sample is valid during the call only. A record that can not be decoded is
+// skipped and reported at the end.
 func (r *rings) drain(fn func(*Sample)) error {
+	var errs []error
 	for cpu, rd := range r.readers {
-		if rd.AvailableBytes() == 0 {
-			continue
-		}
-		for {
+		for rd.AvailableBytes() > 0 {
 			err := rd.ReadInto(&r.record)
 			if errors.Is(err, os.ErrDeadlineExceeded) {
 				break
 			}
 			if err != nil {
-				return fmt.Errorf("read ring of CPU %d: %w", cpu, err)
-			}
-			s := new(Sample)
-			if err := s.decode(r.record.RawSample); err != nil {
-				return err
-			}
-			fn(s)
-			if r.record.Remaining == 0 {
+				errs = append(errs, fmt.Errorf("read ring of CPU %d: %w", cpu, err))
 				break
 			}
+			if err := r.sample.decode(r.record.RawSample); err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			fn(&r.sample)
 		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // wait returns when a ring is half full, after d, or when ctx ends.
@@ -101,13 +106,8 @@ func (r *rings) wait(ctx context.Context, d time.Duration) error {
 	}
 	stop := context.AfterFunc(ctx, func() { r.epoll.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
-	conn, err := r.epoll.SyscallConn()
-	if err != nil {
-		return fmt.Errorf("wait for samples: %w", err)
-	}
-	events := make([]unix.EpollEvent, len(r.readers))
-	err = conn.Read(func(fd uintptr) bool {
-		n, err := unix.EpollWait(int(fd), events, 0)
+	err := r.conn.Read(func(fd uintptr) bool {
+		n, err := unix.EpollWait(int(fd), r.events, 0)
 		return n > 0 || (err != nil && err != unix.EINTR)
 	})
 	if ctx.Err() != nil {
@@ -136,7 +136,8 @@ func (r *rings) close() error {
 // ringSize is the size in bytes of a ring: two drain intervals of the largest samples at
 // hz a second, so that half of it is never reached between two drains that are on time.
 func ringSize(hz int) int {
-	const largest = 8 + 80 + 2*8*MaxFrames
+	const recordHeader = 8
+	largest := recordHeader + sampleHeaderSize + 2*8*MaxFrames
 	need := 2 * largest * hz / 4
 	size := 64 << 10
 	for size < need && size < 16<<20 {

@@ -33,7 +33,7 @@ const (
 	OutcomeNone      = Outcome(cpuHfOutcomeHF_OUTCOME_NONE)      // no such stack: kernel thread, or the CPU was in user mode
 	OutcomeComplete  = Outcome(cpuHfOutcomeHF_OUTCOME_COMPLETE)  // walked until the walker found an end
 	OutcomeTruncated = Outcome(cpuHfOutcomeHF_OUTCOME_TRUNCATED) // longer than the limit of frames
-	OutcomeFailed    = Outcome(cpuHfOutcomeHF_OUTCOME_FAILED)    // the walker returned an error
+	OutcomeFailed    = Outcome(cpuHfOutcomeHF_OUTCOME_FAILED)    // the walker returned an error; at most the leaf is there
 	OutcomeExiting   = Outcome(cpuHfOutcomeHF_OUTCOME_EXITING)   // the address space was gone
 )
 
@@ -56,8 +56,29 @@ func (o Outcome) String() string {
 // MaxFrames is the largest number of frames of each of the two stacks.
 const MaxFrames = 127
 
-// Sample is one observation as the kernel took it. Time is the boot clock in ns.
+// Comm is the name of a task as the kernel keeps it, padded with NUL. It compares equal
+// exactly when the names do.
+type Comm [16]byte
+
+// MakeComm cuts name to what a Comm holds, 15 bytes.
+func MakeComm(name string) (c Comm) {
+	copy(c[:len(c)-1], name)
+	return c
+}
+
+func (c Comm) String() string {
+	b := c[:]
+	if i := bytes.IndexByte(b, 0); i >= 0 {
+		b = b[:i]
+	}
+	return string(b)
+}
+
+// Sample is one observation as the kernel took it. Times are of the boot clock, in ns.
 // Addresses are raw: leaf first, a caller's address is its return address.
+//
+// PID, Start and ExecID together name one program image: an id that was reused has
+// another start, and an execve changes the exec id.
 type Sample struct {
 	Profile       Profile
 	KernelOutcome Outcome
@@ -66,17 +87,21 @@ type Sample struct {
 	CPU           uint32 // logical CPU
 	PID           uint32 // tgid in the initial pid namespace
 	TID           uint32
-	Comm          string // comm of the thread group leader
-	Thread        string // comm of the thread
+	Weight        uint32 // how many observations it stands for
+	Comm          Comm   // of the thread group leader
+	Thread        Comm   // of the thread
 	Cgroup        uint64 // kernfs id: cpu hierarchy on v1 and hybrid hosts, else v2
-	Time          uint64 // boot clock, ns
-	Value         uint64 // ns; for ProfileCPU the sampling period
+	Time          uint64
+	Value         uint64 // ns; for ProfileCPU the sampling period times the weight
+	Start         uint64 // when the thread group leader was born
+	ExecID        uint64
 	Kernel, User  []uint64
 }
 
 const sampleHeaderSize = int(unsafe.Sizeof(cpuHfSample{}))
 
-// decode fills s from one record. The frames are copied.
+// decode fills s from one record. The frames go to s.Kernel's old array where it is large
+// enough, so a sample that is decoded again and again allocates once.
 func (s *Sample) decode(record []byte) error {
 	if len(record) < sampleHeaderSize {
 		return fmt.Errorf("decode sample: %d bytes, want at least %d", len(record), sampleHeaderSize)
@@ -84,10 +109,14 @@ func (s *Sample) decode(record []byte) error {
 	var h cpuHfSample
 	copy(unsafe.Slice((*byte)(unsafe.Pointer(&h)), sampleHeaderSize), record)
 	nk, nu := int(h.KernelFrames), int(h.UserFrames)
-	if want := sampleHeaderSize + 8*(nk+nu); len(record) < want {
-		return fmt.Errorf("decode sample: %d bytes, its header says %d", len(record), want)
+	if want := sampleHeaderSize + 8*(nk+nu); len(record) < want || nk > MaxFrames || nu > MaxFrames {
+		return fmt.Errorf("decode sample: %d bytes, its header says %d + %d frames", len(record), nk, nu)
 	}
-	frames := make([]uint64, nk+nu)
+	frames := s.Kernel[:0]
+	if cap(frames) < 2*MaxFrames {
+		frames = make([]uint64, 0, 2*MaxFrames)
+	}
+	frames = frames[:nk+nu]
 	if len(frames) > 0 {
 		copy(unsafe.Slice((*byte)(unsafe.Pointer(&frames[0])), 8*len(frames)), record[sampleHeaderSize:])
 	}
@@ -99,21 +128,16 @@ func (s *Sample) decode(record []byte) error {
 		CPU:           h.Cpu,
 		PID:           h.Pid,
 		TID:           h.Tid,
-		Comm:          cString(h.Comm[:]),
-		Thread:        cString(h.Thread[:]),
+		Weight:        h.Weight,
+		Comm:          *(*Comm)(unsafe.Pointer(&h.Comm)),
+		Thread:        *(*Comm)(unsafe.Pointer(&h.Thread)),
 		Cgroup:        h.CgroupId,
 		Time:          h.TimeNs,
 		Value:         h.Value,
-		Kernel:        frames[:nk:nk],
+		Start:         h.StartNs,
+		ExecID:        h.ExecId,
+		Kernel:        frames[:nk],
 		User:          frames[nk:],
 	}
 	return nil
-}
-
-func cString(c []int8) string {
-	b := unsafe.Slice((*byte)(unsafe.Pointer(&c[0])), len(c))
-	if i := bytes.IndexByte(b, 0); i >= 0 {
-		b = b[:i]
-	}
-	return string(b)
 }
