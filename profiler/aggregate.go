@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package profiler
+
+import (
+	"fmt"
+	"hash/maphash"
+	"io"
+	"slices"
+	"unsafe"
+
+	"github.com/hostflame/hostflame/bpf"
+)
+
+// trace is a raw stack of one process, kept once: equal stacks are merged before anything
+// is looked up for them. It belongs to the goroutine that drains.
+type trace struct {
+	next       *trace // of the same hash
+	id         imageID
+	raw        bpf.Sample // the first of its samples, with memory of its own
+	stack      Stack
+	outcome    outcome
+	whole      bool // every address is in a known mapping
+	generation int  // of the mappings that the stack was made with
+	kept       bool
+}
+
+// traces finds the trace of a sample.
+type traces struct {
+	seed   maphash.Seed
+	byHash map[uint64]*trace
+	n      int
+}
+
+func newTraces() *traces {
+	return &traces{seed: maphash.MakeSeed(), byHash: map[uint64]*trace{}}
+}
+
+func addrBytes(a []uint64) []byte {
+	return unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(a))), 8*len(a))
+}
+
+func (t *traces) hash(p *process, s *bpf.Sample) uint64 {
+	var h maphash.Hash
+	h.SetSeed(t.seed)
+	maphash.WriteComparable(&h, p.id)
+	h.WriteByte(byte(len(s.Kernel)))
+	h.Write(addrBytes(s.Kernel))
+	h.Write(addrBytes(s.User))
+	return h.Sum64()
+}
+
+func (t *trace) equal(p *process, s *bpf.Sample) bool {
+	return t.id == p.id &&
+		t.raw.KernelOutcome == s.KernelOutcome && t.raw.UserOutcome == s.UserOutcome &&
+		slices.Equal(t.raw.Kernel, s.Kernel) && slices.Equal(t.raw.User, s.User)
+}
+
+// find returns the trace of s, nil if there is none.
+func (t *traces) find(p *process, s *bpf.Sample) *trace {
+	for tr := t.byHash[t.hash(p, s)]; tr != nil; tr = tr.next {
+		if tr.equal(p, s) {
+			return tr
+		}
+	}
+	return nil
+}
+
+// insert makes the trace of s, which there is none of yet.
+func (t *traces) insert(p *process, s *bpf.Sample) *trace {
+	h := t.hash(p, s)
+	tr := &trace{next: t.byHash[h], id: p.id, raw: *s}
+	frames := make([]uint64, 0, len(s.Kernel)+len(s.User))
+	frames = append(append(frames, s.Kernel...), s.User...)
+	tr.raw.Kernel, tr.raw.User = frames[:len(s.Kernel):len(s.Kernel)], frames[len(s.Kernel):]
+	t.byHash[h] = tr
+	t.n++
+	return tr
+}
+
+// retain drops the traces that are not kept, and clears the mark of those that are.
+func (t *traces) retain() {
+	t.n = 0
+	for h, tr := range t.byHash {
+		var chain *trace
+		for tr != nil {
+			next := tr.next
+			if tr.kept {
+				tr.kept, tr.next = false, chain
+				chain = tr
+				t.n++
+			}
+			tr = next
+		}
+		if chain == nil {
+			delete(t.byHash, h)
+		} else {
+			t.byHash[h] = chain
+		}
+	}
+}
+
+// key is what samples must share to be one sample of a profile.
+type key struct {
+	trace        *trace
+	tid          TID
+	comm, thread bpf.Comm
+	container    string
+}
+
+// row is one sample of a profile: a stack, its labels and its values. It is what the
+// aggregation hands out, and does not change.
+type row struct {
+	stack        Stack
+	pid          PID
+	tid          TID
+	comm, thread string
+	container    string
+	count        uint64 // samples, by weight
+	value        uint64
+}
+
+// aggregate merges the samples of a window or of a capture.
+type aggregate struct {
+	limit    int // of rows
+	index    map[key]int
+	rows     []row
+	traces   []*trace // of rows
+	samples  uint64
+	overflow row // what found no room
+}
+
+func newAggregate(limit int) *aggregate {
+	return &aggregate{limit: limit, index: map[key]int{}, overflow: row{
+		stack: Stack{{Mapping: frameOverflow}}, comm: otherName, thread: otherName, container: otherName,
+	}}
+}
+
+// full tells whether a new trace would find no room.
+func (a *aggregate) full() bool { return len(a.rows) >= a.limit }
+
+// add counts s; tr is nil where there was no room for its trace. It returns whether the
+// sample was counted with its stack.
+func (a *aggregate) add(s *bpf.Sample, tr *trace, container string) bool {
+	a.samples += uint64(s.Weight)
+	k := key{tr, TID(s.TID), s.Comm, s.Thread, container}
+	i, ok := a.index[k]
+	if !ok && (tr == nil || a.full()) {
+		a.overflow.count += uint64(s.Weight)
+		a.overflow.value += s.Value
+		return false
+	}
+	if !ok {
+		i = len(a.rows)
+		a.index[k] = i
+		a.traces = append(a.traces, tr)
+		a.rows = append(a.rows, row{
+			pid: PID(s.PID), tid: k.tid,
+			comm: s.Comm.String(), thread: s.Thread.String(), container: container,
+		})
+	}
+	r := &a.rows[i]
+	r.count += uint64(s.Weight)
+	r.value += s.Value
+	return true
+}
+
+// keepTraces marks the traces of a for traces.retain.
+func (a *aggregate) keepTraces() {
+	for _, tr := range a.traces {
+		tr.kept = true
+	}
+}
+
+// freeze ends the aggregation: it returns the rows, in the order of their first samples.
+func (a *aggregate) freeze() []row {
+	for i, tr := range a.traces {
+		a.rows[i].stack = tr.stack
+	}
+	if a.overflow.count > 0 {
+		a.rows = append(a.rows, a.overflow)
+	}
+	return a.rows
+}
+
+// writeRows dumps what was aggregated, before symbols.
+func writeRows(w io.Writer, rows []row) {
+	for _, r := range rows {
+		fmt.Fprintf(w, "pid %d tid %d comm %q thread %q container %q: %d samples, %d ns\n",
+			r.pid, r.tid, r.comm, r.thread, r.container, r.count, r.value)
+		r.stack.write(w)
+	}
+}
