@@ -44,16 +44,24 @@ type Agent struct {
 	err   error
 }
 
-// Start starts `hostflame serve` on a free port of the loopback with further arguments,
-// and returns when it says that it is ready, or else what it logged.
-func Start(path string, args ...string) (*Agent, error) {
+// Config is how an agent is started.
+type Config struct {
+	Path string   // of the binary
+	Args []string // of serve, besides the listen address
+	Env  []string // KEY=VALUE, added to this process's environment
+}
+
+// Start starts `hostflame serve` on a free port of the loopback, and returns when it says
+// that it is ready, or an error with what it logged.
+func Start(cfg Config) (*Agent, error) {
 	port, err := FreePort()
 	if err != nil {
 		return nil, err
 	}
 	address := fmt.Sprintf("127.0.0.1:%d", port)
 	a := &Agent{URL: "http://" + address, ended: make(chan struct{})}
-	a.cmd = exec.Command(path, append([]string{"serve", "--web.listen-address=" + address}, args...)...)
+	a.cmd = exec.Command(cfg.Path, append([]string{"serve", "--web.listen-address=" + address}, cfg.Args...)...)
+	a.cmd.Env = append(os.Environ(), cfg.Env...)
 	a.cmd.Stdout, a.cmd.Stderr = &a.log, &a.log
 	if err := a.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start the agent: %w", err)

@@ -142,7 +142,7 @@ func (b *bench) busyMinute(w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	a, err := agent.Start(b.hostflame)
+	a, err := agent.Start(agent.Config{Path: b.hostflame})
 	if err != nil {
 		return err
 	}

@@ -32,9 +32,9 @@ func (b *bench) nothing() tool {
 	return tool{"nothing", func() (func() error, error) { return func() error { return nil }, nil }}
 }
 
-func (b *bench) agent(args ...string) tool {
+func (b *bench) agent() tool {
 	return tool{"hostflame", func() (func() error, error) {
-		a, err := agent.Start(b.hostflame, args...)
+		a, err := agent.Start(agent.Config{Path: b.hostflame})
 		if err != nil {
 			return nil, err
 		}

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/hostflame/hostflame/test/workload"
+)
+
+// testCorruptELF profiles processes that run code from files that no ELF reader can read,
+// and a burner whose symbol tables are garbage.
+func (s *stack) testCorruptELF(t *testing.T) {
+	var pids []string
+	for _, kind := range []string{"garbage", "header", "loop", "short"} {
+		p := workload.Start(t, s.programs[workload.BadELF], kind, filepath.Join(t.TempDir(), kind+".so"), "30")
+		p.Ready()
+		pids = append(pids, fmt.Sprintf("pid=%d", p.PID))
+	}
+	for _, name := range []string{workload.Burn, workload.BurnGo} {
+		path, err := workload.Corrupt(t.TempDir(), s.programs[name])
+		if err != nil {
+			t.Fatal(err)
+		}
+		pids = append(pids, fmt.Sprintf("pid=%d", workload.Start(t, path, "1", "30").PID))
+	}
+	status, body, err := s.agent.Get("/pprof/cpu?seconds=8&format=folded&" + strings.Join(pids, "&"))
+	if err != nil || status != 200 {
+		t.Fatalf("status %d, %v: %s", status, err, body)
+	}
+	// Their samples are there, named by the file where there is no function.
+	for _, comm := range []string{"badelf", "burn-corrupt", "burngo-corrupt"} {
+		if !regexp.MustCompile(`(?m)^` + comm + `;`).Match(body) {
+			t.Errorf("no stack of %s in\n%s", comm, body)
+		}
+	}
+	for _, kind := range []string{"garbage", "header", "loop", "short"} {
+		if !strings.Contains(string(body), kind+".so") {
+			t.Errorf("no stack names %s.so in\n%s", kind, body)
+		}
+	}
+	checkServes(t, s.agent)
+}
+
+// testStorm floods the host with processes that are gone before anyone can look at them.
+func (s *stack) testStorm(t *testing.T) {
+	const processes = 2003
+	fds, err := fileDescriptors(s.agent.PID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	memory, err := residentBytes(s.agent.PID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, _ := scrape(t, s.agent)
+	storm := workload.Start(t, s.programs[workload.Storm], "4", fmt.Sprint(processes))
+	status, body, err := s.agent.Get("/pprof/cpu?seconds=5&format=folded")
+	if err != nil || status != 200 {
+		t.Fatalf("status %d, %v: %s", status, err, body)
+	}
+	names := regexp.MustCompile(`(?m)^storm-[0-9]+;.*brief`).FindAll(body, -1)
+	if len(names) < 20 {
+		t.Errorf("%d stacks of the storm's processes, with their function", len(names))
+	}
+	result, err := workload.Numbers(storm.Wait())
+	if err != nil {
+		t.Fatal(err)
+	}
+	after, _ := scrape(t, s.agent)
+	for _, name := range []string{"hostflame_samples_lost_total"} {
+		was, _ := value(before, name, map[string]string{"profile": "cpu"})
+		is, _ := value(after, name, map[string]string{"profile": "cpu"})
+		t.Logf("%d processes, %.2f s of CPU: %g samples lost", result["processes"], float64(result["cpu_ns"])/1e9, is-was)
+	}
+	time.Sleep(12 * time.Second) // two windows: what was kept for the storm is let go
+	if n, err := fileDescriptors(s.agent.PID); err != nil || n > fds+150 {
+		t.Errorf("%d file descriptors, %d before the storm (%v)", n, fds, err)
+	}
+	if n, err := residentBytes(s.agent.PID); err != nil || n > memory+64<<20 {
+		t.Errorf("%d MB resident, %d before the storm (%v)", n>>20, memory>>20, err)
+	}
+	checkServes(t, s.agent)
+}
+
+// testStartErrors starts agents that can not start: each says why and what to do.
+func (s *stack) testStartErrors(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	busy := "--web.listen-address=" + l.Addr().String()
+	for _, test := range []struct {
+		name string
+		args []string
+		uid  uint32
+		want string
+	}{
+		{"busy port", []string{"serve", busy}, 0, "address already in use"},
+		{"no such flag", []string{"serve", "--nothing"}, 0, "--nothing"},
+		{"bad frequency", []string{"serve", "--sampling.frequency=0"}, 0, "frequency"},
+		{"bad endpoint", []string{"serve", "--otlp.endpoint=ftp://127.0.0.1"}, 0, "ftp"},
+		{"no privileges", []string{"serve", "--web.listen-address=127.0.0.1:0"}, 65534, "permi"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			path := s.binary
+			if test.uid != 0 {
+				path = publicCopy(t, path)
+			}
+			cmd := exec.Command(path, test.args...)
+			cmd.Dir = "/"
+			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: test.uid, Gid: test.uid}}
+			kill := time.AfterFunc(20*time.Second, func() { cmd.Process.Kill() })
+			defer kill.Stop()
+			out, err := cmd.CombinedOutput()
+			if err == nil {
+				t.Errorf("it exited 0:\n%s", out)
+			}
+			for _, want := range []string{"hostflame: error: ", test.want, "hostflame: hint: "} {
+				if !strings.Contains(string(out), want) {
+					t.Errorf("no %q in\n%s", want, out)
+				}
+			}
+		})
+	}
+}
+
+// testStillFine looks at the agent after all that.
+func (s *stack) testStillFine(t *testing.T) {
+	if s.agent.Ended() {
+		t.Fatal("the agent has ended")
+	}
+	checkServes(t, s.agent)
+	families, _ := scrape(t, s.agent)
+	for _, m := range families["hostflame_scrape_collector_success"].GetMetric() {
+		if m.GetGauge().GetValue() != 1 {
+			t.Errorf("collector %v does not work", m.Label)
+		}
+	}
+	for _, m := range families["hostflame_samples_lost_total"].GetMetric() {
+		if n := m.GetCounter().GetValue(); n > 0 {
+			t.Logf("samples lost: %v", m)
+		}
+	}
+	for _, m := range families["hostflame_accounting_ratio"].GetMetric() {
+		t.Logf("accounting: %v", m)
+		if r := m.GetGauge().GetValue(); r < 0.95 || r > 1.05 {
+			t.Errorf("the agent does not agree with the kernel: %v", m)
+		}
+	}
+	if _, n := value(families, "hostflame_accounting_ratio", nil); n == 0 {
+		t.Error("nothing was compared with the kernel's accounting")
+	}
+	fds, err1 := fileDescriptors(s.agent.PID)
+	memory, err2 := residentBytes(s.agent.PID)
+	t.Logf("%d file descriptors, %d MB resident (%v, %v)", fds, memory>>20, err1, err2)
+	if memory > 200<<20 {
+		t.Errorf("%d MB resident", memory>>20)
+	}
+}

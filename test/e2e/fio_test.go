@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"math"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// fio is a run of fio's direct random reads, one at a time.
+type fio struct {
+	device string // that the file is on, as the agent names it
+	before float64
+	cmd    *exec.Cmd
+	out    bytes.Buffer
+}
+
+// startFio starts fio on a file of its own.
+func startFio(t *testing.T, s *stack, d time.Duration) *fio {
+	t.Helper()
+	path := filepath.Join(s.dir, "fio.data")
+	data := make([]byte, 64<<20)
+	for i := range data {
+		data[i] = byte(i >> 12)
+	}
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	unix.Sync() // what is written back later would be counted as well
+	f := &fio{device: deviceOf(t, path)}
+	f.before = s.reads(t, f.device)
+	f.cmd = exec.Command("fio", "--name=e2e", "--filename="+path, "--size=64M", "--rw=randread", "--bs=4k",
+		"--direct=1", "--ioengine=psync", "--time_based", fmt.Sprintf("--runtime=%d", int(d.Seconds())), "--output-format=json")
+	f.cmd.Stdout = &f.out
+	if err := f.cmd.Start(); err != nil {
+		t.Fatalf("start fio: %v", err)
+	}
+	t.Cleanup(func() {
+		f.cmd.Process.Kill()
+		f.cmd.Wait()
+	})
+	return f
+}
+
+// deviceOf is the name of the whole device under a file.
+func deviceOf(t *testing.T, path string) string {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	link, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev)))
+	if err != nil {
+		t.Fatalf("the test's directory is not on a block device: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(link, "partition")); err == nil {
+		link = filepath.Dir(link)
+	}
+	return filepath.Base(link)
+}
+
+// reads is how many reads of a device the agent has counted.
+func (s *stack) reads(t *testing.T, device string) float64 {
+	t.Helper()
+	families, _ := scrape(t, s.agent)
+	n, _ := value(families, "hostflame_block_io_latency_seconds", map[string]string{"device": device, "operation": "read"})
+	return n
+}
+
+// testBlockIO compares what the agent counted with what fio did.
+func (s *stack) testBlockIO(t *testing.T) {
+	if err := s.fio.cmd.Wait(); err != nil {
+		t.Fatalf("fio: %v\n%s", err, s.fio.out.String())
+	}
+	var report struct {
+		Jobs []struct {
+			Read struct {
+				TotalIOs float64 `json:"total_ios"`
+			}
+		}
+	}
+	if err := json.Unmarshal(s.fio.out.Bytes(), &report); err != nil || len(report.Jobs) != 1 {
+		t.Fatalf("fio's report: %v\n%s", err, s.fio.out.String())
+	}
+	did := report.Jobs[0].Read.TotalIOs
+	counted := s.reads(t, s.fio.device) - s.fio.before
+	t.Logf("fio read %.0f times, the agent counted %.0f reads of %s", did, counted, s.fio.device)
+	// Others read from the disk too, Prometheus and the go command among them.
+	if counted < did || counted > 1.1*did+2000 {
+		t.Errorf("the agent counted %.0f reads, fio made %.0f", counted, did)
+	}
+	size, err := s.classic.number(fmt.Sprintf(`hostflame_block_io_size_bytes_bucket{device=%q, operation="read", le="4096"}`, s.fio.device))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if math.IsNaN(size) || size < did*0.99 {
+		t.Errorf("%.0f reads of at most 4 KiB, fio made %.0f", size, did)
+	}
+}

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hostflame/hostflame/dashboards"
+	"github.com/hostflame/hostflame/test/agent"
+)
+
+// prometheus is a running server.
+type prometheus struct {
+	url string
+}
+
+// startPrometheus starts Debian's Prometheus with the configuration and the rules that
+// are shipped; only the agent's address and the intervals are changed in it.
+func startPrometheus(t *testing.T, target string, flags ...string) *prometheus {
+	t.Helper()
+	root, dir := repository(t), t.TempDir()
+	config, err := os.ReadFile(filepath.Join(root, "deploy/prometheus.yml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(config)
+	for was, is := range map[string]string{
+		"127.0.0.1:4678":           strings.TrimPrefix(target, "http://"),
+		"scrape_interval: 15s":     "scrape_interval: 1s",
+		"evaluation_interval: 15s": "evaluation_interval: 1s",
+		"../dashboards/rules.yml":  filepath.Join(root, "dashboards/rules.yml"),
+	} {
+		if strings.Count(text, was) != 1 {
+			t.Fatalf("deploy/prometheus.yml does not have %q once", was)
+		}
+		text = strings.Replace(text, was, is, 1)
+	}
+	path := filepath.Join(dir, "prometheus.yml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	port, err := agent.FreePort()
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := fmt.Sprintf("127.0.0.1:%d", port)
+	logs, err := os.Create(filepath.Join(dir, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("prometheus", append(flags, "--config.file="+path, "--log.level=warn",
+		"--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address="+address)...)
+	cmd.Stdout, cmd.Stderr = logs, logs
+	if err := cmd.Start(); err != nil {
+		t.Fatalf("start prometheus: %v", err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		logs.Close()
+		if text, err := os.ReadFile(logs.Name()); err == nil && t.Failed() && len(text) > 0 {
+			t.Logf("prometheus %s:\n%s", strings.Join(flags, " "), text)
+		}
+	})
+	return &prometheus{url: "http://" + address}
+}
+
+// sample is one element of a vector.
+type sample struct {
+	Metric    map[string]string
+	Value     float64
+	Histogram bool // a native histogram: Value means nothing
+}
+
+// get asks the API and decodes data.
+func (p *prometheus) get(path string, query url.Values, data any) error {
+	resp, err := http.Get(p.url + path + "?" + query.Encode())
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return err
+	}
+	var answer struct {
+		Status, Error string
+		Data          json.RawMessage
+	}
+	if err := json.Unmarshal(body, &answer); err != nil {
+		return fmt.Errorf("status %d: %w", resp.StatusCode, err)
+	}
+	if answer.Status != "success" {
+		return fmt.Errorf("prometheus: %s", answer.Error)
+	}
+	return json.Unmarshal(answer.Data, data)
+}
+
+// query evaluates an expression now.
+func (p *prometheus) query(expr string) ([]sample, error) {
+	var data struct {
+		ResultType string
+		Result     []struct {
+			Metric    map[string]string
+			Value     [2]any
+			Histogram []any
+		}
+	}
+	if err := p.get("/api/v1/query", url.Values{"query": {expr}}, &data); err != nil {
+		return nil, fmt.Errorf("query %s: %w", expr, err)
+	}
+	if data.ResultType != "vector" {
+		return nil, fmt.Errorf("query %s: a %s, not a vector", expr, data.ResultType)
+	}
+	var list []sample
+	for _, r := range data.Result {
+		s := sample{Metric: r.Metric, Histogram: r.Histogram != nil}
+		if !s.Histogram {
+			text, _ := r.Value[1].(string)
+			v, err := strconv.ParseFloat(text, 64)
+			if err != nil {
+				return nil, fmt.Errorf("query %s: value %q", expr, text)
+			}
+			s.Value = v
+		}
+		list = append(list, s)
+	}
+	return list, nil
+}
+
+// number evaluates an expression that has one number.
+func (p *prometheus) number(expr string) (float64, error) {
+	list, err := p.query(expr)
+	if err != nil {
+		return 0, err
+	}
+	if len(list) != 1 || list[0].Histogram {
+		return 0, fmt.Errorf("query %s: want one number, got %v", expr, list)
+	}
+	return list[0].Value, nil
+}
+
+// testPrometheus asks both servers what a user would, of the histograms and the rules.
+func (s *stack) testPrometheus(t *testing.T) {
+	for _, p := range []*prometheus{s.classic, s.native} {
+		eventually(t, 20*time.Second, func() error {
+			up, err := p.number(`up{job="hostflame"}`)
+			if err == nil && up != 1 {
+				err = fmt.Errorf("up is %v", up)
+			}
+			return err
+		})
+	}
+	time.Sleep(25 * time.Second) // what the rates below look back to
+
+	// The pinned ping-pong alone makes many thousand switches a second, and two burning
+	// processes beside it make waits of milliseconds.
+	switches, err := s.classic.number(`rate(hostflame_runqueue_latency_seconds_count[20s])`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%.0f switches a second", switches)
+	if switches < 2000 {
+		t.Errorf("%.0f switches a second", switches)
+	}
+	for _, test := range []struct {
+		what, metric, selector string
+		low, high              float64
+	}{
+		{"run-queue wait", "hostflame_runqueue_latency_seconds", "", 1e-6, 1},
+		{"block I/O, reads", "hostflame_block_io_latency_seconds", fmt.Sprintf(`{device=%q, operation="read"}`, s.fio.device), 10e-6, 5},
+	} {
+		classic, err := s.classic.number(fmt.Sprintf(`histogram_quantile(0.99, sum by (le) (rate(%s_bucket%s[20s])))`, test.metric, test.selector))
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		native, err := s.native.number(fmt.Sprintf(`histogram_quantile(0.99, sum(rate(%s%s[20s])))`, test.metric, test.selector))
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		t.Logf("%s, p99: classic %.3g s, native %.3g s", test.what, classic, native)
+		for _, p99 := range []float64{classic, native} {
+			if !(p99 >= test.low && p99 <= test.high) {
+				t.Errorf("%s: p99 %g s is not between %g and %g", test.what, p99, test.low, test.high)
+			}
+		}
+	}
+	s.testQuantilesAgree(t)
+	s.testRules(t)
+}
+
+// testQuantilesAgree compares quantiles since the start, in which the second or so
+// between the two servers' scrapes does not count.
+func (s *stack) testQuantilesAgree(t *testing.T) {
+	// A classic bucket is at most 2.5 times as wide as its lower bound, a native one of
+	// schema 3 at most 1.0905 times; the truth is somewhere in both.
+	const most = 2.5 * 1.0905
+	for _, q := range []float64{0.5, 0.9, 0.99} {
+		classic, err := s.classic.number(fmt.Sprintf(`histogram_quantile(%g, hostflame_runqueue_latency_seconds_bucket)`, q))
+		if err != nil {
+			t.Fatal(err)
+		}
+		native, err := s.native.number(fmt.Sprintf(`histogram_quantile(%g, hostflame_runqueue_latency_seconds)`, q))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("quantile %g since the start: classic %.3g s, native %.3g s", q, classic, native)
+		// Below the native zero threshold, 2^-20 s, the native quantile is between 0 and it.
+		if ratio := math.Max(classic, 1.0/(1<<20)) / math.Max(native, 1.0/(1<<20)); ratio > most || ratio < 1/most {
+			t.Errorf("quantile %g: classic %g s, native %g s are further apart than a bucket", q, classic, native)
+		}
+	}
+}
+
+// testRules checks that the shipped rules evaluate and that no alert fires but for what
+// the test's own load may cause.
+func (s *stack) testRules(t *testing.T) {
+	for _, p := range []*prometheus{s.classic, s.native} {
+		var data struct {
+			Groups []struct {
+				Name  string
+				Rules []struct{ Name, Health, LastError, Type, State string }
+			}
+		}
+		if err := p.get("/api/v1/rules", nil, &data); err != nil {
+			t.Fatal(err)
+		}
+		rules := 0
+		for _, g := range data.Groups {
+			for _, r := range g.Rules {
+				rules++
+				if r.Health != "ok" {
+					t.Errorf("rule %s is %s: %s", r.Name, r.Health, r.LastError)
+				}
+				switch r.Name {
+				case "HostflameDown", "HostflameCollectorFailing", "HostflameSamplesLost", "HostflameEventsLost",
+					"HostflameAccountingOff", "HostflameBlockIOErrors":
+					if r.State != "inactive" {
+						t.Errorf("alert %s is %s on a healthy host", r.Name, r.State)
+					}
+				}
+				if r.Type != "recording" {
+					continue
+				}
+				list, err := p.query(r.Name)
+				if err != nil || len(list) == 0 {
+					t.Errorf("rule %s recorded nothing: %v", r.Name, err)
+				}
+			}
+		}
+		if rules < 10 {
+			t.Errorf("Prometheus has %d rules", rules)
+		}
+	}
+}
+
+// testDashboard runs every query of every panel against both servers: no panel is empty.
+func (s *stack) testDashboard(t *testing.T) {
+	m, err := dashboards.Parse()
+	if err != nil {
+		t.Fatal(err)
+	}
+	values := map[string]string{
+		"__rate_interval": "1m", "__range": "5m",
+		"job": ".*", "instance": ".*", "device": s.fio.device, "operation": "read|write",
+	}
+	for name, p := range map[string]*prometheus{"classic": s.classic, "native": s.native} {
+		some := map[string]bool{}
+		for _, q := range m.Queries() {
+			list, err := p.query(q.Expand(values))
+			if err != nil {
+				t.Errorf("%s: panel %s: %v", name, q.Panel, err)
+			}
+			some[q.Panel] = some[q.Panel] || len(list) > 0
+		}
+		for panel, ok := range some {
+			if !ok {
+				t.Errorf("%s: panel %s is empty", name, panel)
+			}
+		}
+	}
+}
