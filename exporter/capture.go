@@ -4,7 +4,6 @@ package exporter
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -173,7 +172,7 @@ func (c *captures) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_ = control.SetWriteDeadline(time.Now().Add(s.WriteTimeout))
 	}
 	switch {
-	case r.Context().Err() != nil && errors.Is(err, context.Canceled):
+	case err != nil && r.Context().Err() != nil:
 		// The client has left, or the agent stops; only in the second case is this read.
 		unavailable(w, time.Second, "the capture was abandoned")
 		return

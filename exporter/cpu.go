@@ -35,10 +35,17 @@ func newCPUGroup(r CPUReader, created time.Time) group {
 func (g *cpuGroup) describe(ch chan<- *prometheus.Desc) { ch <- g.seconds }
 
 func (g *cpuGroup) collect(emit func(prometheus.Metric)) error {
-	b := batch{emit: emit}
+	// Names that are equal once they fit for a label share a series.
+	user, system := map[string]time.Duration{}, map[string]time.Duration{}
 	for _, c := range g.reader.CPUByContainer() {
-		b.add(counter(g.seconds, g.created, c.User.Seconds(), c.Container, "user"))
-		b.add(counter(g.seconds, g.created, c.System.Seconds(), c.Container, "system"))
+		name := labelValue(c.Container)
+		user[name] += c.User
+		system[name] += c.System
+	}
+	b := batch{emit: emit}
+	for name := range user {
+		b.add(counter(g.seconds, g.created, user[name].Seconds(), name, "user"))
+		b.add(counter(g.seconds, g.created, system[name].Seconds(), name, "system"))
 	}
 	return b.err()
 }

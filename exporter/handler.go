@@ -110,7 +110,7 @@ func NewHandler(cfg HandlerConfig) (http.Handler, error) {
 		})
 	}
 	mux.HandleFunc("GET /", func(w http.ResponseWriter, _ *http.Request) {
-		http.Error(w, "no such page; / links to all there are", http.StatusNotFound)
+		http.Error(w, "no such page: / links to those there are", http.StatusNotFound)
 	})
 	return readOnly(mux), nil
 }

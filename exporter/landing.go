@@ -51,7 +51,7 @@ type landingData struct {
 func newLanding(cfg HandlerConfig) (*landing, error) {
 	page, err := template.New("landing").Funcs(template.FuncMap{
 		"clock": func(t time.Time) string { return t.Format("15:04:05 MST") },
-		"ms":    func(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d)/1e6) },
+		"took":  func(d time.Duration) string { return d.Round(time.Microsecond).String() },
 	}).Parse(landingHTML)
 	if err != nil {
 		return nil, fmt.Errorf("parse landing page: %w", err)

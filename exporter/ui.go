@@ -9,6 +9,7 @@ import (
 	"html/template"
 	"log/slog"
 	"net/http"
+	"os"
 	"strconv"
 	"sync"
 	"time"
@@ -51,7 +52,8 @@ func newUI(cfg HandlerConfig) *ui {
 const uiPolicy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 // notHere says why pages of pprof are missing, and how to get them.
-const notHere = "this page of pprof needs graphviz or the binaries of the profile, which the agent does not use; see it on your own machine: go tool pprof -http=: URL-of-/pprof/cpu"
+const notHere = `this page of pprof needs graphviz or the profiled binaries, which the agent does not touch; see it on your own machine:
+go tool pprof -http=: '%s/pprof/cpu?seconds=10'`
 
 func (u *ui) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Cache-Control", "no-store")
@@ -77,10 +79,10 @@ func (u *ui) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	case "flamegraph", "top", "peek":
 	case "graph", "source", "disasm":
-		http.Error(w, notHere, http.StatusNotFound)
+		http.Error(w, fmt.Sprintf(notHere, baseURL(r)), http.StatusNotFound)
 		return
 	default:
-		http.Error(w, "no such page; there are flamegraph, top, peek and download", http.StatusNotFound)
+		http.Error(w, "no such page: there are flamegraph, top, peek and download", http.StatusNotFound)
 		return
 	}
 	select {
@@ -188,17 +190,40 @@ func (r *recorder) Header() http.Header         { return r.header }
 func (r *recorder) WriteHeader(status int)      { r.status = status }
 func (r *recorder) Write(b []byte) (int, error) { return r.body.Write(b) }
 
-// driverMu guards the configuration that the driver keeps in package variables while an
-// instance is made.
+// driverMu guards what the driver keeps in package variables, and the environment that
+// it reads, while an instance is made.
 var driverMu sync.Mutex
+
+// noSettings makes the driver believe that its settings are in a directory where no file
+// can be. It would read the settings of the user otherwise, and refuse to start where
+// there is no home, as in a system service. It returns what undoes this.
+func noSettings() (undo func(), err error) {
+	const name = "XDG_CONFIG_HOME"
+	before, set := os.LookupEnv(name)
+	if err := os.Setenv(name, os.DevNull); err != nil {
+		return nil, fmt.Errorf("set %s: %w", name, err)
+	}
+	return func() {
+		if set {
+			os.Setenv(name, before)
+		} else {
+			os.Unsetenv(name)
+		}
+	}, nil
+}
 
 // newPages makes a driver instance for p, which it takes over, and returns its pages by
 // path.
 func newPages(p *profile.Profile, logger *slog.Logger) (map[string]http.Handler, error) {
 	driverMu.Lock()
 	defer driverMu.Unlock()
+	undo, err := noSettings()
+	if err != nil {
+		return nil, err
+	}
+	defer undo()
 	var pages map[string]http.Handler
-	err := driver.PProf(&driver.Options{
+	err = driver.PProf(&driver.Options{
 		Flagset:       flags{byComm: hasLabel(p, "comm")},
 		Fetch:         fetcher{p},
 		Sym:           noSymbolizer{},

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package exporter
+
+import (
+	"net/http"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// tableRows are the cells of the rows of a document that begin with code.
+func tableRows(t *testing.T, path string) [][]string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rows [][]string
+	for line := range strings.Lines(string(text)) {
+		if !strings.HasPrefix(line, "| `") {
+			continue
+		}
+		cells := strings.Split(strings.Trim(strings.TrimSpace(line), "|"), "|")
+		for i := range cells {
+			cells[i] = strings.ReplaceAll(strings.TrimSpace(cells[i]), "`", "")
+		}
+		rows = append(rows, cells)
+	}
+	return rows
+}
+
+// TestMetricsDocumented: the table in docs/metrics.md and the registry have the same
+// families, with the same types and labels.
+func TestMetricsDocumented(t *testing.T) {
+	type entry struct{ kind, labels string }
+	documented := map[string]entry{}
+	for _, row := range tableRows(t, "../docs/metrics.md") {
+		if len(row) != 6 {
+			t.Errorf("row of %s has %d cells", row[0], len(row))
+			continue
+		}
+		if row[4] == "" || row[5] == "" || row[3] == "" {
+			t.Errorf("row of %s has an empty cell", row[0])
+		}
+		documented[row[0]] = entry{row[1], row[2]}
+	}
+	real := map[string]entry{}
+	c, _ := testCollector(t, testReaders())
+	for _, f := range gather(t, c, false) {
+		var labels []string
+		for _, l := range f.Metric[0].Label {
+			labels = append(labels, l.GetName())
+		}
+		real[f.GetName()] = entry{strings.ToLower(f.GetType().String()), strings.Join(labels, ", ")}
+	}
+	if diff := cmp.Diff(real, documented, cmp.AllowUnexported(entry{})); diff != "" {
+		t.Errorf("docs/metrics.md differs from the registry (-real +documented):\n%s", diff)
+	}
+}
+
+// TestMetricsDocumentedQueries: every metric that a query in docs/metrics.md names exists.
+func TestMetricsDocumentedQueries(t *testing.T) {
+	text, err := os.ReadFile("../docs/metrics.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, _ := testCollector(t, testReaders())
+	families := gather(t, c, false)
+	names := regexp.MustCompile(`hostflame_[a-z_]+[a-z]`).FindAllString(string(text), -1)
+	if len(names) < 30 {
+		t.Fatalf("found %d names", len(names))
+	}
+	for _, name := range names {
+		base := regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
+		if family(families, name) == nil && family(families, base) == nil {
+			t.Errorf("docs/metrics.md names %s, which does not exist", name)
+		}
+	}
+}
+
+// TestPathsDocumented: what docs/http-api.md lists is served.
+func TestPathsDocumented(t *testing.T) {
+	s := testServer(t, newFakeCapturer(t), func(c *HandlerConfig, _ *http.Server) { c.DebugPprof = true })
+	paths := 0
+	for _, row := range tableRows(t, "../docs/http-api.md") {
+		if !strings.HasPrefix(row[0], "/") {
+			continue
+		}
+		paths++
+		if answer, _ := fetch(t, http.MethodHead, s.URL+row[0]); answer.StatusCode >= 400 {
+			t.Errorf("%s: %s", row[0], answer.Status)
+		}
+	}
+	if paths < 7 {
+		t.Errorf("found %d paths", paths)
+	}
+}

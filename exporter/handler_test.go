@@ -1,0 +1,448 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package exporter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/pprof/profile"
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+
+	"github.com/hostflame/hostflame/internal/buildinfo"
+	"github.com/hostflame/hostflame/profiler"
+)
+
+// testServer serves the handler as the command does. The change, if not nil, is made to
+// the configuration and the server first.
+func testServer(t *testing.T, capturer Capturer, change func(*HandlerConfig, *http.Server)) *httptest.Server {
+	t.Helper()
+	logger, log := logs()
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("log:\n%s", log)
+		}
+	})
+	collector := NewCollector(testReaders(), testStart, logger)
+	reg := NewRegistry(collector, true)
+	cfg := HandlerConfig{
+		Gatherer:   reg,
+		Registerer: reg,
+		Capturer:   capturer,
+		Collector:  collector,
+		Build:      buildinfo.Info{Version: "1.2.3", Revision: "0123456789abcdef", GoVersion: "go1.26", Platform: "linux/amd64"},
+		Host:       "testhost",
+		Logger:     logger,
+	}
+	s := httptest.NewUnstartedServer(nil)
+	if change != nil {
+		change(&cfg, s.Config)
+	}
+	h, err := NewHandler(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Config.Handler = h
+	s.Start()
+	t.Cleanup(s.Close)
+	return s
+}
+
+// noRedirects shows redirects to the test.
+var noRedirects = &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+
+// fetch answers a request with an empty body.
+func fetch(t *testing.T, method, url string, headers ...string) (*http.Response, string) {
+	t.Helper()
+	r, err := http.NewRequestWithContext(t.Context(), method, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; i < len(headers); i += 2 {
+		r.Header.Set(headers[i], headers[i+1])
+	}
+	answer, err := noRedirects.Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	body, err := io.ReadAll(answer.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return answer, string(body)
+}
+
+// TestAnswersGolden holds the texts of all answers that are not a page or a profile.
+func TestAnswersGolden(t *testing.T) {
+	s := testServer(t, newFakeCapturer(t), nil)
+	var b strings.Builder
+	for _, request := range []string{
+		"GET /nothing",
+		"POST /",
+		"DELETE /metrics",
+		"POST /pprof/cpu",
+		"GET /-/healthy",
+		"HEAD /-/healthy",
+		"GET /-/ready",
+		"GET /-/nothing",
+		"GET /debug/pprof/",
+		"GET /debug/pprof/heap",
+		"GET /pprof",
+		"GET /pprof/",
+		"GET /pprof/runqueue",
+		"GET /pprof/offcpu?seconds=1",
+		"GET /pprof/blockio",
+		"GET /pprof/wall",
+		"GET /pprof/cpu/",
+		"GET /pprof/CPU",
+		"GET /pprof/cpu?second=1",
+		"GET /pprof/cpu?seconds=",
+		"GET /pprof/cpu?seconds=0",
+		"GET /pprof/cpu?seconds=3601",
+		"GET /pprof/cpu?seconds=-1",
+		"GET /pprof/cpu?seconds=1.5",
+		"GET /pprof/cpu?seconds=1s",
+		"GET /pprof/cpu?seconds=1&seconds=2",
+		"GET /pprof/cpu?seconds=9223372036854775808",
+		"GET /pprof/cpu?pid=self",
+		"GET /pprof/cpu?pid=0",
+		"GET /pprof/cpu?pid=1&pid=4194305",
+		"GET /pprof/cpu?comm=",
+		"GET /pprof/cpu?comm=sixteen-letters!",
+		"GET /pprof/cpu?container=",
+		"GET /pprof/cpu?format=svg",
+		"GET /pprof/cpu?format=",
+		"GET /pprof/cpu?sample_index=cpu",
+		"GET /pprof/cpu?format=folded&sample_index=delay",
+		"GET /pprof/cpu?seconds=%zz",
+		"GET /pprof/cpu?pid=1;pid=2",
+		"GET /pprof/cpu?pid=1" + strings.Repeat("&pid=2", maxFilter),
+		"HEAD /pprof/cpu",
+		"HEAD /pprof/cpu?seconds=0",
+		"GET /ui",
+		"GET /ui/",
+		"GET /ui/graph",
+		"GET /ui/source?f=main",
+		"GET /ui/disasm?f=main",
+		"GET /ui/saveconfig?config=x",
+		"GET /ui/deleteconfig?config=x",
+		"GET /ui/../../etc/passwd",
+		"GET /ui/flamegraph?g=nothing",
+	} {
+		method, path, _ := strings.Cut(request, " ")
+		answer, body := fetch(t, method, s.URL+path)
+		if len(request) > 100 {
+			request = request[:100] + "…"
+		}
+		fmt.Fprintf(&b, "%s\n  %s\n", request, answer.Status)
+		for _, name := range []string{"Location", "Allow", "Retry-After", "Content-Type"} {
+			if v := answer.Header.Get(name); v != "" {
+				fmt.Fprintf(&b, "  %s: %s\n", name, v)
+			}
+		}
+		if answer.StatusCode/100 != 3 {
+			fmt.Fprintf(&b, "  %s\n", strings.TrimSuffix(strings.ReplaceAll(body, s.URL, "http://agent"), "\n"))
+		}
+	}
+	golden(t, "answers.txt", []byte(b.String()))
+}
+
+func TestSecurityHeaders(t *testing.T) {
+	s := testServer(t, newFakeCapturer(t), nil)
+	for _, path := range []string{"/", "/metrics", "/pprof/none", "/ui/flamegraph", "/-/ready", "/none"} {
+		answer, _ := fetch(t, "GET", s.URL+path)
+		for _, name := range []string{"X-Content-Type-Options", "X-Frame-Options", "Content-Security-Policy", "Referrer-Policy"} {
+			if answer.Header.Get(name) == "" {
+				t.Errorf("%s has no %s", path, name)
+			}
+		}
+	}
+}
+
+func TestReady(t *testing.T) {
+	capturer := newFakeCapturer(t)
+	notReady := errors.New("the sched programs are not attached")
+	s := testServer(t, capturer, func(c *HandlerConfig, _ *http.Server) {
+		c.NotReady = func() error { return notReady }
+	})
+	check := func(status int, text string) {
+		t.Helper()
+		answer, body := fetch(t, "GET", s.URL+"/-/ready")
+		if answer.StatusCode != status || !strings.Contains(body, text) {
+			t.Errorf("ready: %s %q, want %d with %q", answer.Status, body, status, text)
+		}
+	}
+	check(503, "the sched programs are not attached")
+	notReady = nil
+	check(200, "ready")
+	capturer.ready = false
+	check(503, "no samples have been drained yet")
+	if answer, body := fetch(t, "GET", s.URL+"/pprof/cpu?seconds=1"); answer.StatusCode != 503 || answer.Header.Get("Retry-After") != "1" {
+		t.Errorf("capture before it is ready: %s %q", answer.Status, body)
+	}
+}
+
+func TestMetricsPath(t *testing.T) {
+	for _, bad := range []string{"metrics", "/", "/ui", "/ui/metrics", "/pprof/cpu", "/-/metrics", "/debug/vars", "/a b", "/{x}"} {
+		if _, err := NewHandler(HandlerConfig{MetricsPath: bad}); err == nil {
+			t.Errorf("took %q", bad)
+		}
+	}
+	s := testServer(t, newFakeCapturer(t), func(c *HandlerConfig, _ *http.Server) { c.MetricsPath = "/some/where" })
+	if answer, body := fetch(t, "GET", s.URL+"/some/where"); answer.StatusCode != 200 || !strings.Contains(body, "hostflame_samples_total") {
+		t.Errorf("%s %.100s", answer.Status, body)
+	}
+	if answer, _ := fetch(t, "GET", s.URL+"/metrics"); answer.StatusCode != 404 {
+		t.Errorf("/metrics: %s", answer.Status)
+	}
+}
+
+// TestMetricsFormats asks as Prometheus does.
+func TestMetricsFormats(t *testing.T) {
+	s := testServer(t, newFakeCapturer(t), nil)
+	const protobuf = "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;encoding=delimited"
+	answer, body := fetch(t, "GET", s.URL+"/metrics", "Accept", protobuf)
+	decoder := expfmt.NewDecoder(strings.NewReader(body), expfmt.ResponseFormat(answer.Header))
+	families := map[string]*dto.MetricFamily{}
+	for {
+		var f dto.MetricFamily
+		if err := decoder.Decode(&f); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		families[f.GetName()] = &f
+	}
+	h := families["hostflame_runqueue_latency_seconds"].GetMetric()[0].GetHistogram()
+	if h.GetSchema() != 3 || len(h.PositiveSpan) == 0 || len(h.Bucket) != 24 || h.CreatedTimestamp == nil {
+		t.Errorf("protobuf: %v", h)
+	}
+	for _, name := range []string{"promhttp_metric_handler_requests_total", "go_goroutines", "process_cpu_seconds_total", "hostflame_build_info"} {
+		if families[name] == nil {
+			t.Errorf("no %s", name)
+		}
+	}
+	answer, body = fetch(t, "GET", s.URL+"/metrics", "Accept", "application/openmetrics-text;version=1.0.0")
+	if got := answer.Header.Get("Content-Type"); !strings.HasPrefix(got, "application/openmetrics-text") || !strings.HasSuffix(body, "# EOF\n") {
+		t.Errorf("OpenMetrics: %s", got)
+	}
+	answer, body = fetch(t, "GET", s.URL+"/metrics")
+	if got := answer.Header.Get("Content-Type"); !strings.HasPrefix(got, "text/plain; version=0.0.4") || !strings.Contains(body, `hostflame_runqueue_latency_seconds_bucket{le="1e-06"} 4`) {
+		t.Errorf("text: %s", got)
+	}
+}
+
+// TestMetricsSurviveGatherError: what can not be gathered does not take the rest along.
+func TestMetricsSurviveGatherError(t *testing.T) {
+	s := testServer(t, newFakeCapturer(t), func(c *HandlerConfig, _ *http.Server) {
+		c.Gatherer = prometheus.GathererFunc(func() ([]*dto.MetricFamily, error) {
+			c := NewCollector(Readers{CPU: fakeCPU{{Container: "/"}}}, testStart, c.Logger)
+			families, _ := NewRegistry(c, false).Gather()
+			return families, errors.New("one family is broken")
+		})
+	})
+	if answer, body := fetch(t, "GET", s.URL+"/metrics"); answer.StatusCode != 200 || !strings.Contains(body, "hostflame_cpu_seconds_total") {
+		t.Errorf("%s %.200s", answer.Status, body)
+	}
+}
+
+func TestCapture(t *testing.T) {
+	capturer := newFakeCapturer(t)
+	// A server that would cut the answer off without the handler's doing.
+	s := testServer(t, capturer, func(_ *HandlerConfig, s *http.Server) { s.WriteTimeout = 500 * time.Millisecond })
+	begin := time.Now()
+	answer, body := fetch(t, "GET", s.URL+"/pprof/cpu?seconds=1&pid=42&pid=43&comm=a+b&container=/&container=0123456789ab")
+	if took := time.Since(begin); took < time.Second || took > 2*time.Second {
+		t.Errorf("answered after %v, want 1 s to 2 s", took)
+	}
+	if answer.StatusCode != 200 || answer.Header.Get("Content-Type") != "application/octet-stream" {
+		t.Fatalf("%s %s", answer.Status, answer.Header)
+	}
+	if got := answer.Header.Get("Content-Disposition"); !strings.HasPrefix(got, `attachment; filename="hostflame-testhost-cpu-20`) || !strings.HasSuffix(got, `Z.pb.gz"`) {
+		t.Errorf("disposition %s", got)
+	}
+	p, err := profile.ParseData([]byte(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(p.Sample) == 0 || len(p.Sample) != len(capturer.profile.Sample) {
+		t.Errorf("%d samples, want %d", len(p.Sample), len(capturer.profile.Sample))
+	}
+	want := []profiler.Request{{
+		Type: "cpu", Duration: time.Second,
+		Filter: profiler.Filter{PIDs: []uint32{42, 43}, Comms: []string{"a b"}, Containers: []string{"/", "0123456789ab"}},
+	}}
+	if diff := cmp.Diff(want, capturer.requests); diff != "" {
+		t.Errorf("request (-want +got):\n%s", diff)
+	}
+}
+
+func TestCaptureDefaults(t *testing.T) {
+	capturer := newFakeCapturer(t)
+	capturer.capture = func(context.Context, profiler.Request) error { return nil }
+	s := testServer(t, capturer, nil)
+	fetch(t, "GET", s.URL+"/pprof/cpu")
+	fetch(t, "GET", s.URL+"/pprof/cpu?format=pprof&seconds=3600")
+	want := []profiler.Request{{Type: "cpu", Duration: 10 * time.Second}, {Type: "cpu", Duration: time.Hour}}
+	if diff := cmp.Diff(want, capturer.requests); diff != "" {
+		t.Errorf("requests (-want +got):\n%s", diff)
+	}
+}
+
+func TestCaptureFails(t *testing.T) {
+	capturer := newFakeCapturer(t)
+	capturer.capture = func(context.Context, profiler.Request) error { return errors.New("rings are closed") }
+	s := testServer(t, capturer, nil)
+	if answer, body := fetch(t, "GET", s.URL+"/pprof/cpu"); answer.StatusCode != 500 || body != "capture failed: rings are closed\n" {
+		t.Errorf("%s %q", answer.Status, body)
+	}
+}
+
+// TestCaptureFolded asks for text; what the lines hold is the profiler's to test.
+func TestCaptureFolded(t *testing.T) {
+	capturer := newFakeCapturer(t)
+	capturer.capture = func(context.Context, profiler.Request) error { return nil }
+	s := testServer(t, capturer, nil)
+	for _, index := range []string{"", "&sample_index=cpu"} {
+		answer, body := fetch(t, "GET", s.URL+"/pprof/cpu?format=folded"+index)
+		if answer.StatusCode != 200 || answer.Header.Get("Content-Type") != "text/plain; charset=utf-8" {
+			t.Errorf("%s %s", answer.Status, answer.Header)
+		}
+		if !slices.ContainsFunc(strings.Split(body, "\n"), func(line string) bool {
+			return strings.HasPrefix(line, "knowncomm;") && strings.Contains(line, "burnKnownFunction")
+		}) {
+			t.Errorf("no stack of the known function:\n%s", body)
+		}
+	}
+}
+
+// TestCaptureAbandoned: a capture ends when its client leaves, and its slot is free.
+func TestCaptureAbandoned(t *testing.T) {
+	capturer := newFakeCapturer(t)
+	begun, ended := make(chan struct{}, 1), make(chan error, 1)
+	capturer.capture = func(ctx context.Context, r profiler.Request) error {
+		if r.Duration == time.Second {
+			return nil
+		}
+		begun <- struct{}{}
+		<-ctx.Done()
+		ended <- ctx.Err()
+		return ctx.Err()
+	}
+	s := testServer(t, capturer, func(c *HandlerConfig, _ *http.Server) { c.MaxCaptures = 1 })
+	ctx, leave := context.WithCancel(t.Context())
+	r, err := http.NewRequestWithContext(ctx, "GET", s.URL+"/pprof/cpu?seconds=3600", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go http.DefaultClient.Do(r)
+	<-begun
+	leave()
+	select {
+	case <-ended:
+	case <-time.After(5 * time.Second):
+		t.Fatal("the capture went on for 5 s after its client had left")
+	}
+	for deadline := time.Now().Add(5 * time.Second); ; {
+		answer, body := fetch(t, "GET", s.URL+"/pprof/cpu?seconds=1")
+		if answer.StatusCode == 200 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the slot is still taken: %s %s", answer.Status, body)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// TestCaptureStops: the end of the server's base context ends captures with an answer.
+func TestCaptureStops(t *testing.T) {
+	capturer := newFakeCapturer(t)
+	base, stop := context.WithCancel(t.Context())
+	defer stop()
+	capturer.capture = func(ctx context.Context, _ profiler.Request) error {
+		stop()
+		<-ctx.Done()
+		return fmt.Errorf("capture: %w", ctx.Err())
+	}
+	s := testServer(t, capturer, func(_ *HandlerConfig, s *http.Server) {
+		s.BaseContext = contextOf(base)
+	})
+	if answer, body := fetch(t, "GET", s.URL+"/pprof/cpu?seconds=3600"); answer.StatusCode != 503 || body != "the capture was abandoned\n" {
+		t.Errorf("%s %q", answer.Status, body)
+	}
+}
+
+// TestCaptureLimit: captures over the limit are told when to come back.
+func TestCaptureLimit(t *testing.T) {
+	const limit = 8
+	capturer := newFakeCapturer(t)
+	begun, end := make(chan struct{}, limit), make(chan struct{})
+	capturer.capture = func(context.Context, profiler.Request) error {
+		begun <- struct{}{}
+		<-end
+		return nil
+	}
+	s := testServer(t, capturer, nil)
+	statuses := make(chan int, limit)
+	for i := range limit {
+		go func() {
+			answer, err := http.Get(fmt.Sprintf("%s/pprof/cpu?seconds=%d", s.URL, 100+i))
+			if err != nil {
+				statuses <- 0
+				return
+			}
+			answer.Body.Close()
+			statuses <- answer.StatusCode
+		}()
+	}
+	for range limit {
+		<-begun
+	}
+	answer, body := fetch(t, "GET", s.URL+"/pprof/cpu?seconds=1")
+	if want := "8 captures are running, which is the limit: try again in 100 s\n"; answer.StatusCode != 503 || answer.Header.Get("Retry-After") != "100" || body != want {
+		t.Errorf("%s, Retry-After %s, %q", answer.Status, answer.Header.Get("Retry-After"), body)
+	}
+	close(end)
+	for range limit {
+		if status := <-statuses; status != 200 {
+			t.Errorf("one of the captures: %d", status)
+		}
+	}
+}
+
+// TestGoToolPprof has the reference reader take a profile by URL.
+func TestGoToolPprof(t *testing.T) {
+	s := testServer(t, newFakeCapturer(t), nil)
+	cmd := exec.CommandContext(t.Context(), "go", "tool", "pprof", "-top", s.URL+"/pprof/cpu?seconds=1")
+	cmd.Env = append(cmd.Environ(), "PPROF_TMPDIR="+t.TempDir())
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if !strings.Contains(string(out), "burnKnownFunction") {
+		t.Errorf("the known function is not there:\n%s", out)
+	}
+}
+
+func TestDebugPprof(t *testing.T) {
+	s := testServer(t, newFakeCapturer(t), func(c *HandlerConfig, _ *http.Server) { c.DebugPprof = true })
+	for _, path := range []string{"/debug/pprof/", "/debug/pprof/goroutine?debug=1", "/debug/pprof/cmdline", "/debug/pprof/symbol"} {
+		if answer, _ := fetch(t, "GET", s.URL+path); answer.StatusCode != 200 {
+			t.Errorf("%s: %s", path, answer.Status)
+		}
+	}
+}
