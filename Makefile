@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+# make help lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+GO ?= go
+PREFIX ?= /usr/local
+DESTDIR ?=
+UNITDIR ?= /etc/systemd/system
+
+# Versions of the tools that are no dependencies of the module.
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+DEPGUARD := github.com/OpenPeeDeeP/depguard/v2/cmd/depguard@v2.2.1
+CLANG := clang-19
+LLVM_STRIP := llvm-strip-19
+
+VERSION ?= $(shell git describe --tags --match 'v*' 2>/dev/null | sed 's/^v//' | grep . || echo 0.1.0-dev)
+REVISION ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)$(shell git diff --quiet HEAD 2>/dev/null || echo -modified)
+VARS := github.com/prometheus/common/version
+LDFLAGS := -s -w -X $(VARS).Version=$(VERSION) -X $(VARS).Revision=$(REVISION)
+
+# Root owns the kernel; make it so only where it is needed.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
+# What runs under the race detector: all but what measures, which it would slow down.
+MEASURING := ./bpf/... ./test/...
+RACING := ./cmd/... ./exporter/... ./internal/... ./profiler/... ./symbolizer/...
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: build
+build: ## Build bin/hostflame, static
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/hostflame ./cmd/hostflame
+
+.PHONY: run
+run: build ## Build and start the agent, as root; it prints where to look
+	$(SUDO) ./bin/hostflame serve $(ARGS)
+
+.PHONY: test
+test: packages check-generated lint cross test-race test-kernel ## Run every check and test, installing what they need
+	@[[ $$(id -u) == 0 ]] || echo "not root: the tests that need the kernel were skipped" >&2
+
+.PHONY: packages
+packages:
+	.ci/packages
+
+.PHONY: test-race
+test-race: ## Run the tests of all packages but bpf and test, with the race detector
+	$(GO) test -race -p 1 -timeout 15m $(RACING)
+
+# -p 1: these load the machine and measure, so one package at a time.
+.PHONY: test-kernel
+test-kernel: build ## Run the tests of the BPF programs and the end-to-end tests
+	$(GO) test -p 1 -timeout 30m $(MEASURING)
+
+.PHONY: bench
+bench: packages build ## Measure the agent beside runqlat and biolatency, in one run (root)
+	$(SUDO) env "PATH=$$PATH" $(GO) test -run '^$$' -bench . -benchtime 1x -timeout 30m ./test/bench
+
+.PHONY: cross
+cross: ## Build and vet for arm64 too
+	CGO_ENABLED=0 GOARCH=arm64 $(GO) build -trimpath -o /dev/null ./cmd/hostflame
+	CGO_ENABLED=0 GOARCH=arm64 $(GO) vet ./...
+
+.PHONY: lint
+lint: ## Check formatting, vet, staticcheck and the direction of imports
+	@unformatted=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); \
+	[[ -z $$unformatted ]] || { echo "gofmt -w $$unformatted" >&2; exit 1; }
+	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
+	$(GO) run $(DEPGUARD) ./...
+
+.PHONY: generate
+generate: clang ## Rebuild the committed BPF Go files and objects, with the pinned clang
+	$(GO) generate ./...
+
+# A copy, so that a difference leaves the tree as it was.
+.PHONY: check-generated
+check-generated: clang ## Check that the committed generated files are what generate makes
+	@copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; \
+	git ls-files -co --exclude-standard | tar -c -T - | tar -x -C "$$copy"; \
+	(cd "$$copy" && $(GO) generate ./...); \
+	git ls-files -co --exclude-standard '*_bpfel*' | while read -r f; do \
+		cmp "$$f" "$$copy/$$f" || { echo "$$f is not what its source makes: run make generate" >&2; exit 1; }; \
+	done
+
+.PHONY: clang
+clang:
+	@for tool in $(CLANG) $(LLVM_STRIP); do \
+		command -v $$tool >/dev/null || { echo "no $$tool, which the generated files are made with: apt-get install $(CLANG) llvm-19 libbpf-dev" >&2; exit 1; }; \
+	done
+
+.PHONY: install
+install: build ## Install the binary and the systemd unit below DESTDIR, PREFIX
+	install -D -m 755 bin/hostflame '$(DESTDIR)$(PREFIX)/bin/hostflame'
+	install -d '$(DESTDIR)$(UNITDIR)'
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' deploy/hostflame.service > '$(DESTDIR)$(UNITDIR)/hostflame.service'
+
+.PHONY: clean
+clean: ## Remove what build made
+	rm -rf bin

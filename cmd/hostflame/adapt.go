@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"maps"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/pprof/profile"
+
+	"github.com/hostflame/hostflame/bpf"
+	"github.com/hostflame/hostflame/exporter"
+	"github.com/hostflame/hostflame/profiler"
+)
+
+// The exporter knows no BPF and declares what it reads; here bpf's and the profiler's
+// counters become that.
+
+// readers hands every group of the exporter its reader. A part that could not be attached
+// reads as its error, so that its absence shows in the metrics.
+func readers(k *kernel, p *profiler.Profiler, a *accounting) exporter.Readers {
+	r := exporter.Readers{
+		Runqueue: runqueueReader{k.sched, k.schedErr},
+		Block:    blockReader{k.block, k.blockErr},
+		Agent:    agentReader{k, p, a},
+	}
+	if p != nil {
+		r.CPU = p
+	}
+	return r
+}
+
+type runqueueReader struct {
+	sched *bpf.Sched
+	err   error
+}
+
+func (r runqueueReader) ReadRunqueue() (exporter.Runqueue, error) {
+	if r.err != nil {
+		return exporter.Runqueue{}, r.err
+	}
+	c, err := r.sched.Read()
+	return exporter.Runqueue{Latency: c.Latency, KernelDelayNanos: c.RunDelayNanos}, err
+}
+
+type blockReader struct {
+	block *bpf.Block
+	err   error
+}
+
+func (r blockReader) ReadBlock() ([]exporter.Block, error) {
+	if r.err != nil {
+		return nil, r.err
+	}
+	cells, err := r.block.Read()
+	if err != nil {
+		return nil, err
+	}
+	list := make([]exporter.Block, len(cells))
+	for i, c := range cells {
+		list[i] = exporter.Block{
+			Device: c.Device, Operation: c.Operation,
+			Total: c.Total, Queue: c.Queue, DeviceTime: c.DeviceTime, Size: c.Size,
+			Errors: c.Errors,
+		}
+	}
+	return list, nil
+}
+
+type agentReader struct {
+	kernel     *kernel
+	profiler   *profiler.Profiler
+	accounting *accounting
+}
+
+func (r agentReader) ReadAgent() (exporter.Agent, error) {
+	a := exporter.Agent{
+		Lost:       map[string]map[string]uint64{},
+		Unseen:     map[string]map[string]uint64{},
+		Accounting: r.accounting.ratios(),
+	}
+	if r.profiler != nil {
+		s := r.profiler.Stats()
+		a.Samples, a.Stacks = s.Samples, s.Stacks
+		for profile, reasons := range s.Lost {
+			a.Lost[profile] = maps.Clone(reasons)
+		}
+	}
+	for _, o := range r.kernel.objects() {
+		s, err := o.stats()
+		if err != nil {
+			return a, err
+		}
+		into := a.Unseen
+		if o.profile {
+			into = a.Lost
+		}
+		if into[o.name] == nil {
+			into[o.name] = map[string]uint64{}
+		}
+		for reason, n := range s.Dropped {
+			into[o.name][reason.String()] += n
+		}
+		for _, p := range s.Programs {
+			a.Programs = append(a.Programs, exporter.Program{
+				Name: p.Name, Runs: p.Runs, RecursionMisses: p.RecursionMisses,
+				TimedRuns: p.StatsRuns, RunTime: p.RunTime,
+			})
+		}
+		for _, m := range s.Maps {
+			a.Maps = append(a.Maps, exporter.Map(m))
+		}
+	}
+	return a, nil
+}
+
+// counted is one object's counters. What it drops is a sample of the profile of that
+// name, or an event of the collector of that name.
+type counted struct {
+	name    string
+	profile bool
+	stats   func() (bpf.Stats, error)
+}
+
+func (k *kernel) objects() []counted {
+	var list []counted
+	if k.cpu != nil {
+		list = append(list, counted{"cpu", true, k.cpu.Stats})
+	}
+	if k.sched != nil {
+		list = append(list, counted{"runqueue", false, k.sched.Stats})
+	}
+	if k.block != nil {
+		list = append(list, counted{"block", false, k.block.Stats})
+	}
+	return list
+}
+
+// cpuLosses is what the kernel side of the cpu profile lost, by reason.
+func cpuLosses(c *bpf.CPU) map[string]uint64 {
+	lost := map[string]uint64{}
+	// Without counters nothing is known to be lost; the agent collector reports the error.
+	s, _ := c.Stats()
+	for reason, n := range s.Dropped {
+		lost[reason.String()] = n
+	}
+	return lost
+}
+
+// pulse is a profiler.Source that knows when it was last drained.
+type pulse struct {
+	profiler.Source
+	drained atomic.Int64 // Unix ns
+}
+
+func newPulse(s profiler.Source) *pulse {
+	p := &pulse{Source: s}
+	p.drained.Store(time.Now().UnixNano())
+	return p
+}
+
+func (p *pulse) Drain(fn func(*bpf.Sample)) error {
+	err := p.Source.Drain(fn)
+	p.drained.Store(time.Now().UnixNano())
+	return err
+}
+
+// alive tells whether the drain loop runs: it drains every 250 ms.
+func (p *pulse) alive() bool {
+	return time.Since(time.Unix(0, p.drained.Load())) < 10*time.Second
+}
+
+// noProfiles is what answers for profiles where CPU sampling does not work.
+type noProfiles struct{ err error }
+
+func (n noProfiles) Capture(context.Context, profiler.Request) (*profile.Profile, error) {
+	return nil, n.err
+}
+
+func (noProfiles) Newest() *profiler.Window { return nil }
+
+// Ready: nothing more will come.
+func (noProfiles) Ready() bool { return true }

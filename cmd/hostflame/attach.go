@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"errors"
+	"log/slog"
+
+	"github.com/hostflame/hostflame/bpf"
+)
+
+// kernel is the attached kernel side. What could not be attached is nil, with the reason
+// beside it.
+type kernel struct {
+	cpu                        *bpf.CPU
+	sched                      *bpf.Sched
+	block                      *bpf.Block
+	cpuErr, schedErr, blockErr error
+}
+
+// attach loads and attaches each hook family on its own. What this kernel or these
+// privileges do not allow is logged with what is lost; it is an error only when nothing
+// is left.
+func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
+	k := &kernel{}
+	k.cpu, k.cpuErr = bpf.NewCPU(cfg)
+	k.sched, k.schedErr = bpf.NewSched(bpf.SchedConfig{CgroupV1: cfg.CgroupV1})
+	k.block, k.blockErr = bpf.NewBlock(bpf.BlockConfig{})
+
+	if k.cpuErr != nil && k.schedErr != nil && k.blockErr != nil {
+		return nil, hintf(attachHint(k.cpuErr, cfg.Event), "attach to the kernel: %w", k.cpuErr)
+	}
+	for _, part := range []struct {
+		err  error
+		what string
+		lost string
+	}{
+		{k.cpuErr, "CPU sampling", "the cpu profile and hostflame_cpu_seconds_total"},
+		{k.schedErr, "run-queue latency", "hostflame_runqueue_latency_seconds"},
+		{k.blockErr, "block I/O latency", "the hostflame_block_io_* histograms"},
+	} {
+		if part.err != nil {
+			log.Warn(part.what+" does not work here", "err", part.err, "lost", part.lost, "hint", attachHint(part.err, cfg.Event))
+		}
+	}
+	return k, nil
+}
+
+// detach stops the sampling. What was sampled can still be drained, and the histograms
+// still be read.
+func (k *kernel) detach() error {
+	if k.cpu == nil {
+		return nil
+	}
+	return k.cpu.Detach()
+}
+
+// close frees everything. It is idempotent.
+func (k *kernel) close() error {
+	var errs []error
+	if k.cpu != nil {
+		errs = append(errs, k.cpu.Close())
+	}
+	if k.sched != nil {
+		errs = append(errs, k.sched.Close())
+	}
+	if k.block != nil {
+		errs = append(errs, k.block.Close())
+	}
+	return errors.Join(errs...)
+}
