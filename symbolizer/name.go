@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package symbolizer
+
+import (
+	"cmp"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/ianlancetaylor/demangle"
+)
+
+const (
+	// maxName is where a symbol's name is cut. It bounds what the demangler gets to see:
+	// that recurses by input byte, and there is no recovery from a stack overflow.
+	maxName = 8 << 10
+	// maxDemangled is, as a power of two, the longest result: substitutions can blow a
+	// short name up.
+	maxDemangled = 14
+	// maxHeldNames is when the names that a table has handed out are forgotten: honest
+	// files do not get there.
+	maxHeldNames = 8 << 20
+)
+
+// cleanName makes a name fit for profiles: valid UTF-8 without control characters, which
+// would break text formats.
+func cleanName(s string) string {
+	if isClean(s) {
+		return s
+	}
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f || (r >= 0x80 && r < 0xa0) {
+			return '?'
+		}
+		return r
+	}, strings.ToValidUTF8(s, string(utf8.RuneError)))
+}
+
+// isClean is whether s is printable ASCII.
+func isClean[T string | []byte](s T) bool {
+	for i := 0; i < len(s); i++ {
+		if s[i] < ' ' || s[i] >= 0x7f {
+			return false
+		}
+	}
+	return true
+}
+
+// demangled is the name for people of a symbol's name: C++ and Rust demangled without
+// parameters, hashes and clone suffixes; of other names the symbol version is cut off.
+func demangled(name string) (out string) {
+	if !mangled(name) {
+		return cutVersion(name)
+	}
+	if len(name) >= maxName {
+		return name // it was cut
+	}
+	defer func() {
+		if recover() != nil {
+			out = name
+		}
+	}()
+	s, err := demangle.ToString(name, demangle.NoParams, demangle.MaxLength(maxDemangled))
+	if err != nil || s == "" {
+		return name
+	}
+	return cleanName(s)
+}
+
+func mangled(name string) bool {
+	return strings.HasPrefix(name, "_Z") || strings.HasPrefix(name, "_R") ||
+		strings.HasPrefix(name, "___Z") || strings.HasPrefix(name, "_GLOBAL_")
+}
+
+// cutVersion turns "clock_gettime@@GLIBC_2.17", as linkers write it into .symtab, into
+// "clock_gettime".
+func cutVersion(name string) string {
+	i := strings.IndexByte(name, '@')
+	if i <= 0 {
+		return name
+	}
+	version := strings.TrimPrefix(name[i+1:], "@")
+	if version == "" || strings.ContainsFunc(version, func(r rune) bool { return !symbolRune(r) }) ||
+		strings.ContainsFunc(name[:i], func(r rune) bool { return !symbolRune(r) }) {
+		return name
+	}
+	return name[:i]
+}
+
+func symbolRune(r rune) bool {
+	return r == '_' || r == '.' || r == '$' || r >= '0' && r <= '9' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z'
+}
+
+// compareAliases orders the names of one function by what people call it: fewer leading
+// underscores first, then the shorter, then by bytes.
+func compareAliases(a, b string) int {
+	return cmp.Or(
+		cmp.Compare(leadingUnderscores(a), leadingUnderscores(b)),
+		cmp.Compare(len(a), len(b)),
+		strings.Compare(a, b),
+	)
+}
+
+func leadingUnderscores(s string) int {
+	return len(s) - len(strings.TrimLeft(s, "_"))
+}

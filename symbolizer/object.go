@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package symbolizer
+
+import (
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Object is one version of an ELF file, whatever it is mapped by. It stays usable for as
+// long as it is held, also after the caches have forgotten it.
+type Object struct {
+	sym *Symbolizer
+	*image
+
+	mu     sync.Mutex
+	tables atomic.Pointer[tables] // nil before the first use and after an eviction
+	failed [tableKinds]failure    // by kind; guarded by mu
+}
+
+// BuildID is the GNU build id in hex, else Go's build id, else empty.
+func (o *Object) BuildID() string { return o.image.buildID }
+
+// Segments returns the PT_LOAD segments in the order of the program headers.
+func (o *Object) Segments() []Segment { return slices.Clone(o.image.loads) }
+
+// Address is the ELF virtual address of the byte at a file offset, by the executable
+// segment that maps it. It is false where none does.
+func (o *Object) Address(fileOffset uint64) (uint64, bool) { return o.image.address(fileOffset) }
+
+// The tables of an object, in the order in which they are asked. Each is read when those
+// before it do not know an address.
+type tableKind int
+
+const (
+	tableGo     = tableKind(iota) // pclntab
+	tableSymtab                   // .symtab
+	tableDynsym                   // .dynsym
+	tableKinds  = 3
+)
+
+// table is one of them. lookup returns neither lines nor an error where it knows nothing
+// of the address. What a table says is lost to callers is its bytes: it is for one
+// goroutine at a time.
+type table interface {
+	lookup(addr uint64) ([]Line, error)
+	bytes() int64
+}
+
+// tables is what is in memory of an object.
+type tables struct {
+	resident
+	byKind [tableKinds]table
+}
+
+// failure remembers that a table can not be read: for good where the file is to blame,
+// for retryAfter where reading it failed.
+type failure struct {
+	reason Reason
+	until  time.Time // zero: for good
+}
+
+const retryAfter = 10 * time.Second
+
+// Symbolize answers for ELF virtual addresses, one result each, in order. The address of
+// a caller is to be its return address minus one. The first use reads the symbol tables.
+func (o *Object) Symbolize(addrs []uint64) []Result {
+	results := make([]Result, len(addrs))
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	t := o.tables.Load()
+	if t == nil {
+		t = new(tables)
+		t.drop = func() { o.tables.CompareAndSwap(t, nil) }
+		o.tables.Store(t)
+	}
+	for i, addr := range addrs {
+		results[i] = o.lookup(t, addr)
+	}
+	bytes := int64(256)
+	for _, tab := range t.byKind {
+		if tab != nil {
+			bytes += tab.bytes()
+		}
+	}
+	o.sym.memory.set(&t.resident, bytes)
+	return results
+}
+
+func (o *Object) lookup(t *tables, addr uint64) Result {
+	if _, ok := o.executable(addr); !ok {
+		return Result{Reason: ReasonNotFound}
+	}
+	reason, broken := ReasonNoSymbols, Reason("")
+	for kind := range tableKind(tableKinds) {
+		if t.byKind[kind] == nil {
+			if r := o.load(t, kind); r != "" {
+				if reason == ReasonNoSymbols {
+					reason = r
+				}
+				continue
+			}
+		}
+		lines, err := t.byKind[kind].lookup(addr)
+		if len(lines) > 0 {
+			return Result{Lines: lines}
+		}
+		if err != nil {
+			broken = ReasonOf(err)
+		}
+		reason = ReasonNotFound
+	}
+	if broken != "" {
+		return Result{Reason: broken}
+	}
+	return Result{Reason: reason}
+}
+
+// load reads one table, or says why it is not there.
+func (o *Object) load(t *tables, kind tableKind) Reason {
+	f := &o.failed[kind]
+	if f.reason != "" && (f.until.IsZero() || time.Now().Before(f.until)) {
+		return f.reason
+	}
+	tab, err := o.read(kind)
+	if err == nil {
+		*f = failure{}
+		t.byKind[kind] = tab
+		return ""
+	}
+	*f = failure{reason: ReasonOf(err)}
+	if f.reason == ReasonUnreadable || f.reason == ReasonNoPermission {
+		f.until = time.Now().Add(retryAfter)
+	}
+	return f.reason
+}
+
+func (o *Object) read(kind tableKind) (table, error) {
+	secs, err := o.sections()
+	if kind == tableDynsym && len(secs) == 0 {
+		if tab, strtab, ok := o.dynamicSymbols(); ok {
+			return o.readSymbols(nil, tab, strtab, true)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	want := uint32(shtSymtab)
+	switch kind {
+	case tableGo:
+		return loadGoTable(o.image, secs)
+	case tableDynsym:
+		want = shtDynsym
+	}
+	for _, s := range secs {
+		if s.typ != want {
+			continue
+		}
+		if s.entsize != o.symSize() || s.flags&shfCompressed != 0 || uint64(s.link) >= uint64(len(secs)) {
+			return nil, errorf(ReasonMalformed, "symbol table of entries of %d bytes, strings in section %d", s.entsize, s.link)
+		}
+		return o.readSymbols(secs, s.extent, secs[s.link].extent, kind == tableDynsym)
+	}
+	return nil, errorf(ReasonNoSymbols, "no symbol table")
+}
+
+func (o *Object) readSymbols(secs []section, tab, strtab extent, dynamic bool) (table, error) {
+	const big = 4 << 20
+	if tab.size >= big {
+		// One at a time: while a table is read it takes twice what it takes later.
+		o.sym.bigTable.Lock()
+		defer o.sym.bigTable.Unlock()
+	}
+	return loadSymTable(o.image, secs, tab, strtab, dynamic, int(o.sym.cfg.MaxTableBytes/symRowSize))
+}

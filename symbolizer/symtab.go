@@ -1,0 +1,395 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package symbolizer
+
+import (
+	"bytes"
+	"cmp"
+	"slices"
+	"strings"
+)
+
+// ELF symbol types and bindings (gABI, "Symbol Table"; 10 to 12 are GNU's).
+const (
+	sttNoType   = 0
+	sttFunc     = 2
+	sttGNUIFunc = 10
+
+	stbLocal     = 0
+	stbGlobal    = 1
+	stbWeak      = 2
+	stbGNUUnique = 10
+)
+
+// symTable is a symbol table as lookups need it: for each executable segment the ranges
+// that symbols cover, sorted and without overlap, in 12 bytes each. Names stay in the
+// file and are read when a function is seen for the first time. What covers an address:
+//
+//   - a symbol with a size covers that and no more, so that gaps are not found;
+//   - where such symbols overlap, the one that starts last; of those that start together a
+//     function before an untyped label, global before weak before local, then the longer;
+//   - a symbol without a size, where no other covers its start, reaches to the next symbol
+//     or the end of its section; in .dynsym, which lacks the next symbols, one byte;
+//   - of equal symbols (aliases) the first by compareAliases.
+//
+// Mapping symbols ($x, $d) and local labels (.L) are no symbols.
+type symTable struct {
+	image  *image
+	strtab extent
+	parts  []symPart
+	rows   int
+	lines  map[rowID][]Line // of the functions seen
+	names  int64            // bytes of lines
+	buf    []byte
+}
+
+type symPart struct {
+	base uint64
+	rows []symRow
+}
+
+// symRow is one range. Rows with the same start are aliases of each other.
+type symRow struct {
+	start, size uint32 // start is from the part's base
+	name        uint32 // offset in the string table
+}
+
+type rowID struct{ part, row uint32 }
+
+const (
+	symRowSize = 12
+	maxAliases = 16      // rows with one start
+	aliasBit   = 1 << 31 // in span.name while building: equal to the span before, names apart
+	maxStrtab  = aliasBit
+	lineSize   = 160 // bytes a cached line takes beside its strings, with its map entry
+)
+
+// symBuilder collects the symbols of a table.
+type symBuilder struct {
+	image    *image
+	sections []section
+	parts    []Segment
+	dynamic  bool // .dynsym
+	strtab   extent
+	names    pager // of the whole file; for untyped symbols
+	limit    int
+	spans    []span
+	labels   map[uint32]bool // untyped symbols, by name offset: to be kept
+}
+
+// loadSymTable reads the symbols of tab, whose names are in strtab. limit is the largest
+// number of symbols.
+func loadSymTable(m *image, secs []section, tab, strtab extent, dynamic bool, limit int) (*symTable, error) {
+	if strtab.size > maxStrtab {
+		return nil, errorf(ReasonTooLarge, "string table of %d bytes", strtab.size)
+	}
+	size := uint64(m.Size())
+	if tab.off > size || tab.size > size-tab.off || strtab.off > size || strtab.size > size-strtab.off {
+		return nil, errorf(ReasonMalformed, "symbol table lies beyond the end of the file")
+	}
+	b := &symBuilder{
+		image: m, sections: secs, parts: m.executableParts(), dynamic: dynamic, strtab: strtab,
+		names: pager{content: m}, limit: limit, labels: map[uint32]bool{},
+	}
+	if err := b.read(tab); err != nil {
+		return nil, err
+	}
+	t := &symTable{image: m, strtab: strtab, lines: map[rowID][]Line{}}
+	t.parts = b.build()
+	for _, p := range t.parts {
+		t.rows += len(p.rows)
+	}
+	return t, nil
+}
+
+func (b *symBuilder) read(tab extent) error {
+	size := b.image.symSize()
+	const atOnce = 64 << 10
+	buf := make([]byte, min(tab.size/size*size, atOnce/size*size))
+	for n := tab.size / size; n > 0; {
+		buf = buf[:min(uint64(len(buf)), n*size)]
+		if err := readAt(b.image, buf, tab.off); err != nil {
+			return err
+		}
+		for at := 0; at < len(buf); at += int(size) {
+			if err := b.add(buf[at : at+int(size)]); err != nil {
+				return err
+			}
+		}
+		tab.off += uint64(len(buf))
+		n -= uint64(len(buf)) / size
+	}
+	return nil
+}
+
+// add takes one symbol if it names code.
+func (b *symBuilder) add(sym []byte) error {
+	d := decoder{b: sym, is64: b.image.is64}
+	var value, size uint64
+	var info uint8
+	var shndx uint16
+	name := d.u32()
+	if b.image.is64 {
+		info, _, shndx = d.u8(), d.u8(), d.u16()
+		value, size = d.word(), d.word()
+	} else {
+		value, size = d.word(), d.word()
+		info, _, shndx = d.u8(), d.u8(), d.u16()
+	}
+	typ := info & 0xf
+	if typ != sttFunc && typ != sttGNUIFunc && typ != sttNoType {
+		return nil
+	}
+	if name == 0 || uint64(name) >= b.strtab.size || shndx == shnUndef || shndx >= shnLoReserve && shndx != shnXIndex {
+		return nil
+	}
+	if b.image.machine == elfMachineARM {
+		value &^= 1 // Thumb
+	}
+	end, ok := b.limitOf(value, shndx, typ != sttNoType)
+	if !ok {
+		return nil
+	}
+	if typ == sttNoType {
+		keep, err := b.keepLabel(name)
+		if err != nil || !keep {
+			return err
+		}
+	}
+	if len(b.spans) >= b.limit {
+		return errorf(ReasonTooLarge, "more than %d function symbols", b.limit)
+	}
+	if size > 0 && size < end-value {
+		end = value + size
+	}
+	b.spans = append(b.spans, span{start: value, end: end, name: name, prio: rank(info, size > 0)})
+	return nil
+}
+
+// The rank of a symbol, while it is built kept as its span's priority.
+const (
+	rankWeak   = 1
+	rankGlobal = 2
+	rankFunc   = 4
+	rankSized  = 8
+)
+
+func rank(info uint8, sized bool) uint32 {
+	var r uint32
+	switch info >> 4 {
+	case stbGlobal, stbGNUUnique:
+		r = rankGlobal
+	case stbWeak:
+		r = rankWeak
+	}
+	if info&0xf != sttNoType {
+		r += rankFunc
+	}
+	if sized {
+		r += rankSized
+	}
+	return r
+}
+
+// limitOf is where a symbol at addr must end: at the end of its section, and of what is
+// mapped executable. It is false for what is not code. A function whose section is
+// unknown is trusted, a label is not.
+func (b *symBuilder) limitOf(addr uint64, shndx uint16, function bool) (uint64, bool) {
+	i, found := slices.BinarySearchFunc(b.parts, addr, func(s Segment, a uint64) int { return cmp.Compare(s.Vaddr, a) })
+	if !found {
+		i--
+	}
+	if i < 0 || addr-b.parts[i].Vaddr >= b.parts[i].Memsz {
+		return 0, false
+	}
+	end := b.parts[i].Vaddr + b.parts[i].Memsz
+	if int(shndx) >= len(b.sections) || shndx == shnXIndex {
+		return end, function
+	}
+	s := &b.sections[shndx]
+	if !s.executable() {
+		return 0, false
+	}
+	if addr < s.addr || addr-s.addr >= s.size {
+		return end, function
+	}
+	return min(end, s.addr+s.size), true
+}
+
+// keepLabel is whether an untyped symbol names code, by its name.
+func (b *symBuilder) keepLabel(name uint32) (bool, error) {
+	if keep, ok := b.labels[name]; ok {
+		return keep, nil
+	}
+	const enough = 4
+	off := b.strtab.off + uint64(name)
+	s, err := b.names.cstring(off, min(off+enough, b.strtab.off+b.strtab.size))
+	if err != nil {
+		return false, err
+	}
+	keep := s != "" && !notASymbol(s)
+	if len(b.labels) < 1<<12 {
+		b.labels[name] = keep
+	}
+	return keep, nil
+}
+
+// notASymbol is true for ARM and RISC-V mapping symbols and for local labels.
+func notASymbol(name string) bool {
+	if strings.HasPrefix(name, ".L") {
+		return true
+	}
+	return len(name) >= 2 && name[0] == '$' && strings.IndexByte("adtx", name[1]) >= 0 &&
+		(len(name) == 2 || name[2] == '.' || name[1] == 'x')
+}
+
+// build sorts the symbols into rows.
+func (b *symBuilder) build() []symPart {
+	spans := b.spans
+	slices.SortFunc(spans, func(x, y span) int {
+		return cmp.Or(
+			cmp.Compare(x.start, y.start), cmp.Compare(x.prio, y.prio),
+			cmp.Compare(x.end, y.end), cmp.Compare(x.name, y.name),
+		)
+	})
+	n := uint32(len(spans))
+	next, nextStart := ^uint64(0), ^uint64(0) // the least start above the current one
+	for i := len(spans) - 1; i >= 0; i-- {
+		s := &spans[i]
+		if s.start != nextStart {
+			next, nextStart = nextStart, s.start
+		}
+		alias := i > 0 && spans[i-1].start == s.start && spans[i-1].end == s.end && spans[i-1].prio == s.prio
+		if s.prio >= rankSized {
+			s.prio = n + uint32(i)
+		} else {
+			s.prio = uint32(i) // below all that have a size
+			s.end = min(s.end, next)
+			if b.dynamic {
+				s.end = s.start + 1
+			}
+		}
+		if alias {
+			s.name |= aliasBit
+		}
+	}
+	parts := make([]symPart, len(b.parts))
+	for i := range parts {
+		parts[i].base = b.parts[i].Vaddr
+	}
+	// Two passes, so that rows are reserved to size.
+	for fill := range 2 {
+		p, rows := 0, 0
+		flatten(spans, func(s *span, start, end uint64) {
+			if s.prio < n && start != s.start {
+				return // a label inside a symbol with a size
+			}
+			for p+1 < len(parts) && start >= parts[p+1].base {
+				if fill == 0 {
+					parts[p].rows = make([]symRow, 0, rows)
+				}
+				p, rows = p+1, 0
+			}
+			if start-parts[p].base > 1<<32-1 {
+				return
+			}
+			for i, count := s.prio%n, 0; count < maxAliases; i, count = i-1, count+1 {
+				if rows++; fill == 1 {
+					parts[p].rows = append(parts[p].rows, symRow{
+						start: uint32(start - parts[p].base),
+						size:  uint32(min(end-start, 1<<32-1)),
+						name:  spans[i].name &^ aliasBit,
+					})
+				}
+				if spans[i].name&aliasBit == 0 {
+					break
+				}
+			}
+		})
+		if fill == 0 && len(parts) > 0 {
+			parts[p].rows = make([]symRow, 0, rows)
+		}
+	}
+	return parts
+}
+
+// lookup returns the function at addr.
+func (t *symTable) lookup(addr uint64) ([]Line, error) {
+	id, ok := t.find(addr)
+	if !ok {
+		return nil, nil
+	}
+	if lines := t.lines[id]; lines != nil {
+		return lines, nil
+	}
+	rows := t.parts[id.part].rows
+	best := ""
+	for i := int(id.row); i >= 0 && rows[i].start == rows[id.row].start; i-- {
+		name, err := t.name(rows[i].name)
+		if err != nil {
+			return nil, err
+		}
+		if name != "" && (best == "" || compareAliases(name, best) < 0) {
+			best = name
+		}
+	}
+	if best == "" {
+		return nil, nil
+	}
+	lines := []Line{{Function: demangled(best), SystemName: best}}
+	if t.names > maxHeldNames {
+		clear(t.lines)
+		t.names = 0
+	}
+	t.lines[id] = lines
+	t.names += lineSize + int64(len(best)+len(lines[0].Function))
+	return lines, nil
+}
+
+// find returns the last row that covers addr.
+func (t *symTable) find(addr uint64) (rowID, bool) {
+	p := len(t.parts) - 1
+	for p >= 0 && t.parts[p].base > addr {
+		p--
+	}
+	if p < 0 || addr-t.parts[p].base > 1<<32-1 {
+		return rowID{}, false
+	}
+	off, rows := uint32(addr-t.parts[p].base), t.parts[p].rows
+	lo, hi := 0, len(rows) // the first row that starts above off
+	for lo < hi {
+		if mid := int(uint(lo+hi) >> 1); rows[mid].start <= off {
+			lo = mid + 1
+		} else {
+			hi = mid
+		}
+	}
+	if lo == 0 || off-rows[lo-1].start >= rows[lo-1].size {
+		return rowID{}, false
+	}
+	return rowID{uint32(p), uint32(lo - 1)}, true
+}
+
+// name reads a name from the string table.
+func (t *symTable) name(off uint32) (string, error) {
+	for n := uint64(256); ; n = maxName {
+		n = min(n, t.strtab.size-uint64(off))
+		if uint64(cap(t.buf)) < n {
+			t.buf = make([]byte, n)
+		}
+		b := t.buf[:n]
+		if err := readAt(t.image, b, t.strtab.off+uint64(off)); err != nil {
+			return "", err
+		}
+		if i := bytes.IndexByte(b, 0); i >= 0 {
+			return cleanName(string(b[:i])), nil
+		}
+		if n == maxName || n == t.strtab.size-uint64(off) {
+			return cleanName(string(b)), nil
+		}
+	}
+}
+
+func (t *symTable) bytes() int64 {
+	return int64(t.rows)*symRowSize + t.names + int64(cap(t.buf)) + 256
+}
