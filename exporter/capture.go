@@ -125,6 +125,7 @@ func sortedKeys(params url.Values) []string {
 // captures serves /pprof/<type>.
 type captures struct {
 	capturer Capturer
+	none     error // why there is nothing to capture
 	host     string
 	logger   *slog.Logger
 	slots    slots
@@ -133,6 +134,7 @@ type captures struct {
 func newCaptures(cfg HandlerConfig) *captures {
 	return &captures{
 		capturer: cfg.Capturer,
+		none:     cfg.NoProfiles,
 		host:     cfg.Host,
 		logger:   cfg.Logger,
 		slots:    slots{limit: cfg.MaxCaptures, ends: map[int]time.Time{}},
@@ -150,12 +152,16 @@ func (c *captures) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
+	if c.none != nil {
+		http.Error(w, fmt.Sprintf(noProfiles, c.none), http.StatusServiceUnavailable)
+		return
+	}
 	if r.Method == http.MethodHead {
 		c.headers(w, q)
 		return
 	}
 	if !c.capturer.Ready() {
-		unavailable(w, time.Second, "no profile yet: no samples have been drained yet")
+		unavailable(w, time.Second, "no profile yet: %s", notDrained)
 		return
 	}
 	release, wait := c.slots.take(q.Duration)

@@ -75,7 +75,7 @@ func TestExpositionGolden(t *testing.T) {
 
 func TestPromlint(t *testing.T) {
 	c, _ := testCollector(t, testReaders())
-	families := gather(t, c, true)
+	families := append(gather(t, c, true), gatherOTLP(t)...)
 	if len(families) < 40 {
 		t.Errorf("only %d families", len(families))
 	}

@@ -10,6 +10,10 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
+
+	"github.com/hostflame/hostflame/exporter/otlp"
 )
 
 // tableRows are the cells of the rows of a document that begin with code.
@@ -33,6 +37,26 @@ func tableRows(t *testing.T, path string) [][]string {
 	return rows
 }
 
+// gatherOTLP gathers what the agent has beside its own groups when it pushes.
+func gatherOTLP(t *testing.T) []*dto.MetricFamily {
+	t.Helper()
+	reg := prometheus.NewPedanticRegistry()
+	e, err := otlp.New(otlp.Config{
+		Metrics:  otlp.Signal{Target: "127.0.0.1:1"},
+		Profiles: otlp.Signal{Target: "127.0.0.1:1"},
+		Gatherer: reg,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	reg.MustRegister(e)
+	families, err := reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return families
+}
+
 // TestMetricsDocumented: the table in docs/metrics.md and the registry have the same
 // families, with the same types and labels.
 func TestMetricsDocumented(t *testing.T) {
@@ -50,7 +74,7 @@ func TestMetricsDocumented(t *testing.T) {
 	}
 	real := map[string]entry{}
 	c, _ := testCollector(t, testReaders())
-	for _, f := range gather(t, c, false) {
+	for _, f := range append(gather(t, c, false), gatherOTLP(t)...) {
 		var labels []string
 		for _, l := range f.Metric[0].Label {
 			labels = append(labels, l.GetName())
@@ -69,7 +93,7 @@ func TestMetricsDocumentedQueries(t *testing.T) {
 		t.Fatal(err)
 	}
 	c, _ := testCollector(t, testReaders())
-	families := gather(t, c, false)
+	families := append(gather(t, c, false), gatherOTLP(t)...)
 	names := regexp.MustCompile(`hostflame_[a-z_]+[a-z]`).FindAllString(string(text), -1)
 	if len(names) < 30 {
 		t.Fatalf("found %d names", len(names))

@@ -4,7 +4,6 @@ package exporter
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -39,12 +38,11 @@ type HandlerConfig struct {
 	Registerer prometheus.Registerer
 	// Collector is where the landing page learns how the metric groups read. May be nil.
 	Collector *Collector
-	// NotReady says what else has to happen before the agent is ready, nil when nothing
-	// has. May be nil.
-	NotReady func() error
+	// NoProfiles says why this host has no profiles at all; nil where it has.
+	NoProfiles error
 
 	MetricsPath string // /metrics if empty
-	MaxScrapes  int    // scrapes at once, 40 if zero
+	MaxScrapes  int    // scrapes at once, 40 if zero, without limit if negative
 	MaxCaptures int    // captures at once, 8 if zero
 	DebugPprof  bool   // serve /debug/pprof/, the profiles of the agent itself
 
@@ -57,6 +55,12 @@ const (
 	scrapeTimeout = 10 * time.Second // what Prometheus waits by default
 	maxReports    = 4                // web UI pages computed at once
 )
+
+// notDrained is why an agent is not ready that has attached its programs.
+const notDrained = "no samples have been drained yet"
+
+// noProfiles answers for all profiles of a host that has none.
+const noProfiles = "there are no profiles of this host: %v"
 
 // NewHandler returns the whole HTTP surface. It uses no state of net/http's default mux.
 //
@@ -91,8 +95,8 @@ func NewHandler(cfg HandlerConfig) (http.Handler, error) {
 		io.WriteString(w, "hostflame is healthy\n")
 	})
 	mux.HandleFunc("GET /-/ready", func(w http.ResponseWriter, _ *http.Request) {
-		if err := notReady(cfg); err != nil {
-			unavailable(w, time.Second, "hostflame is not ready: %v", err)
+		if !cfg.Capturer.Ready() {
+			unavailable(w, time.Second, "hostflame is not ready: %s", notDrained)
 			return
 		}
 		plainText(w)
@@ -125,18 +129,6 @@ func checkMetricsPath(path string) error {
 		if strings.HasPrefix(path+"/", taken) {
 			return fmt.Errorf("serve metrics at %q: %s is taken", path, taken)
 		}
-	}
-	return nil
-}
-
-func notReady(cfg HandlerConfig) error {
-	if cfg.NotReady != nil {
-		if err := cfg.NotReady(); err != nil {
-			return err
-		}
-	}
-	if !cfg.Capturer.Ready() {
-		return errors.New("no samples have been drained yet")
 	}
 	return nil
 }

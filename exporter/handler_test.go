@@ -174,24 +174,39 @@ func TestSecurityHeaders(t *testing.T) {
 
 func TestReady(t *testing.T) {
 	capturer := newFakeCapturer(t)
-	notReady := errors.New("the sched programs are not attached")
-	s := testServer(t, capturer, func(c *HandlerConfig, _ *http.Server) {
-		c.NotReady = func() error { return notReady }
-	})
-	check := func(status int, text string) {
-		t.Helper()
-		answer, body := fetch(t, "GET", s.URL+"/-/ready")
-		if answer.StatusCode != status || !strings.Contains(body, text) {
-			t.Errorf("ready: %s %q, want %d with %q", answer.Status, body, status, text)
+	s := testServer(t, capturer, nil)
+	if answer, body := fetch(t, "GET", s.URL+"/-/ready"); answer.StatusCode != 200 {
+		t.Errorf("%s %q", answer.Status, body)
+	}
+	capturer.ready = false
+	for path, want := range map[string]string{
+		"/-/ready":             "hostflame is not ready: no samples have been drained yet\n",
+		"/pprof/cpu?seconds=1": "no profile yet: no samples have been drained yet\n",
+	} {
+		if answer, body := fetch(t, "GET", s.URL+path); answer.StatusCode != 503 || answer.Header.Get("Retry-After") != "1" || body != want {
+			t.Errorf("%s: %s %q", path, answer.Status, body)
 		}
 	}
-	check(503, "the sched programs are not attached")
-	notReady = nil
-	check(200, "ready")
-	capturer.ready = false
-	check(503, "no samples have been drained yet")
-	if answer, body := fetch(t, "GET", s.URL+"/pprof/cpu?seconds=1"); answer.StatusCode != 503 || answer.Header.Get("Retry-After") != "1" {
-		t.Errorf("capture before it is ready: %s %q", answer.Status, body)
+	if answer, _ := fetch(t, "GET", s.URL+"/-/healthy"); answer.StatusCode != 200 {
+		t.Errorf("healthy: %s", answer.Status)
+	}
+}
+
+// TestNoProfiles: a host where CPU sampling does not work has metrics all the same.
+func TestNoProfiles(t *testing.T) {
+	s := testServer(t, newFakeCapturer(t), func(c *HandlerConfig, _ *http.Server) {
+		c.NoProfiles = errors.New("open perf event on CPU 0: permission denied")
+	})
+	want := "there are no profiles of this host: open perf event on CPU 0: permission denied"
+	for _, path := range []string{"/pprof/cpu?seconds=1", "/ui/", "/ui/flamegraph"} {
+		if answer, body := fetch(t, "GET", s.URL+path); answer.StatusCode != 503 || body != want+"\n" {
+			t.Errorf("%s: %s %q", path, answer.Status, body)
+		}
+	}
+	for path, want := range map[string]string{"/": want[1:], "/metrics": "hostflame_runqueue_latency_seconds", "/-/ready": "ready"} {
+		if answer, body := fetch(t, "GET", s.URL+path); answer.StatusCode != 200 || !strings.Contains(body, want) {
+			t.Errorf("%s: %s %.300s", path, answer.Status, body)
+		}
 	}
 }
 

@@ -41,7 +41,8 @@ type landingData struct {
 	Host        string
 	MetricsPath string
 	DebugPprof  bool
-	NotReady    error
+	NoProfiles  error
+	NotReady    bool
 	Collectors  []CollectorStatus
 	Window      *profiler.Window
 	Lost        uint64
@@ -78,7 +79,8 @@ func (l *landing) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		Host:        l.cfg.Host,
 		MetricsPath: l.cfg.MetricsPath,
 		DebugPprof:  l.cfg.DebugPprof,
-		NotReady:    notReady(l.cfg),
+		NoProfiles:  l.cfg.NoProfiles,
+		NotReady:    !l.cfg.Capturer.Ready(),
 		Window:      l.cfg.Capturer.Newest(),
 		Base:        baseURL(r),
 	}

@@ -30,6 +30,7 @@ import (
 // these pages do not exist here, and neither do their menu entries.
 type ui struct {
 	capturer Capturer
+	none     error // why there is nothing to show
 	host     string
 	logger   *slog.Logger
 	reports  chan struct{}
@@ -42,6 +43,7 @@ type ui struct {
 func newUI(cfg HandlerConfig) *ui {
 	return &ui{
 		capturer: cfg.Capturer,
+		none:     cfg.NoProfiles,
 		host:     cfg.Host,
 		logger:   cfg.Logger,
 		reports:  make(chan struct{}, maxReports),
@@ -57,6 +59,10 @@ go tool pprof -http=: '%s/pprof/cpu?seconds=10'`
 
 func (u *ui) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Cache-Control", "no-store")
+	if u.none != nil {
+		http.Error(w, fmt.Sprintf(noProfiles, u.none), http.StatusServiceUnavailable)
+		return
+	}
 	window := u.capturer.Newest()
 	if window == nil {
 		u.waiting(w)
