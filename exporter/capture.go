@@ -170,7 +170,8 @@ func (c *captures) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	control := http.NewResponseController(w)
-	// Writers without deadlines (tests, HTTP/2 wrappers) have nothing to lift.
+	// A writer without deadlines has nothing to lift. On HTTP/2 the deadline ends the
+	// stream even while nothing is written.
 	_ = control.SetWriteDeadline(time.Time{})
 	p, err := c.capturer.Capture(r.Context(), q.Request)
 	release()

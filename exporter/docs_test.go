@@ -3,8 +3,11 @@
 package exporter
 
 import (
+	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -121,5 +124,38 @@ func TestPathsDocumented(t *testing.T) {
 	}
 	if paths < 7 {
 		t.Errorf("found %d paths", paths)
+	}
+}
+
+// TestMetricsDocumentedPromQL has promtool parse the queries of docs/metrics.md.
+func TestMetricsDocumentedPromQL(t *testing.T) {
+	if testing.Short() {
+		t.Skip("runs promtool")
+	}
+	text, err := os.ReadFile("../docs/metrics.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rules strings.Builder
+	rules.WriteString("groups:\n- name: docs\n  rules:\n")
+	queries := 0
+	for _, block := range regexp.MustCompile("(?s)```promql\n(.*?)```").FindAllStringSubmatch(string(text), -1) {
+		for query := range strings.Lines(block[1]) {
+			if query = strings.TrimSpace(query); query != "" {
+				queries++
+				fmt.Fprintf(&rules, "  - record: docs:query:%d\n    expr: %q\n", queries, query)
+			}
+		}
+	}
+	if queries < 10 {
+		t.Fatalf("found %d queries", queries)
+	}
+	path := filepath.Join(t.TempDir(), "rules.yml")
+	if err := os.WriteFile(path, []byte(rules.String()), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.CommandContext(t.Context(), "promtool", "check", "rules", path).CombinedOutput()
+	if err != nil {
+		t.Errorf("promtool (make test installs it): %v\n%s", err, out)
 	}
 }

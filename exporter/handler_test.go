@@ -305,6 +305,27 @@ func TestCapture(t *testing.T) {
 	}
 }
 
+// TestCaptureHTTP2: there the server's WriteTimeout ends a stream that waits, too.
+func TestCaptureHTTP2(t *testing.T) {
+	plain := testServer(t, newFakeCapturer(t), nil)
+	s := httptest.NewUnstartedServer(plain.Config.Handler)
+	s.Config.WriteTimeout = 500 * time.Millisecond
+	s.EnableHTTP2 = true
+	s.StartTLS()
+	defer s.Close()
+	answer, err := s.Client().Get(s.URL + "/pprof/cpu?seconds=1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	if answer.ProtoMajor != 2 || answer.StatusCode != 200 {
+		t.Errorf("%s %s", answer.Proto, answer.Status)
+	}
+	if _, err := profile.Parse(answer.Body); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestCaptureDefaults(t *testing.T) {
 	capturer := newFakeCapturer(t)
 	capturer.capture = func(context.Context, profiler.Request) error { return nil }
