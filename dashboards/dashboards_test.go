@@ -19,6 +19,7 @@ import (
 	"go.yaml.in/yaml/v2"
 
 	"github.com/hostflame/hostflame/exporter"
+	"github.com/hostflame/hostflame/exporter/otlp"
 )
 
 func parse(t *testing.T) *Model {
@@ -134,6 +135,7 @@ func described(t *testing.T) map[string]bool {
 	descs := make(chan *prometheus.Desc)
 	go func() {
 		c.Describe(descs)
+		(*otlp.Exporter)(nil).Describe(descs) // constant, as every Describe
 		close(descs)
 	}()
 	names := map[string]bool{"hostflame_build_info": true}

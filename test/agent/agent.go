@@ -20,8 +20,12 @@ import (
 	"time"
 )
 
-// Build builds the command into dir as it is shipped, static, and returns its path.
+// Build builds the command into dir as it is shipped, static, and returns its path. A
+// binary that HOSTFLAME_BINARY names is taken instead, a released one for example.
 func Build(dir string) (string, error) {
+	if path := os.Getenv("HOSTFLAME_BINARY"); path != "" {
+		return filepath.Abs(path)
+	}
 	_, file, _, _ := runtime.Caller(0)
 	out := filepath.Join(dir, "hostflame")
 	cmd := exec.Command("go", "build", "-trimpath", "-o", out, "./cmd/hostflame")

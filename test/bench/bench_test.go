@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/hostflame/hostflame/internal/kerneltest"
 )
 
 // The whole bench in a few seconds, so that it never rots. No time is looked at.
@@ -17,6 +19,7 @@ func TestShort(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("loading BPF programs needs root")
 	}
+	kerneltest.MeasureLock(t) // not for itself: it makes load
 	var out bytes.Buffer
 	if err := run(&out, short, ""); err != nil {
 		t.Fatal(err)

@@ -248,7 +248,7 @@ func (s *stack) testRules(t *testing.T) {
 				}
 				switch r.Name {
 				case "HostflameDown", "HostflameCollectorFailing", "HostflameSamplesLost", "HostflameEventsLost",
-					"HostflameAccountingOff", "HostflameBlockIOErrors":
+					"HostflameAccountingOff", "HostflameBlockIOErrors", "HostflameOTLPDropped":
 					if r.State != "inactive" {
 						t.Errorf("alert %s is %s on a healthy host", r.Name, r.State)
 					}

@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/hostflame/hostflame/internal/kerneltest"
 )
 
 // checkShares holds what the functions took against the design, within points.
@@ -46,6 +48,7 @@ func numbers(t *testing.T, text string) map[string]int64 {
 
 // The programs' own clock says that shares are as designed, on a contended CPU too.
 func TestBurnShares(t *testing.T) {
+	kerneltest.MeasureLock(t) // it burns CPU
 	commands := map[string][]string{}
 	for _, name := range []string{Burn, BurnNoFP, BurnGo} {
 		commands[name] = []string{Build(t, name), "2"}
@@ -63,6 +66,7 @@ func TestBurnShares(t *testing.T) {
 }
 
 func TestBurnStopsOnTerm(t *testing.T) {
+	kerneltest.MeasureLock(t) // it burns CPU
 	for _, name := range []string{Burn, BurnGo} {
 		p := Start(t, Build(t, name), "1", "60")
 		time.Sleep(500 * time.Millisecond)
@@ -80,6 +84,7 @@ func TestBurnAsPerfSeesIt(t *testing.T) {
 	if err != nil || os.Geteuid() != 0 {
 		t.Skip("needs perf and root")
 	}
+	kerneltest.MeasureLock(t)
 	data := filepath.Join(t.TempDir(), "perf.data")
 	record := exec.Command(perf, "record", "-q", "-e", "cpu-clock", "-F", "1999", "-g", "-o", data,
 		Build(t, Burn), "1", "4")
@@ -121,6 +126,7 @@ func TestBurnAsPerfSeesIt(t *testing.T) {
 }
 
 func TestPingPongSwitches(t *testing.T) {
+	kerneltest.MeasureLock(t) // it burns CPU
 	const rounds = 10007
 	n := numbers(t, Start(t, Build(t, PingPong), "1", strconv.Itoa(rounds)).Wait())
 	if n["rounds"] != rounds {
@@ -152,6 +158,7 @@ func TestDirectReadReachesTheDevice(t *testing.T) {
 }
 
 func TestStormCounts(t *testing.T) {
+	kerneltest.MeasureLock(t) // it burns CPU
 	n := numbers(t, Start(t, Build(t, Storm), "4", "499").Wait())
 	if n["processes"] != 499 {
 		t.Errorf("%d processes, want 499", n["processes"])
@@ -163,6 +170,7 @@ func TestStormCounts(t *testing.T) {
 }
 
 func TestThreadsLiveThroughout(t *testing.T) {
+	kerneltest.MeasureLock(t) // it burns CPU
 	p := Start(t, Build(t, Threads), "5", "2", "1")
 	p.Ready()
 	tasks := func() int {
@@ -182,6 +190,7 @@ func TestThreadsLiveThroughout(t *testing.T) {
 }
 
 func TestBadELFRunsAndIsBad(t *testing.T) {
+	kerneltest.MeasureLock(t) // it burns CPU
 	path := Build(t, BadELF)
 	for _, kind := range []string{"garbage", "header", "loop", "short"} {
 		t.Run(kind, func(t *testing.T) {
@@ -204,6 +213,7 @@ func TestBadELFRunsAndIsBad(t *testing.T) {
 }
 
 func TestCorruptStillRuns(t *testing.T) {
+	kerneltest.MeasureLock(t) // it burns CPU
 	for _, name := range []string{Burn, BurnGo} {
 		path := Build(t, name)
 		bad, err := Corrupt(t.TempDir(), path)

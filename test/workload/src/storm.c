@@ -48,7 +48,12 @@ int main(int argc, char **argv)
 		return 2;
 	}
 	int parallel = atoi(argv[1]), count = atoi(argv[2]), running = 0;
+	char self[4096] = {0};
 
+	if (readlink("/proc/self/exe", self, sizeof(self) - 1) < 0) {
+		perror("/proc/self/exe");
+		return 1;
+	}
 	for (int i = 0; i < count; i++) {
 		if (running == parallel && wait(NULL) > 0)
 			running--;
@@ -61,7 +66,7 @@ int main(int argc, char **argv)
 			char n[16];
 
 			snprintf(n, sizeof(n), "%d", i);
-			execl("/proc/self/exe", "storm", "brief", n, NULL);
+			execl(self, "storm", "brief", n, NULL);
 			_exit(127);
 		}
 		running++;
