@@ -12,75 +12,83 @@ const volatile __u64 hf_period_ns = 0;
 /* The event is a timer (cpu-clock), so ticks can be late. */
 const volatile bool hf_timer = false;
 
-/* The timer ticks of one CPU. */
-struct hf_ticks {
-	__u64 last_ns;      /* the point of the timer's grid that the last tick was for */
-	__u64 steal_ns;     /* rq->prev_steal_time_rq at the last tick */
-	__u64 owed_ns;      /* stolen time that no tick has paid for yet */
+/* The timer of one CPU, as its last tick left it. */
+struct hf_timer_state {
+	__u64 last_ns;    /* the last point of its grid that was passed */
+	__u64 clock_ns;   /* rq->clock */
+	__u64 stolen_ns;  /* hf_stolen_ns */
+	__s64 balance_ns; /* time without ticks, less stolen time, that no sample stands for yet */
 };
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct hf_ticks);
-} hf_ticks SEC(".maps");
+	__type(value, struct hf_timer_state);
+} hf_timer_state SEC(".maps");
 
 HF_EXPORT_ENUMS;
 
-/* Time that the hypervisor took from this CPU. The scheduler does not charge it to the
- * task (update_rq_clock_task), so samples must not either. */
-static __always_inline __u64 hf_steal_ns(void)
+/* Time that the hypervisor took from this CPU and that the scheduler therefore does not
+ * charge to tasks (update_rq_clock_task). Not rq->prev_steal_time_rq: what of that could
+ * not be subtracted from the clock was charged after all. */
+static __always_inline __u64 hf_stolen_ns(struct rq *rq)
+{
+	__u64 ns = BPF_CORE_READ(rq, clock) - BPF_CORE_READ(rq, clock_task);
+
+	if (bpf_core_field_exists(rq->prev_irq_time))
+		ns -= BPF_CORE_READ(rq, prev_irq_time);
+	return ns;
+}
+
+/* How many periods of the timer this tick stands for, 0 when they were stolen.
+ *
+ * A tick that is late by whole periods is the only one for all of them, as
+ * hrtimer_forward_now skips the rest. The lateness is exact: the callback runs before the
+ * timer is forwarded, and perf's timers are on the clock that bpf_ktime_get_ns reads. If
+ * interrupts were off, the task that is current now ran meanwhile. If the hypervisor ran
+ * something else, nobody did, and that is known only once the run queue's clock is updated:
+ * so what was skipped is left to the next tick.
+ *
+ * Stolen time counts in whole periods. Of what was stolen since the last tick, the points
+ * of the grid in between that found the CPU idle take their part first. */
+static __always_inline __u32 hf_periods(void *ctx)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
 	struct rq *rq = BPF_CORE_READ(task, se.cfs_rq, rq);
-
-	if (!bpf_core_field_exists(rq->prev_steal_time_rq))
-		return 0;
-	return BPF_CORE_READ(rq, prev_steal_time_rq);
-}
-
-/* How many periods of the timer this tick stands for; 0 when all of them were stolen.
- *
- * A tick that is late by whole periods, because interrupts were off or the hypervisor ran
- * something else, is the only one for all of them: hrtimer_forward_now skips the rest. The
- * task that is current now ran through them all, as nothing could switch. The lateness is
- * exact: the callback runs before the timer is forwarded, and perf's timers are on the
- * clock that bpf_ktime_get_ns reads. */
-static __always_inline __u32 hf_periods(void *ctx)
-{
+	__u64 now = bpf_ktime_get_ns(), period = hf_period_ns, expires, clock, stolen, idle, since;
 	struct perf_event *event = NULL;
-	__u64 now = bpf_ktime_get_ns(), expires, periods = 1, gap, steal, stolen;
-	struct hf_ticks *ticks;
-	__u32 zero = 0;
+	struct hf_timer_state *t;
+	__u32 zero = 0, periods = 1;
 
 	bpf_probe_read_kernel(&event, sizeof(event),
 			      ctx + bpf_core_field_offset(struct bpf_perf_event_data_kern, event));
 	expires = BPF_CORE_READ(event, hw.hrtimer.node.expires);
-	ticks = bpf_map_lookup_elem(&hf_ticks, &zero);
-	if (!expires || expires > now || !ticks)
+	t = bpf_map_lookup_elem(&hf_timer_state, &zero);
+	if (!expires || expires > now || !t)
 		return 1;
-	periods += (now - expires) / hf_period_ns;
 
-	/* Stolen time is paid for in whole periods. What was stolen while the CPU was idle
-	 * in between is no task's: only this tick's share of the gap counts. */
-	steal = hf_steal_ns();
-	if (ticks->last_ns && steal > ticks->steal_ns && expires > ticks->last_ns) {
-		stolen = steal - ticks->steal_ns;
-		gap = (expires - ticks->last_ns + hf_period_ns / 2) / hf_period_ns + periods - 1;
-		if (gap > periods)
-			stolen = stolen * periods / gap;
-		ticks->owed_ns += stolen;
+	clock = BPF_CORE_READ(rq, clock);
+	stolen = hf_stolen_ns(rq);
+	if (t->last_ns && expires > t->last_ns && clock != t->clock_ns) {
+		since = stolen - t->stolen_ns;
+		idle = expires - t->last_ns;
+		idle = idle > period ? idle - period : 0;
+		if (since > idle)
+			t->balance_ns -= since - idle;
+		if (t->balance_ns >= (__s64)period) {
+			periods += (__u64)t->balance_ns / period;
+			t->balance_ns -= (periods - 1) * period;
+		} else if (t->balance_ns <= -(__s64)period) {
+			periods = 0;
+			t->balance_ns += period;
+		}
 	}
-	ticks->steal_ns = steal;
-	ticks->last_ns = expires + (periods - 1) * hf_period_ns;
-	if (ticks->owed_ns >= hf_period_ns) {
-		stolen = ticks->owed_ns / hf_period_ns;
-		if (stolen > periods)
-			stolen = periods;
-		ticks->owed_ns -= stolen * hf_period_ns;
-		periods -= stolen;
-	}
+	t->clock_ns = clock;
+	t->stolen_ns = stolen;
+	since = (now - expires) / period * period;
+	t->balance_ns += since;
+	t->last_ns = expires + since;
 	return periods;
 }
 

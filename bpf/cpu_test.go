@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -139,12 +140,13 @@ func TestCPUSample(t *testing.T) {
 	c := newCPU(t, 499)
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	before := bootNanos(t)
+	before, cpu := bootNanos(t), threadTime(t)
 	burnDeep(0, time.Second)
-	after := bootNanos(t)
 	if err := c.Detach(); err != nil {
 		t.Fatal(err)
 	}
+	cpu = threadTime(t) - cpu
+	after := bootNanos(t)
 
 	stat, err := os.ReadFile("/proc/self/stat")
 	if err != nil {
@@ -163,7 +165,8 @@ func TestCPUSample(t *testing.T) {
 	tid := uint32(unix.Gettid())
 	period := uint64(time.Second) / 499
 
-	var own, inBurn int
+	var own uint32
+	var inBurn, inUser int
 	last := map[uint32]uint64{}
 	if err := c.Drain(func(s *Sample) {
 		if s.Time < last[s.CPU] {
@@ -185,7 +188,7 @@ func TestCPUSample(t *testing.T) {
 		if s.TID != tid {
 			return
 		}
-		own++
+		own += s.Weight
 		if int(s.PID) != os.Getpid() || s.Comm.String() != strings.TrimSpace(string(comm)) {
 			t.Errorf("pid %d comm %q, want %d %q", s.PID, s.Comm, os.Getpid(), comm)
 		}
@@ -200,6 +203,7 @@ func TestCPUSample(t *testing.T) {
 			t.Errorf("time %d, want between %d and %d", s.Time, before, after)
 		}
 		if s.UserMode {
+			inUser++
 			if f := runtime.FuncForPC(uintptr(s.User[0])); f != nil && strings.HasSuffix(f.Name(), "bpf.burn") {
 				inBurn++
 				if caller := runtime.FuncForPC(uintptr(s.User[1]) - 1); !strings.HasSuffix(caller.Name(), "bpf.burnDeep") {
@@ -210,24 +214,21 @@ func TestCPUSample(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if own < 300 || own > 520 {
-		t.Errorf("%d samples of a thread that was busy for a second at 499 Hz", own)
+	// Ticks of a fixed grid over stretches of any length: a few more or less.
+	if want := cpu.Seconds() * 499; math.Abs(float64(own)-want) > 10+want/10 {
+		t.Errorf("%d samples of a thread that ran for %v at 499 Hz", own, cpu)
 	}
-	if inBurn < own*9/10 {
-		t.Errorf("%d of %d samples in burn", inBurn, own)
+	if inBurn < inUser*9/10 || inBurn < 10 {
+		t.Errorf("%d of %d samples of user mode in burn", inBurn, inUser)
 	}
 }
 
-// Samples that find no room are counted, and delivered and dropped together are what was
-// due. The stack is deeper than the limit, and says so.
+// Samples that find no room are counted. The stack is deeper than the limit, and says so.
 func TestCPURingFull(t *testing.T) {
 	c := newCPU(t, 99)
-	done := make(chan struct{})
-	go func() {
-		burnDeep(2*MaxFrames, 4*time.Second)
-		close(done)
-	}()
-	<-done
+	for end := time.Now().Add(20 * time.Second); stats(t, c).Dropped[DropRingFull] < 50 && time.Now().Before(end); {
+		burnDeep(2*MaxFrames, time.Second)
+	}
 	c.Detach()
 	s := stats(t, c)
 	var drained uint64
@@ -251,9 +252,6 @@ func TestCPURingFull(t *testing.T) {
 	}
 	if truncated < 50 {
 		t.Errorf("%d truncated stacks", truncated)
-	}
-	if due := s.Delivered + dropped(s); due < 380 || due > 820 {
-		t.Errorf("due %d, want what 4 s on one to two CPUs call for", due)
 	}
 }
 
@@ -310,8 +308,7 @@ func TestCPUAccounting(t *testing.T) {
 
 	var drained uint64
 	count := func(s *Sample) { drained += uint64(s.Weight) }
-	before := accounted(t)
-	s0 := stats(t, c)
+	s0, before := books(t, c)
 	for end := time.Now().Add(time.Minute); time.Now().Before(end); {
 		if err := c.Wait(ctx, min(250*time.Millisecond, time.Until(end))); err != nil {
 			t.Fatal(err)
@@ -320,8 +317,8 @@ func TestCPUAccounting(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	want := accounted(t) - before
-	s1 := stats(t, c)
+	s1, after := books(t, c)
+	want := after - before
 	c.Detach()
 	if err := c.Drain(count); err != nil {
 		t.Fatal(err)
@@ -332,14 +329,26 @@ func TestCPUAccounting(t *testing.T) {
 	due := s1.Delivered - s0.Delivered + dropped(s1) - dropped(s0)
 	got := time.Duration(due) * period
 	ratio := got.Seconds() / want.Seconds()
-	t.Logf("%d due, %d ticks, %d dropped: %v of CPU; the kernel accounts %v: ratio %.4f",
-		due, s1.Programs[0].Runs-s0.Programs[0].Runs, dropped(s1), got, want, ratio)
+	t.Logf("%d due, %d ticks, %d dropped: %v of CPU; the kernel accounts %v of a minute on %d CPUs: ratio %.4f",
+		due, s1.Programs[0].Runs-s0.Programs[0].Runs, dropped(s1), got, want, runtime.NumCPU(), ratio)
 	if ratio < 0.99 || ratio > 1.01 {
 		t.Errorf("ratio %.4f, want 1 within 1 %%", ratio)
 	}
-	if want < 55*time.Second*time.Duration(runtime.NumCPU()) {
-		t.Errorf("the CPUs were not busy: %v", want)
+}
+
+// books reads our counters and the kernel's at the same time.
+func books(t *testing.T, c *CPU) (Stats, time.Duration) {
+	t.Helper()
+	for range 1000 {
+		before := accounted(t)
+		s := stats(t, c)
+		// Another process or the hypervisor can come in between.
+		if after := accounted(t); after-before < 20*time.Millisecond {
+			return s, after
+		}
 	}
+	t.Fatal("this thread is never left alone for long enough to read two counters")
+	return Stats{}, 0
 }
 
 // accounted is the CPU time of all tasks since boot: the root of the cpuacct hierarchy
@@ -406,43 +415,43 @@ func TestCPUHotplug(t *testing.T) {
 		slices.Sort(list)
 		return list
 	}
-	// seen counts the samples of CPU 1 in d.
-	seen := func(d time.Duration) (n int) {
+	// sampled waits for samples of CPU 1: some, in a time that a busy host may need.
+	sampled := func(when string) {
+		t.Helper()
 		c.Drain(func(*Sample) {})
-		time.Sleep(d)
-		c.Drain(func(s *Sample) {
-			if s.CPU == 1 {
-				n++
-			}
-		})
-		return n
+		n := 0
+		for end := time.Now().Add(20 * time.Second); n < 20 && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+			c.Drain(func(s *Sample) {
+				if s.CPU == 1 {
+					n++
+				}
+			})
+		}
+		if n < 20 {
+			t.Errorf("%s: %d samples of CPU 1", when, n)
+		}
 	}
-	if n := seen(time.Second); n < 50 {
-		t.Fatalf("%d samples of CPU 1 before", n)
-	}
+	sampled("before")
 	t.Cleanup(func() { set("1") })
 	set("0")
-	time.Sleep(100 * time.Millisecond)
-	if got := cpus(); slices.Contains(got, 1) {
-		t.Errorf("CPU 1 is offline, attached to %v", got)
-	}
-	if n := seen(500 * time.Millisecond); n > 0 {
-		t.Errorf("%d samples of an offline CPU", n)
-	}
-	// Off, on: then faster than any polling would see.
-	for range 2 {
-		set("1")
-		time.Sleep(100 * time.Millisecond)
-		if n := seen(time.Second); n < 50 {
-			t.Errorf("%d samples of CPU 1 in a second after it came back", n)
+	for end := time.Now().Add(10 * time.Second); slices.Contains(cpus(), 1); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("CPU 1 is offline, attached to %v", cpus())
 		}
-		set("0")
 	}
+	c.Drain(func(*Sample) {})
+	time.Sleep(500 * time.Millisecond)
+	c.Drain(func(s *Sample) {
+		if s.CPU == 1 {
+			t.Error("a sample of an offline CPU")
+		}
+	})
 	set("1")
-	time.Sleep(100 * time.Millisecond)
-	if n := seen(time.Second); n < 50 {
-		t.Errorf("%d samples of CPU 1 in a second after it was off for a moment", n)
-	}
+	sampled("back")
+	// Faster than any polling would see.
+	set("0")
+	set("1")
+	sampled("back after a moment")
 	cancel()
 	select {
 	case <-followed:
@@ -513,10 +522,14 @@ func TestSampleDecodeFrames(t *testing.T) {
 	for i := range 3 {
 		record[sampleHeaderSize+8*i] = byte(i + 1)
 	}
+	copy(record[64:], "name\x00longer")
 	var s Sample
 	for range 2 {
 		if err := s.decode(record); err != nil {
 			t.Fatal(err)
+		}
+		if s.Comm != MakeComm("name") {
+			t.Errorf("comm %q", s.Comm[:])
 		}
 		if !slices.Equal(s.Kernel, []uint64{1, 2}) || !slices.Equal(s.User, []uint64{3}) {
 			t.Errorf("kernel %v, user %v", s.Kernel, s.User)
@@ -530,13 +543,17 @@ func TestSampleDecodeFrames(t *testing.T) {
 	}
 }
 
-func bootNanos(t *testing.T) uint64 {
+func bootNanos(t *testing.T) uint64 { return uint64(clock(t, unix.CLOCK_BOOTTIME)) }
+
+func threadTime(t *testing.T) time.Duration { return clock(t, unix.CLOCK_THREAD_CPUTIME_ID) }
+
+func clock(t *testing.T, id int32) time.Duration {
 	t.Helper()
 	var ts unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+	if err := unix.ClockGettime(id, &ts); err != nil {
 		t.Fatal(err)
 	}
-	return uint64(ts.Nano())
+	return time.Duration(ts.Nano())
 }
 
 // cgroupID is the inode number of this process's cgroup directory, which is its kernfs id.

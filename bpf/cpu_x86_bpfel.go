@@ -81,7 +81,7 @@ const (
 	cpuMapHfCount         = "hf_count"
 	cpuMapHfRings         = "hf_rings"
 	cpuMapHfScratch       = "hf_scratch"
-	cpuMapHfTicks         = "hf_ticks"
+	cpuMapHfTimerState    = "hf_timer_state"
 	cpuProgHfCpu          = "hf_cpu"
 	cpuVarHfCgroupV1      = "hf_cgroup_v1"
 	cpuVarHfExportDrop    = "hf_export_drop"
@@ -142,10 +142,10 @@ type cpuProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type cpuMapSpecs struct {
-	HfCount   *ebpf.MapSpec `ebpf:"hf_count"`
-	HfRings   *ebpf.MapSpec `ebpf:"hf_rings"`
-	HfScratch *ebpf.MapSpec `ebpf:"hf_scratch"`
-	HfTicks   *ebpf.MapSpec `ebpf:"hf_ticks"`
+	HfCount      *ebpf.MapSpec `ebpf:"hf_count"`
+	HfRings      *ebpf.MapSpec `ebpf:"hf_rings"`
+	HfScratch    *ebpf.MapSpec `ebpf:"hf_scratch"`
+	HfTimerState *ebpf.MapSpec `ebpf:"hf_timer_state"`
 }
 
 // cpuVariableSpecs contains global variables before they are loaded into the kernel.
@@ -182,10 +182,10 @@ func (o *cpuObjects) Close() error {
 //
 // It can be passed to loadCpuObjects or ebpf.CollectionSpec.LoadAndAssign.
 type cpuMaps struct {
-	HfCount   *ebpf.Map `ebpf:"hf_count"`
-	HfRings   *ebpf.Map `ebpf:"hf_rings"`
-	HfScratch *ebpf.Map `ebpf:"hf_scratch"`
-	HfTicks   *ebpf.Map `ebpf:"hf_ticks"`
+	HfCount      *ebpf.Map `ebpf:"hf_count"`
+	HfRings      *ebpf.Map `ebpf:"hf_rings"`
+	HfScratch    *ebpf.Map `ebpf:"hf_scratch"`
+	HfTimerState *ebpf.Map `ebpf:"hf_timer_state"`
 }
 
 func (m *cpuMaps) Close() error {
@@ -193,7 +193,7 @@ func (m *cpuMaps) Close() error {
 		m.HfCount,
 		m.HfRings,
 		m.HfScratch,
-		m.HfTicks,
+		m.HfTimerState,
 	)
 }
 

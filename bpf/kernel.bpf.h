@@ -45,7 +45,8 @@ struct mm_struct;
 
 struct rq {
 	__u64 clock;
-	__u64 prev_steal_time_rq; /* CONFIG_PARAVIRT_TIME_ACCOUNTING; ns taken by the hypervisor */
+	__u64 clock_task;    /* clock without the time that is no task's */
+	__u64 prev_irq_time; /* CONFIG_IRQ_TIME_ACCOUNTING; what of that was interrupts */
 };
 
 struct cfs_rq {

@@ -66,6 +66,17 @@ func MakeComm(name string) (c Comm) {
 	return c
 }
 
+// makeComm clears what follows the name: the kernel side can leave an older one's rest.
+func makeComm(raw *[len(Comm{})]int8) (c Comm) {
+	for i, b := range raw {
+		if b == 0 {
+			break
+		}
+		c[i] = byte(b)
+	}
+	return c
+}
+
 func (c Comm) String() string {
 	b := c[:]
 	if i := bytes.IndexByte(b, 0); i >= 0 {
@@ -129,8 +140,8 @@ func (s *Sample) decode(record []byte) error {
 		PID:           h.Pid,
 		TID:           h.Tid,
 		Weight:        h.Weight,
-		Comm:          *(*Comm)(unsafe.Pointer(&h.Comm)),
-		Thread:        *(*Comm)(unsafe.Pointer(&h.Thread)),
+		Comm:          makeComm(&h.Comm),
+		Thread:        makeComm(&h.Thread),
 		Cgroup:        h.CgroupId,
 		Time:          h.TimeNs,
 		Value:         h.Value,

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/link"
+
+	"github.com/hostflame/hostflame/internal/histogram"
+)
+
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_operation -type hf_block_io -type hf_block_device block block.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
+
+// BlockConfig configures the block I/O hooks.
+type BlockConfig struct{}
+
+// Block measures the requests of all request-based block devices (those with a
+// directory mq in /sys/block), by whole device and operation. Each request counts once,
+// when its last byte completes:
+//
+//   - total is from the start (a bio became a request) to the last byte;
+//   - device time is from the last issue to the driver to the last byte;
+//   - queue time is the rest: plug, scheduler, waiting for a place in the device, for a
+//     flush that has to come first or after, and issues that the driver sent back.
+//
+// The operations are those of the kernel's own books, so that counts and sizes are equal
+// to the fields of /proc/diskstats:
+//
+//   - read; write, with zone append and write zeroes; discard.
+//   - flush is the command that makes the device write out its cache, as in fields 16
+//     and 17: one serves all requests that wait for it at that moment. What fsync sends,
+//     an empty request that only waits for such a command, is a write without a size and
+//     without device time: the kernel books it as a write too. A write that wants a
+//     flush before or after it (PREFLUSH, FUA) waits for it in its queue time.
+//   - other is passthrough (SG_IO and the like), which is not in diskstats, and secure
+//     erase and zone management, which diskstats has among the writes.
+//
+// Sizes are those of requests that carry data. A request with an error counts as any
+// other, and once as error, be it all of its bytes that failed or some.
+//
+// A request that was in flight when the hooks were attached has the kernel's start; if
+// its issue was not seen either, only its total and size count.
+//
+// All methods may be called from several goroutines.
+type Block struct {
+	object
+	ownStart bool
+
+	mu       sync.Mutex // for what follows
+	links    []link.Link
+	accounts accounts
+}
+
+// NewBlock loads the programs, attaches them, and measures from then on. It needs
+// CAP_PERFMON and CAP_BPF, and Linux 6.1 with BTF.
+func NewBlock(BlockConfig) (*Block, error) {
+	kernel, err := btf.LoadKernelSpec()
+	if err != nil {
+		return nil, fmt.Errorf("load kernel BTF: %w", err)
+	}
+	var start *btf.Typedef
+	err = kernel.TypeByName("btf_trace_block_io_start", &start)
+	if err != nil && !errors.Is(err, btf.ErrNotFound) {
+		return nil, fmt.Errorf("look for block_io_start: %w", err)
+	}
+	return newBlock(err == nil)
+}
+
+func newBlock(ownStart bool) (_ *Block, err error) {
+	spec, err := loadBlock()
+	if err != nil {
+		return nil, fmt.Errorf("parse block object: %w", err)
+	}
+	sizes, err := blockSizesOfHost(sysBlock)
+	if err != nil {
+		return nil, err
+	}
+	index := histogram.NewIndex(histogram.Time())
+	if err := setVariables(spec, map[string]any{
+		blockVarHfTimeFirst:   index.First,
+		blockVarHfTimeCuts:    index.Cuts,
+		blockVarHfStates:      uint64(sizes.states),
+		blockVarHfKernelStart: !ownStart,
+	}); err != nil {
+		return nil, err
+	}
+	spec.Maps[blockMapHfBlockState].MaxEntries = uint32(sizes.states)
+	spec.Maps[blockMapHfBlockQueue].MaxEntries = uint32(sizes.queues)
+	spec.Maps[blockMapHfBlockDev].MaxEntries = uint32(sizes.devices)
+	spec.Maps[blockMapHfBlockCells].MaxEntries = uint32(sizes.devices * len(operationNames))
+	if !ownStart {
+		delete(spec.Programs, blockProgHfBlockStart)
+	}
+	coll, err := ebpf.NewCollection(spec)
+	if err != nil {
+		return nil, fmt.Errorf("load block object: %w", err)
+	}
+	b := &Block{
+		object: object{
+			coll: coll,
+			// In the order of hf_ran's argument.
+			programs: []string{blockProgHfBlockStart, blockProgHfBlockIssue, blockProgHfBlockDone},
+			reasons:  []DropReason{DropNegative, DropNoSlot, DropNoStart},
+		},
+		ownStart: ownStart,
+	}
+	defer func() {
+		if err != nil {
+			b.Close()
+		}
+	}()
+	for _, name := range b.programs {
+		if coll.Programs[name] == nil {
+			continue
+		}
+		l, err := link.AttachTracing(link.TracingOptions{Program: coll.Programs[name]})
+		if err != nil {
+			return nil, fmt.Errorf("attach %s: %w", name, err)
+		}
+		b.links = append(b.links, l)
+	}
+	// The books begin here.
+	if _, _, err := b.Accounting(); err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+// OwnStart tells whether the start of a request is stamped by the hooks, at
+// block_io_start, which Linux 6.5 and newer have. Else it is the kernel's stamp, which
+// is of the allocation of the request, perhaps as one of a batch; and where the device's
+// queue/iostats is off there is none: then the total is the device time.
+func (b *Block) OwnStart() bool { return b.ownStart }
+
+// Stats returns the counters of the object.
+func (b *Block) Stats() (Stats, error) { return b.stats() }
+
+// Close detaches and frees everything. It is idempotent.
+func (b *Block) Close() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var errs []error
+	for _, l := range b.links {
+		errs = append(errs, l.Close())
+	}
+	b.links = nil
+	b.coll.Close()
+	return errors.Join(errs...)
+}

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf
+
+import (
+	"bytes"
+	"cmp"
+	"fmt"
+	"slices"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/hostflame/hostflame/internal/histogram"
+)
+
+// operationNames are the values of the label `operation`, by enum hf_operation.
+var operationNames = [blockHfOperationHF_OPERATIONS]string{
+	blockHfOperationHF_OPERATION_READ:    "read",
+	blockHfOperationHF_OPERATION_WRITE:   "write",
+	blockHfOperationHF_OPERATION_FLUSH:   "flush",
+	blockHfOperationHF_OPERATION_DISCARD: "discard",
+	blockHfOperationHF_OPERATION_OTHER:   "other",
+}
+
+// BlockCells are the requests of one device and operation, cumulative since NewBlock.
+type BlockCells struct {
+	Device       string // name of the whole device, as in /proc/diskstats
+	Major, Minor uint32 // of the device that had the name last
+	Operation    string // read, write, flush, discard or other
+
+	Total      histogram.Snapshot // ns, partition histogram.Time
+	Queue      histogram.Snapshot // ns, partition histogram.Time
+	DeviceTime histogram.Snapshot // ns, partition histogram.Time
+	Size       histogram.Snapshot // bytes, partition histogram.Size
+	Errors     uint64             // requests that failed, in whole or in part
+
+	unbooked uint64 // requests that /proc/diskstats does not count
+}
+
+// Read returns the cells of all operations of each device, zeros included, by device
+// name: of the devices that are there, and of those that had requests and left. A device
+// that comes back under its name continues its series.
+func (b *Block) Read() ([]BlockCells, error) {
+	present, err := requestDevices(sysBlock)
+	if err != nil {
+		return nil, err
+	}
+	var cells []BlockCells
+	var perCPU []blockHfBlockIo
+	names := b.coll.Maps[blockMapHfBlockDev]
+	for slot := range names.MaxEntries() {
+		var d blockHfBlockDevice
+		if err := names.Lookup(slot, &d); err != nil {
+			return nil, fmt.Errorf("read block devices: %w", err)
+		}
+		if d.Ready == 0 {
+			continue
+		}
+		name := cString(d.Name[:])
+		delete(present, name)
+		for op := range operationNames {
+			c := BlockCells{Device: name, Major: d.Major, Minor: d.Minor, Operation: operationNames[op]}
+			if err := c.read(b.coll.Maps[blockMapHfBlockCells], slot*uint32(len(operationNames))+uint32(op), &perCPU); err != nil {
+				return nil, err
+			}
+			cells = append(cells, c)
+		}
+	}
+	for name, n := range present {
+		for _, op := range operationNames {
+			c := BlockCells{Device: name, Major: n.major, Minor: n.minor, Operation: op}
+			c.add(nil)
+			cells = append(cells, c)
+		}
+	}
+	slices.SortStableFunc(cells, func(a, b BlockCells) int { return cmp.Compare(a.Device, b.Device) })
+	return cells, nil
+}
+
+func (c *BlockCells) read(m *ebpf.Map, i uint32, perCPU *[]blockHfBlockIo) error {
+	if err := m.Lookup(i, perCPU); err != nil {
+		return fmt.Errorf("read cells of %s: %w", c.Device, err)
+	}
+	c.add(*perCPU)
+	return nil
+}
+
+// add sums the CPUs' cells into c, which has none yet.
+func (c *BlockCells) add(perCPU []blockHfBlockIo) {
+	times, sizes := histogram.Time().Cells(), histogram.Size().Cells()
+	c.Total.Cells = make([]uint64, times)
+	c.Queue.Cells = make([]uint64, times)
+	c.DeviceTime.Cells = make([]uint64, times)
+	c.Size.Cells = make([]uint64, sizes)
+	for i := range perCPU {
+		p := &perCPU[i]
+		c.Total.Add(histogram.Snapshot{Cells: p.Total[:times], Sum: p.TotalNs})
+		c.Queue.Add(histogram.Snapshot{Cells: p.Queue[:times], Sum: p.QueueNs})
+		c.DeviceTime.Add(histogram.Snapshot{Cells: p.Device[:times], Sum: p.DeviceNs})
+		c.Size.Add(histogram.Snapshot{Cells: p.Size[:sizes], Sum: p.Bytes})
+		c.Errors += p.Errors
+		c.unbooked += p.Unbooked
+	}
+}
+
+func cString(b []int8) string {
+	s := make([]byte, len(b))
+	for i, c := range b {
+		s[i] = byte(c)
+	}
+	s, _, _ = bytes.Cut(s, []byte{0})
+	return string(s)
+}

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/hostflame/hostflame/internal/histogram"
+	"github.com/hostflame/hostflame/internal/kerneltest"
+)
+
+// A minute of threads that wait for CPUs in many ways, judged by the kernel's own
+// schedstat, by time stamps of every wakeup and switch, and by runqlat of libbpf-tools.
+func TestSchedLoadedMinute(t *testing.T) {
+	kerneltest.Require(t)
+	kerneltest.MeasureLock(t)
+	hurry(t)
+	l := startWorkload(t, compileC(t, "waiters.c"))
+	s, j := newSched(t), newJudge(t)
+	lat := startRunqlat(t, 60)
+	before, countedBefore, bookedBefore := observe(t, s, j), counted(t, s, l), booked(t, l)
+	slots := lat.wait(t)
+	d := observe(t, s, j).since(before)
+	counted, booked := counted(t, s, l)-countedBefore, booked(t, l)-bookedBefore
+
+	t.Logf("%d waits recorded, %v; %v dropped; process 1 switched in %d times",
+		d.Latency.Count(), time.Duration(d.Latency.Sum), d.dropped, d.hidden)
+	within := func(what string, got, want uint64, percent float64) {
+		t.Helper()
+		off := 100 * (float64(got)/float64(want) - 1)
+		t.Logf("%s: %d, judge %d: %+.3f %%", what, got, want, off)
+		if math.Abs(off) > percent || math.IsNaN(off) {
+			t.Errorf("%s: %d, judge %d: %+.2f %%, want within %g %%", what, got, want, off, percent)
+		}
+	}
+	within("run_delay of the load's threads, schedstat", counted, booked, 1)
+	within("run_delay of all threads, sched_info", d.RunDelayNanos, d.delay, 1)
+	within("waits, time stamps", d.Latency.Count(), d.wait.Count(), 2)
+	within("sum of waits, time stamps", d.Latency.Sum, d.wait.Sum, 2)
+	compareStamps(t, d.Latency, d.wait)
+	compareRunqlat(t, d.Latency, slots)
+}
+
+// compareStamps holds the cumulative counts of the judge, from below and from above, at
+// each cut below 1 ms against ours at the cuts next to it: from the queueing to its stamp
+// the judge misses some hundred ns.
+func compareStamps(t *testing.T, ours, stamps histogram.Snapshot) {
+	t.Helper()
+	cuts := histogram.Time().Cuts
+	for i := 1; cuts[i] < 1_000_000; i++ {
+		n := above(t, stamps, cuts[i])
+		c := bounds{
+			above(t, ours, cuts[i+1]), above(t, ours, cuts[i-1]),
+		}
+		c.check(t, fmt.Sprintf("above %v: stamps", time.Duration(cuts[i])), n)
+		c = bounds{ours.Count() - c.most, ours.Count() - c.least}
+		c.check(t, fmt.Sprintf("below %v: stamps", time.Duration(cuts[i])), stamps.Count()-n)
+	}
+}
+
+// bounds are our counts at two cuts that enclose an edge.
+type bounds struct{ least, most uint64 }
+
+// check holds the count of another at that edge against them, where it is large enough
+// to tell, give or take 5 %.
+func (b bounds) check(t *testing.T, what string, n uint64) bool {
+	t.Helper()
+	const enough, tolerance = 1000, 0.05
+	if n < enough {
+		return false
+	}
+	t.Logf("%s %d, ours %d to %d", what, n, b.least, b.most)
+	if float64(n) < (1-tolerance)*float64(b.least) || float64(n) > (1+tolerance)*float64(b.most) {
+		t.Errorf("%s %d, ours %d to %d", what, n, b.least, b.most)
+	}
+	return true
+}
+
+// hurry gives this process the CPU when it wants it, so that what is compared is read at
+// about one moment.
+func hurry(t *testing.T) {
+	t.Helper()
+	for _, tid := range threads(t, os.Getpid()) {
+		if err := unix.Setpriority(unix.PRIO_PROCESS, tid, -20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() {
+		for _, tid := range threads(t, os.Getpid()) {
+			unix.Setpriority(unix.PRIO_PROCESS, tid, 0)
+		}
+	})
+}
+
+// booked sums the run_delay of schedstat over the threads of the load.
+func booked(t *testing.T, l *workload) (sum uint64) {
+	t.Helper()
+	for _, tid := range threads(t, l.cmd.Process.Pid) {
+		sum += readSchedstat(t, l.cmd.Process.Pid, tid).runDelay
+	}
+	return sum
+}
+
+// counted sums what the hook has counted for the threads of the load.
+func counted(t *testing.T, s *Sched, l *workload) (sum uint64) {
+	t.Helper()
+	for _, tid := range threads(t, l.cmd.Process.Pid) {
+		fd, err := unix.PidfdOpen(tid, unix.PIDFD_THREAD)
+		if err != nil {
+			t.Fatalf("open pidfd of thread %d: %v", tid, err)
+		}
+		var task schedHfTask
+		err = s.coll.Maps[schedMapHfTasks].Lookup(int32(fd), &task)
+		unix.Close(fd)
+		if err != nil {
+			t.Fatalf("look up thread %d: %v", tid, err)
+		}
+		sum += task.RunDelayNs - task.KnownNs
+	}
+	return sum
+}
+
+type runqlat struct {
+	cmd *exec.Cmd
+	out *bufio.Reader
+}
+
+// startRunqlat starts runqlat for a number of seconds, and returns once it traces.
+func startRunqlat(t *testing.T, seconds int) *runqlat {
+	t.Helper()
+	// Through a pipe it would keep its first line until the end.
+	r := &runqlat{cmd: exec.Command("stdbuf", "-oL", "/usr/sbin/runqlat", strconv.Itoa(seconds), "1")}
+	r.cmd.Stderr = os.Stderr
+	out, err := r.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.cmd.Start(); err != nil {
+		t.Fatalf("start runqlat (package libbpf-tools): %v", err)
+	}
+	t.Cleanup(func() {
+		r.cmd.Process.Kill()
+		r.cmd.Wait()
+	})
+	r.out = bufio.NewReader(out)
+	if line, err := r.out.ReadString('\n'); err != nil || !strings.HasPrefix(line, "Tracing") {
+		t.Fatalf("start runqlat (package libbpf-tools): %q, %v", line, err)
+	}
+	return r
+}
+
+// wait returns, as soon as the time is over, the histogram: slot k holds the waits of
+// 2^k us to less than 2^(k+1) us, slot 0 also those of less than 1 us.
+func (r *runqlat) wait(t *testing.T) (slots []uint64) {
+	t.Helper()
+	b, err := io.ReadAll(r.out)
+	if err != nil {
+		t.Fatalf("read runqlat: %v", err)
+	}
+	for _, line := range strings.Split(string(b), "\n") {
+		var lo, hi, n uint64
+		if _, err := fmt.Sscanf(line, "%d -> %d : %d", &lo, &hi, &n); err != nil {
+			continue
+		}
+		if k := len(slots); hi != 2<<k-1 {
+			t.Fatalf("read runqlat: %q is not slot %d", line, k)
+		}
+		slots = append(slots, n)
+	}
+	if len(slots) == 0 {
+		t.Fatal("read runqlat: no histogram")
+	}
+	return slots
+}
+
+// compareRunqlat holds runqlat's cumulative counts, from below and from above, against
+// ours at the two cuts that enclose its edge, at each edge of 1 ms and more. What is below
+// is left to the time stamps: there runqlat measures its own cost too.
+func compareRunqlat(t *testing.T, ours histogram.Snapshot, slots []uint64) {
+	t.Helper()
+	cuts := histogram.Time().Cuts
+	var total, below uint64
+	for _, n := range slots {
+		total += n
+	}
+	edges := 0
+	for k, n := range slots {
+		below += n
+		edge := uint64(2<<k) * 1000 // ns; the slot holds what is less
+		cell := histogram.Time().Cell(edge - 1)
+		if edge < 1_000_000 || cell == len(cuts) {
+			continue
+		}
+		c := bounds{above(t, ours, cuts[cell]), above(t, ours, cuts[cell-1])}
+		if c.check(t, fmt.Sprintf("above %v: runqlat", time.Duration(edge)), total-below) {
+			edges++
+		}
+		c = bounds{ours.Count() - c.most, ours.Count() - c.least}
+		c.check(t, fmt.Sprintf("below %v: runqlat", time.Duration(edge)), below)
+	}
+	if edges < 3 {
+		t.Errorf("%d edges with waits enough above them: too little load to compare", edges)
+	}
+}

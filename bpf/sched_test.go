@@ -1,0 +1,320 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf
+
+import (
+	"errors"
+	"os"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf/btf"
+
+	"github.com/hostflame/hostflame/internal/histogram"
+	"github.com/hostflame/hostflame/internal/kerneltest"
+)
+
+func newSched(t *testing.T) *Sched {
+	t.Helper()
+	s, err := NewSched(SchedConfig{CgroupV1: CPUControllerV1()})
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+// lastCPU is an online CPU that is not the first, where there is one: that is where the
+// known threads run.
+func lastCPU(t *testing.T) string {
+	t.Helper()
+	cpus, err := OnlineCPUs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strconv.Itoa(cpus[len(cpus)-1])
+}
+
+// Every switch-in that the kernel books is counted or a drop, and nothing else is: no
+// idle task, no thread twice.
+func TestSchedCountsEverySwitchIn(t *testing.T) {
+	kerneltest.Require(t)
+	kerneltest.MeasureLock(t)
+	known := compileC(t, "known.c")
+	s, j := newSched(t), newJudge(t)
+	for _, tt := range []struct {
+		mode      string
+		n         int
+		switchIns uint64
+	}{
+		{"pingpong", 10_007, 2 * 10_007},
+		{"sleep", 1_009, 1_009},
+		{"fork", 211, 2 * 211},
+	} {
+		t.Run(tt.mode, func(t *testing.T) {
+			l := startWorkload(t, known, lastCPU(t), tt.mode, strconv.Itoa(tt.n))
+			before := observe(t, s, j)
+			l.run(t)
+			d := observe(t, s, j).since(before)
+			t.Logf("%d recorded, %v dropped, kernel booked %d and hid up to %d", d.Latency.Count(), d.dropped, d.arrivals, d.hidden)
+			if n := d.Latency.Count(); n < tt.switchIns {
+				t.Errorf("%d switch-ins recorded, want at least %d", n, tt.switchIns)
+			}
+			var lost uint64
+			for _, n := range d.dropped {
+				lost += n
+			}
+			// The two are not read at one moment.
+			const slack = 50
+			if got := d.Latency.Count() + lost; got+slack < d.arrivals || got > d.arrivals+d.hidden+slack {
+				t.Errorf("%d switch-ins recorded or dropped, kernel booked %d", got, d.arrivals)
+			}
+			// One drop for each switch-in of a hidden thread, one for that which follows.
+			if lost > 2*d.hidden+slack {
+				t.Errorf("%d dropped, but only %d switch-ins were hidden", lost, d.hidden)
+			}
+		})
+	}
+}
+
+// A thread behind one of higher priority waits exactly as long as that runs, whether it
+// was woken or preempted.
+func TestSchedKnownWaits(t *testing.T) {
+	kerneltest.Require(t)
+	kerneltest.MeasureLock(t)
+	known := compileC(t, "known.c")
+	s, j := newSched(t), newJudge(t)
+	before := observe(t, s, j)
+	l := startWorkload(t, known, lastCPU(t), "wait", "23", "51")
+	l.expect(t, "done")
+	d := observe(t, s, j).since(before)
+	ours := above(t, d.Latency, 50_000_000) - above(t, d.Latency, 100_000_000)
+	stamps := above(t, d.wait, 50_000_000) - above(t, d.wait, 100_000_000)
+	t.Logf("%d waits of 50 to 100 ms, by time stamps %d", ours, stamps)
+	if ours < 23 {
+		t.Errorf("%d waits of 50 to 100 ms, want the 23 of 51 ms", ours)
+	}
+	if ours > stamps+1 || ours+1 < stamps {
+		t.Errorf("%d waits of 50 to 100 ms, by time stamps %d", ours, stamps)
+	}
+}
+
+// A thread that waits already when the hooks come counts with its whole wait.
+func TestSchedWaitingAtStart(t *testing.T) {
+	kerneltest.Require(t)
+	kerneltest.MeasureLock(t)
+	l := startWorkload(t, compileC(t, "known.c"), lastCPU(t), "wait", "1", "3001")
+	time.Sleep(300 * time.Millisecond)
+	s := newSched(t)
+	l.expect(t, "done")
+	c, err := s.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := above(t, c.Latency, 2_000_000_000); n != 1 {
+		t.Errorf("%d waits longer than 2 s, want the one of 3.001 s", n)
+	}
+	if c.RunDelayNanos < 3_001_000_000 {
+		t.Errorf("run_delay grew by %d ns, want at least the wait of 3.001 s", c.RunDelayNanos)
+	}
+}
+
+// A sleeper that is moved while its dequeue is delayed gets its sleep into run_delay, but
+// not into the histogram.
+func TestSchedDelayedDequeue(t *testing.T) {
+	kerneltest.Require(t)
+	kerneltest.MeasureLock(t)
+	kernel, err := btf.LoadKernelSpec()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !hasMember(kernel, "sched_entity", "sched_delayed") {
+		t.Skip("this kernel does not delay dequeues (before 6.12)")
+	}
+	if cpu := lastCPU(t); cpu == "0" {
+		t.Skip("needs two CPUs to move a thread")
+	}
+	known := compileC(t, "known.c")
+	s, j := newSched(t), newJudge(t)
+	l := startWorkload(t, known, lastCPU(t), "delayed", "13")
+	before := observe(t, s, j)
+	l.run(t)
+	d := observe(t, s, j).since(before)
+	ours, stamps := above(t, d.Latency, 100_000_000), above(t, d.wait, 100_000_000)
+	t.Logf("%v dropped, run_delay grew by %v, %d waits longer than 0.1 s, by time stamps %d",
+		d.dropped, time.Duration(d.RunDelayNanos), ours, stamps)
+	if d.dropped[DropDelayed] == 0 {
+		t.Errorf("no wait of a delayed sleeper was dropped")
+	}
+	if ours > stamps {
+		t.Errorf("%d waits longer than 0.1 s, by time stamps %d", ours, stamps)
+	}
+}
+
+func TestSchedAccounting(t *testing.T) {
+	kerneltest.Require(t)
+	kerneltest.MeasureLock(t)
+	l := startWorkload(t, compileC(t, "waiters.c"))
+	s := newSched(t)
+	time.Sleep(2 * time.Second)
+	start := time.Now()
+	counted, kernel, err := s.Accounting()
+	took := time.Since(start)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ratio := float64(counted) / float64(kernel)
+	t.Logf("counted %v, kernel %v: %.4f; took %v", time.Duration(counted), time.Duration(kernel), ratio, took)
+	if kernel < uint64(time.Second) {
+		t.Errorf("kernel booked %v for the threads of %d, want more", time.Duration(kernel), l.cmd.Process.Pid)
+	}
+	if ratio < 0.99 || ratio > 1.01 {
+		t.Errorf("ratio %.4f, want 1 within 1 %%", ratio)
+	}
+	// The hook off, the kernel's books go on, and the ratio must tell.
+	for _, l := range s.links {
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	time.Sleep(time.Second)
+	if counted, kernel, err = s.Accounting(); err != nil {
+		t.Fatal(err)
+	}
+	if ratio := float64(counted) / float64(kernel); ratio > 0.9 {
+		t.Errorf("ratio %.4f with the hooks detached, want it to fall", ratio)
+	}
+}
+
+// Series exist from the first read, and never fall, whatever CPUs do.
+func TestSchedHotplug(t *testing.T) {
+	kerneltest.Require(t)
+	kerneltest.MeasureLock(t)
+	cpu := lastCPU(t)
+	if cpu == "0" {
+		t.Skip("needs two CPUs to take one away")
+	}
+	online := "/sys/devices/system/cpu/cpu" + cpu + "/online"
+	known := compileC(t, "known.c")
+	s := newSched(t)
+	var last SchedCells
+	read := func() (grown uint64) {
+		t.Helper()
+		c, err := s.Read()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, want := len(c.Latency.Cells), histogram.Time().Cells(); got != want {
+			t.Fatalf("%d cells, want %d", got, want)
+		}
+		for i, n := range last.Latency.Cells {
+			if c.Latency.Cells[i] < n {
+				t.Errorf("cell %d fell from %d to %d", i, n, c.Latency.Cells[i])
+			}
+		}
+		if c.Latency.Sum < last.Latency.Sum || c.RunDelayNanos < last.RunDelayNanos {
+			t.Errorf("sums fell from %d, %d to %d, %d", last.Latency.Sum, last.RunDelayNanos, c.Latency.Sum, c.RunDelayNanos)
+		}
+		if last.Latency.Cells != nil {
+			grown = c.Latency.Count() - last.Latency.Count()
+		}
+		last = c
+		return grown
+	}
+	read()
+	set := func(value string) {
+		t.Helper()
+		if err := os.WriteFile(online, []byte(value), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	startWorkload(t, known, cpu, "sleep", "1009").run(t)
+	if n := read(); n < 1009 {
+		t.Errorf("%d waits with CPU %s online, want at least 1009", n, cpu)
+	}
+	t.Cleanup(func() { os.WriteFile(online, []byte("1"), 0) })
+	set("0")
+	read()
+	startWorkload(t, known, "0", "sleep", "1009").run(t)
+	if n := read(); n < 1009 {
+		t.Errorf("%d waits with CPU %s offline, want at least 1009", n, cpu)
+	}
+	set("1")
+	startWorkload(t, known, cpu, "sleep", "1009").run(t)
+	if n := read(); n < 1009 {
+		t.Errorf("%d waits with CPU %s online again, want at least 1009", n, cpu)
+	}
+}
+
+func TestSchedCloseIsIdempotent(t *testing.T) {
+	kerneltest.Require(t)
+	s, err := NewSched(SchedConfig{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := s.Read(); err == nil {
+		t.Error("read after close: no error")
+	}
+	if _, _, err := s.Accounting(); err == nil {
+		t.Error("accounting after close: no error")
+	}
+}
+
+func TestRequireSchedInfo(t *testing.T) {
+	member := func(names ...string) (m []btf.Member) {
+		for i, name := range names {
+			m = append(m, btf.Member{Name: name, Type: &btf.Int{Name: "u64", Size: 8}, Offset: btf.Bits(64 * i)})
+		}
+		return m
+	}
+	all := func() map[string][]btf.Member {
+		return map[string][]btf.Member{
+			"sched_info":   member("pcount", "run_delay", "last_queued"),
+			"sched_entity": member("vruntime", "cfs_rq"),
+			"cfs_rq":       member("load", "rq"),
+		}
+	}
+	for _, tt := range []struct {
+		name    string
+		without string
+		members []btf.Member
+		want    error
+	}{
+		{"all", "", nil, nil},
+		{"no CONFIG_SCHED_INFO", "sched_info", nil, ErrNoSchedInfo},
+		{"no CONFIG_FAIR_GROUP_SCHED", "sched_entity", member("vruntime"), ErrNoSchedInfo},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			structs := all()
+			if tt.without != "" {
+				structs[tt.without] = tt.members
+			}
+			b, err := btf.NewBuilder(nil, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for name, members := range structs {
+				if _, err := b.Add(&btf.Struct{Name: name, Size: uint32(8 * len(members)), Members: members}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			spec, err := b.Spec()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := requireSchedInfo(spec); !errors.Is(err, tt.want) {
+				t.Errorf("%v, want %v", err, tt.want)
+			}
+		})
+	}
+}

@@ -1,0 +1,132 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* The judge of the run-queue latency tests: the classic method, which stamps every
+ * wakeup and every switch-out that leaves a task runnable. It knows nothing of sched_info,
+ * but sums the kernel's books of it beside. */
+
+#include "kernel.bpf.h"
+#include "abi.h"
+#include "histogram.bpf.h"
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_tracing.h>
+
+#define TASK_DEAD 0x80
+
+struct judge_cells {
+	struct hf_time_hist wait;
+	__u64 unknown; /* switch-ins without a stamp */
+};
+
+/* The kernel's own books, sched_info, summed. */
+struct judge_books {
+	__u64 run_delay_ns;
+	__u64 arrivals;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct judge_cells);
+} cells SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct judge_books); /* of tasks at their last switch-out */
+} dead SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct judge_books); /* of the tasks that judge_alive saw */
+} alive SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u64); /* ktime since when it waits, else 0 */
+} queued SEC(".maps");
+
+static __always_inline void add_books(void *map, struct task_struct *task)
+{
+	struct judge_books *b;
+	__u32 zero = 0;
+
+	b = bpf_map_lookup_elem(map, &zero);
+	if (b) {
+		b->run_delay_ns += task->sched_info.run_delay;
+		b->arrivals += task->sched_info.pcount;
+	}
+}
+
+static __always_inline void stamp(struct task_struct *task, __u64 now)
+{
+	__u64 *since;
+
+	if (!task->pid)
+		return;
+	since = bpf_task_storage_get(&queued, task, NULL, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	/* A task that was preempted on its way to sleep waits since then. */
+	if (since && !*since)
+		*since = now;
+}
+
+SEC("tp_btf/sched_wakeup")
+int BPF_PROG(judge_wakeup, struct task_struct *task)
+{
+	if (!task->on_cpu)
+		stamp(task, bpf_ktime_get_ns());
+	return 0;
+}
+
+SEC("tp_btf/sched_wakeup_new")
+int BPF_PROG(judge_birth, struct task_struct *task)
+{
+	stamp(task, bpf_ktime_get_ns());
+	return 0;
+}
+
+SEC("tp_btf/sched_switch")
+int BPF_PROG(judge_switch, bool preempt, struct task_struct *prev, struct task_struct *next)
+{
+	__u64 now = bpf_ktime_get_ns(), *since;
+	struct judge_cells *c;
+	__u32 zero = 0;
+
+	c = bpf_map_lookup_elem(&cells, &zero);
+	if (!c)
+		return 0;
+	if (prev->__state & TASK_DEAD)
+		add_books(&dead, prev);
+	if (prev->pid) {
+		since = bpf_task_storage_get(&queued, prev, NULL, BPF_LOCAL_STORAGE_GET_F_CREATE);
+		if (since)
+			*since = preempt || prev->__state == 0 ? now : 0;
+	}
+	if (next->pid) {
+		since = bpf_task_storage_get(&queued, next, NULL, 0);
+		if (since && *since) {
+			hf_time_add(&c->wait, now - *since);
+			*since = 0;
+		} else {
+			c->unknown++;
+		}
+	}
+	return 0;
+}
+
+SEC("iter/task")
+int judge_alive(struct bpf_iter__task *ctx)
+{
+	struct task_struct *task = ctx->task;
+
+	/* What is dead has been counted at its last switch-out. */
+	if (task && !(task->__state & TASK_DEAD))
+		add_books(&alive, task);
+	return 0;
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
