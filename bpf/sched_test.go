@@ -124,6 +124,31 @@ func TestSchedWaitingAtStart(t *testing.T) {
 	}
 }
 
+// Switch-ins while the hooks are being attached are neither losses, nor is what they
+// waited counted later.
+func TestSchedStartUnderLoad(t *testing.T) {
+	kerneltest.Require(t)
+	kerneltest.MeasureLock(t)
+	startWorkload(t, compileC(t, "waiters.c"))
+	j := newJudge(t)
+	for range 7 {
+		begin := j.read(t).delay
+		hidden := hiddenArrivals(t)
+		s := newSched(t)
+		time.Sleep(100 * time.Millisecond)
+		o := observe(t, s, j)
+		if n := o.dropped[DropSwitchUnseen]; n > o.hidden-hidden {
+			t.Errorf("%d switches unseen, but only %d were hidden", n, o.hidden-hidden)
+		}
+		if most := o.delay - begin; o.RunDelayNanos > most {
+			t.Errorf("run_delay grew by %v, in the kernel's books by %v", time.Duration(o.RunDelayNanos), time.Duration(most))
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // A sleeper that is moved while its dequeue is delayed gets its sleep into run_delay, but
 // not into the histogram.
 func TestSchedDelayedDequeue(t *testing.T) {

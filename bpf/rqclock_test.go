@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf
+
+import (
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/hostflame/hostflame/internal/kerneltest"
+)
+
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type rqclock_switch rqclock testdata/rqclock.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
+
+// rqclockModel is a CPU whose run queue clock is known: it runs behind ktime by an offset
+// that drifts, and some switches skip its update.
+type rqclockModel struct {
+	prog   *ebpf.Program
+	clock  uint64 // what the clock would show now, ns
+	offset int64  // ktime - clock, ns
+	ppm    int64
+	drift  int64 // of the offset, in ns x 1e6
+}
+
+// pass lets time go by.
+func (m *rqclockModel) pass(d time.Duration) {
+	m.clock += uint64(d)
+	m.drift += int64(d) * m.ppm
+}
+
+// step switches tasks, the clock late by late, and returns how far the answer is off.
+func (m *rqclockModel) step(t *testing.T, late time.Duration) time.Duration {
+	t.Helper()
+	clock := m.clock - uint64(late)
+	s := rqclockRqclockSwitch{Ktime: m.clock + uint64(m.offset+m.drift/1_000_000), Clock: clock}
+	if _, err := m.prog.Run(&ebpf.RunOptions{Context: s, ContextOut: &s}); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(s.Now - m.clock)
+}
+
+func TestRunQueueClock(t *testing.T) {
+	kerneltest.Require(t)
+	const us, ms = time.Microsecond, time.Millisecond
+	for _, tt := range []struct {
+		name   string
+		offset int64
+		ppm    int64
+		idle   time.Duration // between two wakeups
+		run    time.Duration
+		wakes  int
+		warm   int // wakeups until the answer holds
+		most   time.Duration
+	}{
+		{"busy", 1_080_000, 0, 100 * us, 200 * us, 1000, 1, 0},
+		{"ktime behind", -7_000_000_000, 0, 100 * us, 200 * us, 1000, 1, 0},
+		{"mostly idle", 1_080_000, 0, 100 * ms, 200 * us, 100, 1, 0},
+		{"busy, NTP faster", 1_080_000, 50, 100 * us, 200 * us, 40_000, 1, 1 * us},
+		{"busy, NTP slower", 1_080_000, -50, 100 * us, 200 * us, 40_000, 1, 1 * us},
+		{"idle, NTP faster", 1_080_000, 50, time.Second, 200 * us, 100, 6, 1 * us},
+		{"idle, NTP slower", 1_080_000, -50, time.Second, 200 * us, 100, 6, 1 * us},
+		{"idle, long runs", 1_080_000, 50, time.Second, 10 * ms, 100, 12, 3 * us},
+		{"idle for long", 1_080_000, 50, 20 * time.Second, 200 * us, 10, 0, 8 * us},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var objs rqclockObjects
+			if err := loadRqclockObjects(&objs, nil); err != nil {
+				t.Fatalf("%+v", err)
+			}
+			defer objs.Close()
+			m := &rqclockModel{prog: objs.RqclockStep, clock: 3_600_000_000_000, offset: tt.offset, ppm: tt.ppm}
+			m.step(t, 0)
+			for i := range tt.wakes {
+				m.pass(tt.idle)
+				// A wakeup, the clock late by what it took to get to the switch.
+				late := 2*us + time.Duration(rand.IntN(6000))
+				m.pass(late)
+				off := m.step(t, late)
+				if i >= tt.warm && (off > tt.most || off < -tt.most) {
+					t.Fatalf("wakeup %d: off by %v, want at most %v; the clock was late by %v", i, off, tt.most, late)
+				}
+				// It sleeps again: the clock is fresh.
+				m.pass(tt.run)
+				if off := m.step(t, 0); i >= tt.warm && (off > tt.most || off < 0) {
+					t.Fatalf("switch-out %d: off by %v, want at most %v", i, off, tt.most)
+				}
+			}
+		})
+	}
+	t.Run("a step", func(t *testing.T) {
+		var objs rqclockObjects
+		if err := loadRqclockObjects(&objs, nil); err != nil {
+			t.Fatal(err)
+		}
+		defer objs.Close()
+		m := &rqclockModel{prog: objs.RqclockStep, clock: 3_600_000_000_000, offset: 5_000_000_000}
+		for range 100_000 {
+			m.pass(100 * us)
+			m.step(t, 0)
+		}
+		m.offset += int64(time.Second)
+		var off time.Duration
+		for range 3 * 40 {
+			m.pass(100 * us)
+			off = m.step(t, 0)
+		}
+		if off != 0 {
+			t.Errorf("off by %v three windows after a step", off)
+		}
+		m.pass(time.Second)
+		if off := m.step(t, 0); off > us || off < 0 {
+			t.Errorf("off by %v after a second of idling", off)
+		}
+	})
+}
