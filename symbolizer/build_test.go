@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"fmt"
+	"hash/fnv"
 	"maps"
 	"math/rand/v2"
 	"os"
@@ -86,11 +87,14 @@ func build(t testing.TB, name, source string, env []string, command ...string) s
 	if p := built.paths[key]; p != "" {
 		return p
 	}
-	dir, err := os.MkdirTemp(workDir, "build")
-	if err != nil {
+	// The same source is at the same path, which ends up in debug information.
+	h := fnv.New64a()
+	h.Write([]byte(source))
+	dir := filepath.Join(workDir, fmt.Sprintf("%x", h.Sum64()))
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	src, out := filepath.Join(dir, name), filepath.Join(dir, "out")
+	src, out := filepath.Join(dir, name), filepath.Join(dir, fmt.Sprintf("out%d", len(built.paths)))
 	if err := os.WriteFile(src, []byte(source), 0o644); err != nil {
 		t.Fatal(err)
 	}

@@ -23,8 +23,8 @@ type goFunc struct {
 	pcfile, pcln uint32 // pc-value tables, offsets in pctab
 	cu           uint32 // index in cutab
 	startLine    int32
-	inlineIndex  uint32 // pc-value table: index into the inline tree
-	inlineTree   uint64 // file offset, 0: none
+	inlineIndex  uint32 // pc-value table: index into the inline tree; 0: nothing is inlined
+	inlineTree   uint32 // offset from gofunc
 }
 
 // function reads the record at an offset from ftab.
@@ -59,7 +59,7 @@ func (g *goTable) function(entry, record uint32) (goFunc, error) {
 	d.u8() // flag
 	d.u8() // padding
 	nfuncdata := d.u8()
-	if g.gofunc == 0 || npcdata <= goPCDataInlTreeIndex || nfuncdata <= goFuncDataInlTree || npcdata > 1<<16 {
+	if npcdata <= goPCDataInlTreeIndex || nfuncdata <= goFuncDataInlTree || npcdata > 1<<16 {
 		return f, nil
 	}
 	at += uint64(size)
@@ -67,18 +67,16 @@ func (g *goTable) function(entry, record uint32) (goFunc, error) {
 	if err != nil {
 		return f, err
 	}
-	tree, err := g.pager.u32(at + 4*uint64(npcdata) + 4*goFuncDataInlTree)
-	if err != nil {
-		return f, err
+	f.inlineTree, err = g.pager.u32(at + 4*uint64(npcdata) + 4*goFuncDataInlTree)
+	if err != nil || f.inlineTree == goNone {
+		f.inlineIndex = 0
 	}
-	if tree != goNone && f.inlineIndex != 0 {
-		f.inlineTree = g.gofunc + uint64(tree)
-	}
-	return f, nil
+	return f, err
 }
 
 // lookup returns the functions at addr: the calls that the compiler inlined there,
-// innermost first, then the function itself.
+// innermost first, then the function itself. Where the calls can not be told, the line,
+// which is that of the innermost, is left out.
 func (g *goTable) lookup(addr uint64) ([]Line, error) {
 	if addr < g.text || addr-g.text >= g.textEnd {
 		return nil, nil
@@ -93,17 +91,18 @@ func (g *goTable) lookup(addr uint64) ([]Line, error) {
 		return nil, err
 	}
 	lines := make([]Line, 0, 2)
-	for f.inlineTree != 0 && len(lines) < maxInlineDepth {
-		i, err := g.pcValue(f.inlineIndex, f.entry, pc)
+	inlined := int32(-1)
+	for f.inlineIndex != 0 {
+		inlined, err = g.pcValue(f.inlineIndex, f.entry, pc)
 		if err != nil {
 			return nil, err
 		}
-		if i < 0 {
+		if inlined < 0 || len(lines) == maxInlineDepth {
 			break
 		}
-		call, err := g.inlinedCall(f.inlineTree, i)
+		call, err := g.inlinedCall(&f, inlined)
 		if err != nil {
-			break // the outer function is still right
+			break // the function itself is still right
 		}
 		line, err := g.line(&f, call.name, pc)
 		if err != nil {
@@ -116,6 +115,9 @@ func (g *goTable) lookup(addr uint64) ([]Line, error) {
 	line, err := g.line(&f, f.name, pc)
 	if err != nil {
 		return nil, err
+	}
+	if inlined >= 0 {
+		line.File, line.Line = "", 0
 	}
 	line.StartLine = int64(max(f.startLine, 0))
 	return append(lines, line), nil
@@ -201,12 +203,15 @@ type goInlinedCall struct {
 }
 
 // inlinedCall reads an entry of an inline tree (src/runtime/symtabinl.go, inlinedCall).
-func (g *goTable) inlinedCall(tree uint64, i int32) (goInlinedCall, error) {
+func (g *goTable) inlinedCall(f *goFunc, i int32) (goInlinedCall, error) {
+	if g.gofunc == 0 {
+		return goInlinedCall{}, errorf(ReasonNoSymbols, "pclntab: no inline trees")
+	}
 	size := uint64(20) // parent (16 bits), funcID, padding, file, line, name, parent's pc
 	if g.is120 {
 		size = 16 // funcID, padding, name, parent's pc, start line
 	}
-	b, err := g.pager.slice(tree+uint64(i)*size, int(size))
+	b, err := g.pager.slice(g.gofunc+uint64(f.inlineTree)+uint64(i)*size, int(size))
 	if err != nil {
 		return goInlinedCall{}, err
 	}
@@ -222,10 +227,10 @@ func (g *goTable) inlinedCall(tree uint64, i int32) (goInlinedCall, error) {
 		d.u32() // line
 		c.name, c.parentPC = d.u32(), d.u32()
 	}
-	if padding != 0 || c.name == 0 || uint64(c.name) >= g.cutab-g.funcnames || c.parentPC > 1<<30 {
+	if padding != 0 || uint64(c.name) >= g.cutab-g.funcnames || c.parentPC > 1<<30 {
 		return c, errorf(ReasonMalformed, "pclntab: inlined call")
 	}
-	if _, seen := g.names[c.name]; !seen {
+	if _, seen := g.names[c.name]; !seen && c.name > 0 {
 		// A name starts after another's end.
 		if b, err = g.pager.slice(g.funcnames+uint64(c.name)-1, 1); err != nil || b[0] != 0 {
 			return c, errorf(ReasonMalformed, "pclntab: inlined call's name")
@@ -248,11 +253,11 @@ func (g *goTable) inlineTreesMakeSense() bool {
 		if err != nil {
 			return false
 		}
-		if f.inlineTree == 0 {
+		if f.inlineIndex == 0 {
 			continue
 		}
 		tried++
-		if _, err := g.inlinedCall(f.inlineTree, 0); err != nil {
+		if _, err := g.inlinedCall(&f, 0); err != nil {
 			return false
 		}
 	}
