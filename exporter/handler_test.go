@@ -374,8 +374,11 @@ func TestCaptureAbandoned(t *testing.T) {
 			return nil
 		}
 		begun <- struct{}{}
-		<-ctx.Done()
-		ended <- ctx.Err()
+		select {
+		case <-ctx.Done():
+			ended <- ctx.Err()
+		case <-t.Context().Done(): // the test has failed
+		}
 		return ctx.Err()
 	}
 	s := testServer(t, capturer, func(c *HandlerConfig, _ *http.Server) { c.MaxCaptures = 1 })
@@ -411,7 +414,11 @@ func TestCaptureStops(t *testing.T) {
 	defer stop()
 	capturer.capture = func(ctx context.Context, _ profiler.Request) error {
 		stop()
-		<-ctx.Done()
+		select {
+		case <-ctx.Done():
+		case <-time.After(5 * time.Second):
+			t.Error("the capture goes on")
+		}
 		return fmt.Errorf("capture: %w", ctx.Err())
 	}
 	s := testServer(t, capturer, func(_ *HandlerConfig, s *http.Server) {
@@ -427,7 +434,10 @@ func TestCaptureLimit(t *testing.T) {
 	const limit = 8
 	capturer := newFakeCapturer(t)
 	begun, end := make(chan struct{}, limit), make(chan struct{})
-	capturer.capture = func(context.Context, profiler.Request) error {
+	capturer.capture = func(_ context.Context, r profiler.Request) error {
+		if r.Duration == time.Second {
+			return errors.New("this one is over the limit")
+		}
 		begun <- struct{}{}
 		<-end
 		return nil

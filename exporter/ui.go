@@ -10,7 +10,9 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"regexp"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -133,7 +135,7 @@ func (u *ui) page(window *profiler.Window, name string) (http.Handler, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.window != window {
-		pages, err := newPages(u.titled(window.Profile), u.logger)
+		pages, err := newPages(u.dressed(window.Profile), u.logger)
 		if err != nil {
 			return nil, err
 		}
@@ -146,15 +148,25 @@ func (u *ui) page(window *profiler.Window, name string) (http.Handler, error) {
 	return h, nil
 }
 
-// titled is a copy of p whose first mapping is the host: pprof takes the first mapping
-// as the main binary, and what it calls it is the title of its pages.
-func (u *ui) titled(p *profile.Profile) *profile.Profile {
+// cloneSuffix is what compilers add to the name of a copy of a function.
+var cloneSuffix = regexp.MustCompile(`(\.(isra|constprop|part|cold|lto_priv|llvm)(\.\d+)*)+$`)
+
+// dressed is a copy of p for pprof's pages. Its first mapping is the host: pprof takes
+// the first mapping as the main binary, and what it calls it is the title of its pages.
+// Where there is little room pprof shows what follows the last dot of a name, so the dots
+// of "schedule.isra.0" become others.
+func (u *ui) dressed(p *profile.Profile) *profile.Profile {
 	p = p.Copy()
 	var last uint64
 	for _, m := range p.Mapping {
 		last = max(last, m.ID)
 	}
 	p.Mapping = append([]*profile.Mapping{{ID: last + 1, File: u.host}}, p.Mapping...)
+	for _, f := range p.Function {
+		if i := cloneSuffix.FindStringIndex(f.Name); i != nil {
+			f.Name = f.Name[:i[0]] + strings.ReplaceAll(f.Name[i[0]:], ".", "·")
+		}
+	}
 	return p
 }
 

@@ -308,6 +308,26 @@ func oneStack(name string) *profile.Profile {
 	}
 }
 
+// TestUICloneNames: pprof shortens names at dots, and "0" says nothing.
+func TestUICloneNames(t *testing.T) {
+	for name, want := range map[string]string{
+		"finish_task_switch.isra.0":  "finish_task_switch·isra·0",
+		"f.constprop.0.isra.12.cold": "f·constprop·0·isra·12·cold",
+		"main.isra.(*T).cold":        "main.isra.(*T)·cold",
+		"runtime.goexit":             "runtime.goexit",
+		"github.com/a/b.part.func1":  "github.com/a/b.part.func1",
+	} {
+		u := &ui{host: "testhost"}
+		original := oneStack(name)
+		if got := u.dressed(original).Function[0].Name; got != want {
+			t.Errorf("%s: %s, want %s", name, got, want)
+		}
+		if original.Function[0].Name != name || len(original.Mapping) != 0 {
+			t.Errorf("the window was changed: %v", original)
+		}
+	}
+}
+
 // TestUIEscapes: names come from the binaries of others.
 func TestUIEscapes(t *testing.T) {
 	const evil = `</script><script>evil()</script><img src=x onerror=evil()>`
