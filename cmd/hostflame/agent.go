@@ -118,7 +118,7 @@ func (a *agent) assemble(sym *symbolizer.Symbolizer, created time.Time) (err err
 		return err // the os package says what it did
 	}
 	cfg := exporter.HandlerConfig{
-		Gatherer: registry, Capturer: capturer, Collector: collector,
+		Gatherer: registry, Capturer: capturer, NoProfiles: a.kernel.cpuErr, Collector: collector,
 		MetricsPath: *a.flags.telemetryPath, MaxScrapes: *a.flags.maxRequests,
 		DebugPprof: *a.flags.debugPprof,
 		Build:      a.build, Host: host, Logger: a.log,

@@ -23,7 +23,8 @@ type output struct {
 
 // newOutput checks that path can be written, and makes the temporary file.
 func newOutput(path string, stdout io.Writer) (*output, error) {
-	if path == "-" {
+	// kingpin makes an empty value of the argument in "-o -".
+	if path == "-" || path == "" {
 		return &output{path: "standard output", w: stdout}, nil
 	}
 	info, err := os.Stat(path)

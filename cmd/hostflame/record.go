@@ -72,7 +72,7 @@ func (r *record) run(ctx context.Context, env environment) error {
 		return err
 	}
 	bannerf(env.stderr, "%s", summary(w, *r.frequency))
-	if *r.output != "-" {
+	if out.w == nil {
 		bannerf(env.stderr, "wrote %s", *r.output)
 	}
 	return nil
