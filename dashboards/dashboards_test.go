@@ -189,11 +189,9 @@ func TestDashboardStructure(t *testing.T) {
 	if m.SchemaVersion < 41 {
 		t.Errorf("schema version %d is older than Grafana 12", m.SchemaVersion)
 	}
-	if strings.Contains(string(Grafana), `"uid": "`) {
-		for _, match := range regexp.MustCompile(`"uid": "([^"]*)"`).FindAllStringSubmatch(string(Grafana), -1) {
-			if match[1] != "${datasource}" && match[1] != "-- Grafana --" {
-				t.Errorf("uid %q is of one installation", match[1])
-			}
+	for _, match := range regexp.MustCompile(`"uid": "([^"]*)"`).FindAllStringSubmatch(string(Grafana), -1) {
+		if match[1] != "${datasource}" && match[1] != "-- Grafana --" {
+			t.Errorf("uid %q is of one installation", match[1])
 		}
 	}
 	variables := map[string]bool{}

@@ -32,7 +32,7 @@ func TestShort(t *testing.T) {
 		`\| runqlat +\| all, ns a switch +\| ` + number,
 		`\| hostflame +\| .hf_sched_switch. +\| ` + number,
 		`\| hostflame +\| all, ns a switch +\| ` + number,
-		`\| biolatency +\| all, ns a I/O +\| ` + number,
+		`\| biolatency +\| all, ns a request +\| ` + number,
 		`\| hostflame +\| .hf_block_[a-z_]+. +\| ` + number,
 		`\| nothing +\| ` + number,
 		`\| hostflame +\| ` + number + ` +\| ` + number,

@@ -34,7 +34,7 @@ func processCPU(pid int) (time.Duration, error) {
 	return time.Duration(t.Nano()), nil
 }
 
-// userTicks are utime and stime of /proc/PID/stat, as durations.
+// userSystem are utime and stime of /proc/PID/stat, as durations.
 func userSystem(pid int) (user, system time.Duration, err error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
@@ -210,7 +210,7 @@ func (b *bench) busyMinute(w io.Writer) error {
 	fmt.Fprintf(w, "\n## The agent over a busy %.0f s\n\n"+
 		"All CPUs busy %.0f %% of the time with burning in C++ and Go, a pinned ping-pong, sleepers, short-lived processes and\n"+
 		"direct I/O: %.0f switches and %.0f I/Os a second. Default flags, scraped %d times (%d kB each).\n\n",
-		took.Seconds(), last.busySince(begin), float64(last.switches-begin.switches)/took.Seconds(),
+		took.Seconds(), last.host.since(begin.host).busyShare(), float64(last.switches-begin.switches)/took.Seconds(),
 		float64(last.ios-begin.ios)/took.Seconds(), scrapes, text/1000)
 	out := table{header: []string{"what", "measured"}}
 	out.add("CPU of the process, BPF apart", ofCore(last.cpu-begin.cpu))
@@ -247,7 +247,7 @@ type observation struct {
 	at            time.Time
 	cpu           time.Duration // of the agent's process
 	user, system  time.Duration
-	idle, all     uint64 // ticks of all CPUs
+	host          ticks
 	switches, ios uint64
 	programs      map[ebpf.ProgramID]programRun
 }
@@ -257,38 +257,42 @@ func (b *bench) observe(pid int) (o observation, err error) {
 	o.at = time.Now()
 	o.cpu, errs[0] = processCPU(pid)
 	o.user, o.system, errs[1] = userSystem(pid)
-	o.idle, o.all, errs[2] = cpuTicks()
+	o.host, errs[2] = readTicks()
 	o.switches, errs[3] = contextSwitches()
 	o.ios, errs[4] = blockIOs()
 	o.programs, errs[5] = programs()
 	return o, errors.Join(errs[:]...)
 }
 
-// busySince is the share of time in which CPUs were not idle, in percent.
-func (o observation) busySince(begin observation) float64 {
-	return 100 * (1 - float64(o.idle-begin.idle)/float64(o.all-begin.all))
-}
+// ticks are the CPU time of the host, all CPUs together.
+type ticks struct{ busy, idle, stolen uint64 }
 
-// cpuTicks are the idle and all ticks of the host (proc_stat(5); guest time is in user).
-func cpuTicks() (idle, all uint64, err error) {
+// readTicks reads /proc/stat (proc_stat(5); the time of guests is in user).
+func readTicks() (t ticks, err error) {
 	b, err := os.ReadFile("/proc/stat")
 	if err != nil {
-		return 0, 0, fmt.Errorf("read CPU time of the host: %w", err)
+		return t, fmt.Errorf("read CPU time of the host: %w", err)
 	}
-	line, _, _ := strings.Cut(string(b), "\n")
-	fields := strings.Fields(line)
-	if len(fields) < 9 || fields[0] != "cpu" {
-		return 0, 0, fmt.Errorf("read CPU time of the host: %q", line)
+	var user, nice, system, iowait, irq, softirq uint64
+	if _, err := fmt.Sscanf(string(b), "cpu %d %d %d %d %d %d %d %d",
+		&user, &nice, &system, &t.idle, &iowait, &irq, &softirq, &t.stolen); err != nil {
+		return t, fmt.Errorf("read CPU time of the host: %w", err)
 	}
-	for i, field := range fields[1:9] {
-		n, err := strconv.ParseUint(field, 10, 64)
-		if err != nil {
-			return 0, 0, fmt.Errorf("read CPU time of the host: %w", err)
-		}
-		all += n
-		if i == 3 || i == 4 { // idle, iowait
-			idle += n
-		}
-	}
-	return idle, all, nil
+	t.busy = user + nice + system + irq + softirq
+	t.idle += iowait
+	return t, nil
+}
+
+func (t ticks) since(begin ticks) ticks {
+	return ticks{t.busy - begin.busy, t.idle - begin.idle, t.stolen - begin.stolen}
+}
+
+// busyShare is the share of time in which CPUs had something to do, in percent.
+func (t ticks) busyShare() float64 {
+	return 100 * float64(t.busy+t.stolen) / float64(t.busy+t.stolen+t.idle)
+}
+
+// stolenShare is the share of that time that the hypervisor gave to others, in percent.
+func (t ticks) stolenShare() float64 {
+	return 100 * float64(t.stolen) / float64(t.busy+t.stolen)
 }

@@ -102,9 +102,18 @@ func run(w io.Writer, cfg config, hostflame string) error {
 	b := &bench{config: cfg, dir: dir, hostflame: hostflame, loads: loads}
 	heading(w)
 	for _, section := range []func(io.Writer) error{b.programCosts, b.pipe, b.busyMinute} {
+		begin, err := readTicks()
+		if err != nil {
+			return err
+		}
 		if err := section(w); err != nil {
 			return err
 		}
+		end, err := readTicks()
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(w, "\nMeanwhile the hypervisor took %.1f %% of the CPU time that was asked for.\n", end.since(begin).stolenShare())
 	}
 	return nil
 }

@@ -147,7 +147,7 @@ func (b *bench) programCosts(w io.Writer) error {
 		},
 	}, {
 		title:  "Block I/O: fio, direct random reads of 4 KiB, one at a time",
-		event:  "I/O",
+		event:  "request",
 		count:  blockIOs,
 		prefix: "hf_block",
 		tools:  []tool{b.emptyProgram("block_rq_issue"), peer("biolatency"), b.agent()},

@@ -29,6 +29,7 @@ type stack struct {
 	binary    string // of the agent
 	programs  map[string]string
 	agent     *agent.Agent
+	atStart   hostCPU     // when the agent started
 	classic   *prometheus // takes classic histograms
 	native    *prometheus // takes native ones
 	collector *collector.Collector
@@ -111,9 +112,11 @@ func (s *stack) build(t *testing.T) {
 // start starts the readers and the agent, which is scraped from its first moment.
 func (s *stack) start(t *testing.T) {
 	s.collector = collector.Start(t, collector.Config(t))
+	s.atStart = readHostCPU(t)
 	a, err := agent.Start(agent.Config{
 		Path: s.binary,
-		Args: []string{"--otlp.endpoint=http://" + s.collector.Endpoint, "--profile.interval=5s"},
+		// Three times the default rate: what chance does to shares in some seconds is less.
+		Args: []string{"--otlp.endpoint=http://" + s.collector.Endpoint, "--profile.interval=5s", "--sampling.frequency=299"},
 		Env:  []string{"OTEL_METRIC_EXPORT_INTERVAL=3000", "OTEL_SERVICE_NAME=hostflame-e2e"},
 	})
 	if err != nil {
@@ -135,7 +138,7 @@ func (s *stack) startLoad(t *testing.T) {
 	s.burn = workload.Start(t, s.programs[workload.Burn], "1", loadSeconds)
 	s.burnGo = workload.Start(t, s.programs[workload.BurnGo], "1", loadSeconds)
 	s.pingpong = workload.Start(t, s.programs[workload.PingPong], "1", "0")
-	s.fio = startFio(t, s, 30*time.Second)
+	s.fio = startFio(t, s, 40*time.Second)
 }
 
 // eventually asks until the answer is nil, or d has passed; then the last answer is the
@@ -155,6 +158,40 @@ func eventually(t *testing.T, d time.Duration, ask func() error) {
 		time.Sleep(500 * time.Millisecond)
 	}
 }
+
+// hostCPU is CPU time of the whole host since boot.
+type hostCPU struct {
+	busy   time.Duration
+	stolen time.Duration // by the hypervisor, while something was to be run
+}
+
+// readHostCPU reads /proc/stat (proc_stat(5)). A virtual machine that is busy can have
+// half of its time stolen; timers run on meanwhile, and so does the sampling.
+func readHostCPU(t *testing.T) hostCPU {
+	t.Helper()
+	b, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var user, nice, system, idle, iowait, irq, softirq, steal int64
+	if _, err := fmt.Sscanf(string(b), "cpu %d %d %d %d %d %d %d %d",
+		&user, &nice, &system, &idle, &iowait, &irq, &softirq, &steal); err != nil {
+		t.Fatalf("/proc/stat: %v", err)
+	}
+	const tick = 10 * time.Millisecond
+	return hostCPU{
+		busy:   time.Duration(user+nice+system+irq+softirq) * tick,
+		stolen: time.Duration(steal) * tick,
+	}
+}
+
+// since is what has been used and stolen since an earlier moment.
+func (c hostCPU) since(begin hostCPU) hostCPU {
+	return hostCPU{busy: c.busy - begin.busy, stolen: c.stolen - begin.stolen}
+}
+
+// stretch is how much longer than it runs a busy CPU seems to be busy.
+func (c hostCPU) stretch() float64 { return float64(c.busy+c.stolen) / float64(c.busy) }
 
 // fileDescriptors counts what a process has open.
 func fileDescriptors(pid int) (int, error) {

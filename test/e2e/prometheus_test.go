@@ -38,8 +38,8 @@ func startPrometheus(t *testing.T, target string, flags ...string) *prometheus {
 	text := string(config)
 	for was, is := range map[string]string{
 		"127.0.0.1:4678":           strings.TrimPrefix(target, "http://"),
-		"scrape_interval: 15s":     "scrape_interval: 1s",
-		"evaluation_interval: 15s": "evaluation_interval: 1s",
+		"scrape_interval: 15s":     "scrape_interval: 2s",
+		"evaluation_interval: 15s": "evaluation_interval: 2s",
 		"../dashboards/rules.yml":  filepath.Join(root, "dashboards/rules.yml"),
 	} {
 		if strings.Count(text, was) != 1 {
@@ -203,7 +203,7 @@ func (s *stack) testPrometheus(t *testing.T) {
 	s.testRules(t)
 }
 
-// testQuantilesAgree compares quantiles since the start, in which the second or so
+// testQuantilesAgree compares quantiles since the start, in which the two seconds
 // between the two servers' scrapes does not count.
 func (s *stack) testQuantilesAgree(t *testing.T) {
 	// A classic bucket is at most 2.5 times as wide as its lower bound, a native one of
