@@ -41,6 +41,14 @@ static __always_inline __u64 hf_stolen_ns(struct rq *rq)
 	return ns;
 }
 
+/* Whether the CPU was idle after the run queue's clock was at since. */
+static __always_inline bool hf_was_idle(struct rq *rq, __u64 since)
+{
+	if (!bpf_core_field_exists(rq->clock_idle))
+		return true;
+	return BPF_CORE_READ(rq, clock_idle) > since;
+}
+
 /* How many periods of the timer this tick stands for, 0 when they were stolen.
  *
  * A tick that is late by whole periods is the only one for all of them, as
@@ -50,13 +58,14 @@ static __always_inline __u64 hf_stolen_ns(struct rq *rq)
  * something else, nobody did, and that is known only once the run queue's clock is updated:
  * so what was skipped is left to the next tick.
  *
- * Stolen time counts in whole periods. Of what was stolen since the last tick, the points
- * of the grid in between that found the CPU idle take their part first. */
+ * Points of the grid without a tick were idle, if the CPU was idle since the last tick;
+ * what was stolen meanwhile was stolen from them first. If it was not, the ticks came while
+ * another BPF program kept ours from running, and are made good now. */
 static __always_inline __u32 hf_periods(void *ctx)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
 	struct rq *rq = BPF_CORE_READ(task, se.cfs_rq, rq);
-	__u64 now = bpf_ktime_get_ns(), period = hf_period_ns, expires, clock, stolen, idle, since;
+	__u64 now = bpf_ktime_get_ns(), period = hf_period_ns, expires, clock, stolen, gap, since;
 	struct perf_event *event = NULL;
 	struct hf_timer_state *t;
 	__u32 zero = 0, periods = 1;
@@ -70,12 +79,16 @@ static __always_inline __u32 hf_periods(void *ctx)
 
 	clock = BPF_CORE_READ(rq, clock);
 	stolen = hf_stolen_ns(rq);
-	if (t->last_ns && expires > t->last_ns && clock != t->clock_ns) {
+	if (t->last_ns && expires > t->last_ns) {
 		since = stolen - t->stolen_ns;
-		idle = expires - t->last_ns;
-		idle = idle > period ? idle - period : 0;
-		if (since > idle)
-			t->balance_ns -= since - idle;
+		gap = expires - t->last_ns;
+		gap = gap > period ? gap - period : 0;
+		if (!hf_was_idle(rq, t->clock_ns))
+			t->balance_ns += gap - since;
+		else if (since > gap)
+			t->balance_ns -= since - gap;
+	}
+	if (clock != t->clock_ns) {
 		if (t->balance_ns >= (__s64)period) {
 			periods += (__u64)t->balance_ns / period;
 			t->balance_ns -= (periods - 1) * period;

@@ -47,6 +47,7 @@ struct rq {
 	__u64 clock;
 	__u64 clock_task;    /* clock without the time that is no task's */
 	__u64 prev_irq_time; /* CONFIG_IRQ_TIME_ACCOUNTING; what of that was interrupts */
+	__u64 clock_idle;    /* clock when the CPU became idle last; since e2f3e35f1f5a (5.19) */
 };
 
 struct cfs_rq {
