@@ -12,11 +12,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 var workDir string
@@ -259,4 +262,37 @@ func system(t testing.TB, paths ...string) string {
 
 func libc(t testing.TB) string {
 	return system(t, "/lib/x86_64-linux-gnu/libc.so.6", "/lib/aarch64-linux-gnu/libc.so.6", "/lib64/libc.so.6")
+}
+
+// measure runs f and reports the CPU time of the process for each of n items, which other
+// load on the machine disturbs less than the time that passes.
+func measure(b *testing.B, n int, f func()) {
+	before := cpuTime(b)
+	for b.Loop() {
+		f()
+	}
+	b.ReportMetric(float64(cpuTime(b)-before)/float64(b.N)/float64(n), "cpu-ns/item")
+}
+
+func cpuTime(b *testing.B) int64 {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_PROCESS_CPUTIME_ID, &ts); err != nil {
+		b.Fatal(err)
+	}
+	return ts.Nano()
+}
+
+func shuffle(addrs []uint64) {
+	rand.New(rand.NewPCG(9, 9)).Shuffle(len(addrs), func(i, j int) { addrs[i], addrs[j] = addrs[j], addrs[i] })
+}
+
+// heapOf is what the heap grows by while f runs, garbage excluded.
+func heapOf(f func()) int64 {
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	f()
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	return int64(after.HeapAlloc) - int64(before.HeapAlloc)
 }

@@ -256,8 +256,8 @@ func TestBuildID(t *testing.T) {
 		buildC(t, cSource, "-O1"):                       "",
 		buildC(t, cSource, "-Wl,--build-id=0xc0ffee01"): "c0ffee01",
 		buildC(t, cSource, "-Wl,--build-id=none"):       "none",
-		libc(t):                                         "",
-		goBinary:                                        "",
+		libc(t):  "",
+		goBinary: "",
 	} {
 		if want == "" {
 			m := regexp.MustCompile(`Build ID: ([0-9a-f]+)`).FindSubmatch(run(t, ".", nil, "readelf", "-n", path))

@@ -82,6 +82,29 @@ func (g *goTable) lookup(addr uint64) ([]Line, error) {
 		return nil, nil
 	}
 	pc := uint32(addr - g.text)
+	if lines := g.lines[pc]; lines != nil {
+		return lines, nil
+	}
+	lines, err := g.linesAt(pc)
+	if err != nil {
+		return nil, err
+	}
+	if g.held > maxHeldNames {
+		g.forget()
+	}
+	g.lines[pc] = lines
+	g.held += 64 + int64(cap(lines))*lineBytes
+	return lines, nil
+}
+
+func (g *goTable) forget() {
+	clear(g.lines)
+	clear(g.names)
+	clear(g.files)
+	g.held = 0
+}
+
+func (g *goTable) linesAt(pc uint32) ([]Line, error) {
 	entry, record, err := g.find(pc)
 	if err != nil {
 		return nil, err
@@ -90,7 +113,7 @@ func (g *goTable) lookup(addr uint64) ([]Line, error) {
 	if err != nil {
 		return nil, err
 	}
-	lines := make([]Line, 0, 2)
+	lines := make([]Line, 0, 1)
 	inlined := int32(-1)
 	for f.inlineIndex != 0 {
 		inlined, err = g.pcValue(f.inlineIndex, f.entry, pc)
@@ -176,11 +199,6 @@ func (g *goTable) cached(cache map[uint32]string, base, end uint64, off uint32) 
 		return "", err
 	}
 	s = cleanName(s)
-	if g.held > maxHeldNames {
-		clear(g.names)
-		clear(g.files)
-		g.held = 0
-	}
 	cache[off] = s
 	g.held += int64(len(s)) + 48
 	return s, nil

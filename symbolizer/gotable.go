@@ -49,9 +49,10 @@ type goTable struct {
 	gofunc uint64   // where inline trees are based; 0: unknown, calls are not expanded
 	index  []uint32 // entry of the first function of each block
 
-	names map[uint32]string
-	files map[uint32]string
-	held  int64 // bytes of names and files
+	// What was asked for: by pc, and by offset.
+	lines        map[uint32][]Line
+	names, files map[uint32]string
+	held         int64 // bytes of the three
 }
 
 // loadGoTable finds the pclntab of a Go binary. Reason no_symbols: it is not one.
@@ -171,7 +172,10 @@ func parseGoHeader(m *image, at goHeader) (*goTable, error) {
 	if err := readAt(m, b, at.off); err != nil {
 		return nil, err
 	}
-	g := &goTable{image: m, pager: pager{content: m}, end: at.off + size, names: map[uint32]string{}, files: map[uint32]string{}}
+	g := &goTable{
+		image: m, pager: pager{content: m}, end: at.off + size,
+		lines: map[uint32][]Line{}, names: map[uint32]string{}, files: map[uint32]string{},
+	}
 	d := decoder{b: b}
 	switch magic := d.u32(); magic {
 	case goMagic120:

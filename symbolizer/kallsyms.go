@@ -56,6 +56,8 @@ const (
 	maxKernelNames   = 256 << 20       // bytes
 	maxKallsymsLine  = 4 << 10         // the kernel's limit of a name is 512
 	maxKernelModules = 1<<16 - 1
+	expectSymbols    = 1 << 17 // of a kernel that was not read yet
+	expectName       = 16      // bytes a symbol
 )
 
 // kallsymsParser collects symbols. Lines that are none are skipped.
@@ -75,13 +77,13 @@ type kernelSymbol struct {
 	rank   uint8
 }
 
-// parseKallsyms reads kallsyms. sizeHint is the number of text symbols to expect. The
-// error is ReasonNoPermission where the kernel hides its addresses.
-func parseKallsyms(r io.Reader, sizeHint int) (*kernelTable, error) {
+// parseKallsyms reads kallsyms. expect is the number of rows to make room for. The error is ReasonNoPermission where the kernel hides its addresses.
+func parseKallsyms(r io.Reader, expect int) (*kernelTable, error) {
 	p := &kallsymsParser{
-		symbols: make([]kernelSymbol, 0, min(max(sizeHint, 1<<10), maxKernelSymbols)),
+		symbols: make([]kernelSymbol, 0, expect),
+		names:   make([]byte, 0, expect*expectName),
 		modules: []kernelModule{{file: kernelFile}},
-		byName:  map[string]uint16{"": 0},
+		byName:  map[string]uint16{},
 	}
 	buf := make([]byte, 64<<10)
 	kept := 0 // bytes of an unfinished line at the start of buf
@@ -149,12 +151,14 @@ func (p *kallsymsParser) line(b []byte) {
 		p.symbols = append(p.symbols, s) // the end of text
 		return
 	}
-	if notASymbol(string(name)) {
+	if notASymbol(name) {
 		return
 	}
-	var ok bool
-	if s.module, ok = p.module(module); !ok {
-		return
+	if len(module) > 0 {
+		var ok bool
+		if s.module, ok = p.module(module); !ok {
+			return
+		}
 	}
 	s.name = p.name(name)
 	s.rank += rankFunc

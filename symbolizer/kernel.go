@@ -117,11 +117,11 @@ func (k *kernel) outdated(now time.Time) bool {
 
 // load reads kallsyms. A table that is there stays if that fails.
 func (k *kernel) load(now time.Time) {
-	hint := 0
+	expect := expectSymbols
 	if k.table != nil {
-		hint = len(k.table.rows) + len(k.table.rows)/8
+		expect = len(k.table.rows) + len(k.table.rows)/8
 	}
-	table, err := readKallsyms(k.kallsyms, hint)
+	table, err := readKallsyms(k.kallsyms, expect)
 	k.loadTime = time.Since(now)
 	k.loadAfter = now.Add(max(checkInterval, reloadShare*k.loadTime))
 	k.changed, k.err = false, err
@@ -134,13 +134,13 @@ func (k *kernel) load(now time.Time) {
 	k.lines = map[int][]Line{}
 }
 
-func readKallsyms(path string, hint int) (*kernelTable, error) {
+func readKallsyms(path string, expect int) (*kernelTable, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("open kallsyms: %w", err)
 	}
 	defer f.Close()
-	t, err := parseKallsyms(f, hint)
+	t, err := parseKallsyms(f, expect)
 	if err != nil {
 		return nil, fmt.Errorf("read kallsyms: %w", err)
 	}

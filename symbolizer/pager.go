@@ -9,10 +9,10 @@ import (
 
 const (
 	pageSize  = 4 << 10
-	pageSlots = 64
+	pageSlots = 32
 )
 
-// pager reads an image by pages and keeps the last of them, at most 256 KiB, so that a
+// pager reads an image by pages and keeps the last of them, at most 128 KiB, so that a
 // table that is walked again and again costs neither memory nor a system call a step.
 // What it returns is valid until the next call. It is for one goroutine.
 type pager struct {

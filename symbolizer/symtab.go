@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"cmp"
 	"slices"
-	"strings"
 )
 
 // ELF symbol types and bindings (gABI, "Symbol Table"; 10 to 12 are GNU's).
@@ -61,7 +60,8 @@ const (
 	maxAliases = 16      // rows with one start
 	aliasBit   = 1 << 31 // in span.name while building: equal to the span before, names apart
 	maxStrtab  = aliasBit
-	lineSize   = 160 // bytes a cached line takes beside its strings, with its map entry
+	lineBytes  = 64             // of a Line, without the strings
+	lineSize   = lineBytes + 64 // of one that is kept, with its map entry
 )
 
 // symBuilder collects the symbols of a table.
@@ -227,7 +227,7 @@ func (b *symBuilder) keepLabel(name uint32) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	keep := s != "" && !notASymbol(s)
+	keep := !notASymbol(s)
 	if len(b.labels) < 1<<12 {
 		b.labels[name] = keep
 	}
@@ -235,12 +235,22 @@ func (b *symBuilder) keepLabel(name uint32) (bool, error) {
 }
 
 // notASymbol is true for ARM and RISC-V mapping symbols and for local labels.
-func notASymbol(name string) bool {
-	if strings.HasPrefix(name, ".L") {
-		return true
+func notASymbol[T string | []byte](name T) bool {
+	if len(name) < 2 {
+		return len(name) == 0
 	}
-	return len(name) >= 2 && name[0] == '$' && strings.IndexByte("adtx", name[1]) >= 0 &&
-		(len(name) == 2 || name[2] == '.' || name[1] == 'x')
+	switch name[0] {
+	case '.':
+		return name[1] == 'L'
+	case '$':
+		switch name[1] {
+		case 'x':
+			return true // RISC-V adds the instruction set
+		case 'a', 'd', 't':
+			return len(name) == 2 || name[2] == '.'
+		}
+	}
+	return false
 }
 
 // build sorts the symbols into rows.
