@@ -4,12 +4,14 @@ package exporter
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
 	"net/http/pprof"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/google/pprof/profile"
@@ -89,6 +91,7 @@ func NewHandler(cfg HandlerConfig) (http.Handler, error) {
 	mux.Handle("GET "+cfg.MetricsPath, metricsHandler(cfg))
 	captures := newCaptures(cfg)
 	mux.Handle("GET /pprof/{type...}", captures)
+	mux.HandleFunc("POST "+symbolzPath, symbolz)
 	mux.Handle("GET /ui/{page...}", newUI(cfg))
 	mux.HandleFunc("GET /-/healthy", func(w http.ResponseWriter, _ *http.Request) {
 		plainText(w)
@@ -135,7 +138,7 @@ func checkMetricsPath(path string) error {
 
 func metricsHandler(cfg HandlerConfig) http.Handler {
 	h := promhttp.HandlerFor(cfg.Gatherer, promhttp.HandlerOpts{
-		ErrorLog:            slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelError),
+		ErrorLog:            scrapeLog{cfg.Logger},
 		ErrorHandling:       promhttp.ContinueOnError,
 		Registry:            cfg.Registerer,
 		MaxRequestsInFlight: cfg.MaxScrapes,
@@ -148,7 +151,35 @@ func metricsHandler(cfg HandlerConfig) http.Handler {
 	return h
 }
 
-// readOnly lets GET and HEAD through and sets the headers that every answer has.
+// scrapeLog logs what goes wrong in a scrape. That the scraper has left is no error of
+// ours, and it comes once for each metric that was still to be sent.
+type scrapeLog struct{ logger *slog.Logger }
+
+// Println implements promhttp.Logger.
+func (l scrapeLog) Println(v ...any) {
+	level := slog.LevelError
+	for _, x := range v {
+		err, ok := x.(error)
+		if ok && (errors.Is(err, context.Canceled) || errors.Is(err, http.ErrHandlerTimeout) ||
+			errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET)) {
+			level = slog.LevelDebug
+		}
+	}
+	l.logger.Log(context.Background(), level, strings.TrimSuffix(fmt.Sprintln(v...), "\n"))
+}
+
+// symbolzPath is where go tool pprof asks for the names of addresses that have none in a
+// profile that it took from /pprof/<type>.
+const symbolzPath = "/pprof/symbolz"
+
+// symbolz answers that there are none: what could be resolved is in the profile already.
+// At any status but 200 pprof would give up the whole profile. The body is not read.
+func symbolz(w http.ResponseWriter, _ *http.Request) {
+	plainText(w)
+	io.WriteString(w, "num_symbols: 0\n")
+}
+
+// readOnly lets GET and HEAD through, and the one question that is a POST, and sets the headers that every answer has.
 func readOnly(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
@@ -157,7 +188,8 @@ func readOnly(next http.Handler) http.Handler {
 		h.Set("Referrer-Policy", "no-referrer")
 		h.Set("Cross-Origin-Resource-Policy", "same-origin")
 		h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
-		if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		question := r.Method == http.MethodPost && r.URL.Path == symbolzPath
+		if r.Method != http.MethodGet && r.Method != http.MethodHead && !question {
 			h.Set("Allow", "GET, HEAD")
 			http.Error(w, "only GET and HEAD are served here", http.StatusMethodNotAllowed)
 			return

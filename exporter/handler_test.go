@@ -94,6 +94,7 @@ func TestAnswersGolden(t *testing.T) {
 		"POST /",
 		"DELETE /metrics",
 		"POST /pprof/cpu",
+		"POST /pprof/symbolz",
 		"GET /-/healthy",
 		"HEAD /-/healthy",
 		"GET /-/ready",
@@ -271,6 +272,24 @@ func TestMetricsSurviveGatherError(t *testing.T) {
 	})
 	if answer, body := fetch(t, "GET", s.URL+"/metrics"); answer.StatusCode != 200 || !strings.Contains(body, "hostflame_cpu_seconds_total") {
 		t.Errorf("%s %.200s", answer.Status, body)
+	}
+}
+
+// TestScrapeLog: a scraper that leaves is no error.
+func TestScrapeLog(t *testing.T) {
+	for _, test := range []struct {
+		err  error
+		want string
+	}{
+		{fmt.Errorf("write: %w", context.Canceled), ""},
+		{fmt.Errorf("write: %w", http.ErrHandlerTimeout), ""},
+		{errors.New("bad metric"), "level=ERROR msg=\"error encoding and sending metric family: bad metric\"\n"},
+	} {
+		logger, text := logs()
+		scrapeLog{logger}.Println("error encoding and sending metric family:", test.err)
+		if got := text.String(); got != test.want {
+			t.Errorf("%v is logged as %q, want %q", test.err, got, test.want)
+		}
 	}
 }
 
