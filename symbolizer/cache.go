@@ -257,6 +257,7 @@ type memory struct {
 	mu               sync.Mutex
 	limit, total     int64
 	lru              *list.List // of *resident, the newest use first
+	closed           bool
 	loads, evictions uint64
 }
 
@@ -275,6 +276,11 @@ func (m *memory) set(r *resident, bytes int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if r.gone {
+		return
+	}
+	if m.closed {
+		r.gone = true
+		r.drop()
 		return
 	}
 	if r.el == nil {
@@ -309,6 +315,7 @@ func (m *memory) remove(r *resident) {
 func (m *memory) close() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.closed = true
 	for m.lru.Len() > 0 {
 		m.evict(m.lru.Back().Value.(*resident))
 	}

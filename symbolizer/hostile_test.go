@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package symbolizer
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+)
+
+// exercise does with an image all that can be done with one, and checks what must hold of
+// any answer. It returns how many addresses had lines.
+func exercise(t testing.TB, b []byte) int {
+	t.Helper()
+	// A limit that hostile counts run into soon.
+	s := New(Config{MaxTableBytes: 1 << 20})
+	defer s.Close()
+	o, err := memoryObject(s, b)
+	if err != nil {
+		if ReasonOf(err) == "" {
+			t.Errorf("no reason in %v", err)
+		}
+		return 0
+	}
+	if id := o.BuildID(); !isClean(id) || len(id) > maxGoBuildID {
+		t.Errorf("build id %q", id)
+	}
+	addrs := []uint64{0, ^uint64(0), 1 << 63}
+	for _, seg := range o.Segments() {
+		o.Address(seg.Offset)
+		o.Address(seg.Offset + seg.Filesz - 1)
+		o.Address(seg.Offset + seg.Filesz)
+		if seg.Executable && len(addrs) < 200 {
+			for i := range uint64(32) {
+				addrs = append(addrs, seg.Vaddr+i*max(seg.Memsz/32, 1))
+			}
+		}
+	}
+	found := 0
+	for range 2 {
+		results := o.Symbolize(addrs)
+		if len(results) != len(addrs) {
+			t.Fatalf("%d results for %d addresses", len(results), len(addrs))
+		}
+		found = 0
+		for _, r := range results {
+			checkResult(t, r)
+			found += min(len(r.Lines), 1)
+		}
+	}
+	return found
+}
+
+func checkResult(t testing.TB, r Result) {
+	t.Helper()
+	if (len(r.Lines) == 0) == (r.Reason == "") {
+		t.Errorf("%+v: neither lines nor a reason, or both", r)
+	}
+	for _, l := range r.Lines {
+		for _, s := range []string{l.Function, l.SystemName, l.File} {
+			if !utf8.ValidString(s) || strings.ContainsAny(s, "\n\x00\t") || len(s) > 4*maxName {
+				t.Errorf("name %.100q", s)
+			}
+		}
+		if l.Function == "" || l.SystemName == "" || l.Line < 0 || l.StartLine < 0 {
+			t.Errorf("line %+v", l)
+		}
+	}
+}
+
+// within fails if f takes longer than any honest or hostile file of this size should.
+func within(t testing.TB, d time.Duration, what string, f func()) {
+	t.Helper()
+	start := time.Now()
+	f()
+	if took := time.Since(start); took > d {
+		t.Errorf("%s: took %v", what, took)
+	}
+}
+
+func hostileSeeds(t testing.TB) map[string][]byte {
+	t.Helper()
+	seeds := map[string][]byte{
+		"symbols": symbolSpec(false, shtSymtab,
+			specSymbol{"f", 0x1100, 0x100, globalFunc, 1}, specSymbol{"g", 0x1180, 0x100, weakFunc, 1},
+			specSymbol{"l", 0x1400, 0, globalFunc, 1}, specSymbol{"_Z1hv", 0x1100, 0x100, globalFunc, 1}).bytes(),
+		"32 bits": symbolSpec(true, shtDynsym, specSymbol{"f", 0x1101, 0x100, globalFunc, 1}).bytes(),
+	}
+	for name, spec := range goSpecs {
+		seeds["go "+name] = spec.bytes()
+	}
+	return seeds
+}
+
+// compiledSeeds are files from real tools, small ones.
+func compiledSeeds(t testing.TB) map[string][]byte {
+	t.Helper()
+	seeds := map[string][]byte{}
+	for name, path := range map[string]string{
+		"bare":     buildC(t, bareSource, "-O1", "-nostdlib", "-static", "-Wl,-z,noseparate-code"),
+		"shared":   buildC(t, bareSource, "-O1", "-nostdlib", "-shared", "-fPIC", "-Wl,-z,noseparate-code"),
+		"bare 32":  buildC(t, bareSource, "-O1", "-m32", "-nostdlib", "-static", "-Wl,-z,noseparate-code"),
+		"stripped": stripped(t, buildC(t, bareSource, "-O1", "-nostdlib", "-shared", "-fPIC", "-Wl,-z,noseparate-code")),
+	} {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		seeds[name] = b
+		if name == "shared" {
+			headless := append([]byte{}, b...)
+			clear(headless[0x28:0x30])
+			clear(headless[0x3c:0x40])
+			seeds["without sections"] = headless
+		}
+	}
+	return seeds
+}
+
+// TestDamagedFiles cuts files at every length near a header and at others, and damages
+// single fields, one and several at a time.
+func TestDamagedFiles(t *testing.T) {
+	seeds := hostileSeeds(t)
+	for name, b := range compiledSeeds(t) {
+		seeds[name] = b
+	}
+	values := []uint64{0, 1, 0x7f, 0xff, 0xffff, 1 << 31, 1<<32 - 1, 1 << 63, 1<<64 - 1}
+	for name, b := range seeds {
+		t.Run(name, func(t *testing.T) {
+			if exercise(t, b) == 0 {
+				t.Fatal("the undamaged file has no symbols")
+			}
+			within(t, 40*time.Second, name, func() {
+				for n := 0; n < len(b); n += 1 + n/40 {
+					exercise(t, b[:n])
+				}
+				shoff := int(binary.LittleEndian.Uint64(b[0x28:]))
+				if b[4] == elfClass32 {
+					shoff = int(binary.LittleEndian.Uint32(b[0x20:]))
+				}
+				rnd := rand.New(rand.NewPCG(1, uint64(len(b))))
+				for i := range 4000 {
+					d := append([]byte{}, b...)
+					for range 1 + rnd.IntN(3) {
+						at := rnd.IntN(min(len(d)-8, 0x200))
+						switch {
+						case i%3 == 1 && shoff > 0 && shoff < len(d)-8:
+							at = shoff + rnd.IntN(len(d)-8-shoff)
+						case i%3 == 2:
+							at = rnd.IntN(len(d) - 8)
+						}
+						v := values[rnd.IntN(len(values))]
+						switch rnd.IntN(4) {
+						case 0:
+							d[at] ^= 1 << rnd.IntN(8)
+						case 1:
+							binary.LittleEndian.PutUint16(d[at:], uint16(v))
+						case 2:
+							binary.LittleEndian.PutUint32(d[at:], uint32(v))
+						case 3:
+							binary.LittleEndian.PutUint64(d[at:], v)
+						}
+					}
+					exercise(t, d)
+				}
+			})
+		})
+	}
+}
+
+// TestHostileCounts: what a file claims does not make us reserve memory or work for long.
+func TestHostileCounts(t *testing.T) {
+	huge := func(change func(e *elfSpec)) []byte {
+		e := symbolSpec(false, shtSymtab, specSymbol{"f", 0x1100, 0x100, globalFunc, 1})
+		change(e)
+		return e.bytes()
+	}
+	// Nothing but overlapping symbols, and nothing but aliases.
+	var nested, aliases []specSymbol
+	for i := range uint64(20000) {
+		nested = append(nested, specSymbol{fmt.Sprint("n", i), 0x1000 + i/16, 0x1000 - i/16*2, globalFunc, 1})
+		aliases = append(aliases, specSymbol{fmt.Sprint("a", i), 0x1100, 0x10, globalFunc, 1})
+	}
+	bomb := strings.Repeat("N1xI", 400)
+	for name, b := range map[string][]byte{
+		"symbol table without end": huge(func(e *elfSpec) { e.sections[4].size = 1 << 62 }),
+		"strings without end":      huge(func(e *elfSpec) { e.sections[5].size = 1 << 40 }),
+		"notes without end": huge(func(e *elfSpec) {
+			e.segments = append(e.segments, specSegment{typ: ptNote, filesize: 1 << 50, memsz: 1 << 50})
+		}),
+		"segments that wrap": huge(func(e *elfSpec) {
+			e.segments[1] = specSegment{typ: ptLoad, flags: pfExec, vaddr: ^uint64(0) - 5, memsz: 100, off: ^uint64(0), filesize: 100}
+		}),
+		"a segment of everything": huge(func(e *elfSpec) {
+			e.segments[1] = specSegment{typ: ptLoad, flags: pfExec, vaddr: 0, memsz: ^uint64(0), filesize: ^uint64(0)}
+		}),
+		"nested symbols":   symbolSpec(false, shtSymtab, nested...).bytes(),
+		"aliases":          symbolSpec(false, shtSymtab, aliases...).bytes(),
+		"demangler's bomb": symbolSpec(false, shtSymtab, specSymbol{"_Z1f" + bomb, 0x1100, 0x100, globalFunc, 1}).bytes(),
+		"demangler's depth": symbolSpec(false, shtSymtab,
+			specSymbol{"_Z1f" + strings.Repeat("P", 2*maxName), 0x1000, 0x800, globalFunc, 1},
+			specSymbol{"_Z1f" + strings.Repeat("P", maxName-20) + "i", 0x1800, 0x800, globalFunc, 1}).bytes(),
+	} {
+		within(t, 5*time.Second, name, func() {
+			heap := heapOf(func() { exercise(t, b) })
+			if heap > 8<<20 {
+				t.Errorf("%s: the heap grew by %d bytes", name, heap)
+			}
+		})
+	}
+}
