@@ -117,7 +117,7 @@ func (s *stack) start(t *testing.T) {
 		Path: s.binary,
 		// Three times the default rate: what chance does to shares in some seconds is less.
 		Args: []string{"--otlp.endpoint=http://" + s.collector.Endpoint, "--profile.interval=5s", "--sampling.frequency=299"},
-		Env:  []string{"OTEL_METRIC_EXPORT_INTERVAL=3000", "OTEL_SERVICE_NAME=hostflame-e2e"},
+		Env:  []string{"OTEL_METRIC_EXPORT_INTERVAL=10000", "OTEL_SERVICE_NAME=hostflame-e2e"},
 	})
 	if err != nil {
 		t.Fatal(err)

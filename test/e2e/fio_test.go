@@ -98,10 +98,7 @@ func (s *stack) testBlockIO(t *testing.T) {
 	if counted < did || counted > 1.1*did+2000 {
 		t.Errorf("the agent counted %.0f reads, fio made %.0f", counted, did)
 	}
-	size, err := s.classic.number(fmt.Sprintf(`hostflame_block_io_size_bytes_bucket{device=%q, operation="read", le=~"4096(.0)?"}`, s.fio.device))
-	if err != nil {
-		t.Fatal(err)
-	}
+	size := s.classic.soon(t, fmt.Sprintf(`hostflame_block_io_size_bytes_bucket{device=%q, operation="read", le=~"4096(.0)?"}`, s.fio.device))
 	if math.IsNaN(size) || size < did*0.99 {
 		t.Errorf("%.0f reads of at most 4 KiB, fio made %.0f", size, did)
 	}
