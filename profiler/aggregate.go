@@ -3,9 +3,7 @@
 package profiler
 
 import (
-	"fmt"
 	"hash/maphash"
-	"io"
 	"slices"
 	"unsafe"
 
@@ -172,22 +170,15 @@ func (a *aggregate) keepTraces() {
 	}
 }
 
-// freeze ends the aggregation: it returns the rows, in the order of their first samples.
-func (a *aggregate) freeze() []row {
+// snapshot returns the rows so far, in the order of their first samples.
+func (a *aggregate) snapshot() []row {
+	rows := make([]row, len(a.rows), len(a.rows)+1)
+	copy(rows, a.rows)
 	for i, tr := range a.traces {
-		a.rows[i].stack = tr.stack
+		rows[i].stack = tr.stack
 	}
 	if a.overflow.count > 0 {
-		a.rows = append(a.rows, a.overflow)
+		rows = append(rows, a.overflow)
 	}
-	return a.rows
-}
-
-// writeRows dumps what was aggregated, before symbols.
-func writeRows(w io.Writer, rows []row) {
-	for _, r := range rows {
-		fmt.Fprintf(w, "pid %d tid %d comm %q thread %q container %q: %d samples, %d ns\n",
-			r.pid, r.tid, r.comm, r.thread, r.container, r.count, r.value)
-		r.stack.write(w)
-	}
+	return rows
 }

@@ -135,7 +135,7 @@ func (p *Profiler) endCaptures() {
 		}
 		p.completeLate(c.agg)
 		c.done <- captured{
-			rows: c.agg.freeze(),
+			rows: c.agg.snapshot(),
 			meta: p.meta(c.start, now(), c.agg.samples, lossesSince(c.losses, p.losses())),
 		}
 		return true

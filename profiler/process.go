@@ -42,7 +42,9 @@ type process struct {
 	generation int
 	next       time.Time     // when the mappings may be read again
 	backoff    time.Duration // since reading them did not help
-	perfMap    *symbolizer.PerfMap
+
+	perfMap   *symbolizer.PerfMap
+	perfMapAt time.Time // when it was asked for
 }
 
 // area is a mapping of a process and, once a sample fell into it, what it is a mapping of.
@@ -73,6 +75,9 @@ const (
 	readShare       = 100
 	// retryInterval is how long a file that did not open is left alone.
 	retryInterval = 10 * time.Second
+	// perfMapInterval is how long a perf map is held without asking for it again: the
+	// symbolizer gives up those that were not used for two minutes.
+	perfMapInterval = time.Minute
 )
 
 // processTable knows the processes that were sampled lately. It is for one goroutine.
@@ -198,7 +203,10 @@ func (t *processTable) location(p *process, addr Addr) (Location, bool) {
 	if a == nil || uint64(addr) >= a.end {
 		return Location{}, false
 	}
-	if a.mapping == nil || (!a.retry.IsZero() && !t.now().Before(a.retry)) {
+	switch {
+	case a.mapping == nil,
+		!a.retry.IsZero() && !t.now().Before(a.retry),
+		a.mapping.perfMap != nil && a.mapping.perfMap != t.perfMap(p):
 		t.resolve(p, a)
 	}
 	mapping, slide := a.mapping, a.slide
@@ -251,8 +259,8 @@ func (t *processTable) resolve(p *process, a *area) {
 }
 
 func (t *processTable) perfMap(p *process) *symbolizer.PerfMap {
-	if p.perfMap == nil {
-		p.perfMap = t.symbols.PerfMap(uint32(p.id.pid))
+	if now := t.now(); p.perfMap == nil || now.Sub(p.perfMapAt) >= perfMapInterval {
+		p.perfMap, p.perfMapAt = t.symbols.PerfMap(uint32(p.id.pid)), now
 	}
 	return p.perfMap
 }

@@ -101,6 +101,7 @@ type Profiler struct {
 	processes  *processTable
 	containers *Containers
 	traces     *traces
+	symbols    *symbols
 	cpu        *cpuTimes
 	counters   counters
 	window     *window
@@ -168,6 +169,7 @@ func New(cfg Config) (*Profiler, error) {
 		processes:  newProcessTable(newProcfs("/proc"), cfg.Symbolizer, cfg.MaxProcesses),
 		containers: NewContainers(bpf.CPUControllerV1()),
 		traces:     newTraces(),
+		symbols:    newSymbols(cfg.Symbolizer),
 		cpu:        newCPUTimes(cfg.MaxContainers),
 		closing:    make(chan closedWindow, 1),
 	}
@@ -374,7 +376,7 @@ func (p *Profiler) closeWindow(deadline time.Time) closedWindow {
 	at := now()
 	p.openWindow(at)
 	c := closedWindow{
-		rows:     w.agg.freeze(),
+		rows:     w.agg.snapshot(),
 		meta:     p.meta(w.start, at, w.agg.samples, lossesSince(w.losses, p.window.losses)),
 		deadline: deadline,
 	}
@@ -433,9 +435,9 @@ func (p *Profiler) publish(c closedWindow) {
 
 // profile symbolizes rows, as far as it gets by the deadline, and makes the profile.
 func (p *Profiler) profile(rows []row, m meta, deadline time.Time) (*profile.Profile, error) {
-	n, late := symbolize(p.cfg.Symbolizer, rows, deadline)
+	found, late := p.symbols.lookup(rows, deadline)
 	m.late = late
-	return buildProfile(rows, n, m)
+	return buildProfile(rows, found, m)
 }
 
 // Ready tells whether the source has been drained once.

@@ -4,7 +4,6 @@ package profiler
 
 import (
 	"fmt"
-	"io"
 	"strings"
 
 	"github.com/hostflame/hostflame/bpf"
@@ -150,18 +149,18 @@ func callAddr(addr uint64, i int) Addr {
 	return Addr(addr)
 }
 
-// write dumps the stack, a frame a line.
-func (s Stack) write(w io.Writer) {
-	for _, l := range s {
-		switch {
-		case l.Mapping.note != "" && l.Addr == 0:
-			fmt.Fprintf(w, "  %s\n", l.Mapping.note)
-		case l.Mapping.note != "":
-			fmt.Fprintf(w, "  %s %#x\n", l.Mapping.note, uint64(l.Addr))
-		default:
-			fmt.Fprintf(w, "  %s %#x\n", l.Mapping, uint64(l.Addr))
-		}
+// String is the location as the dumps show it.
+func (l Location) String() string {
+	m := l.Mapping
+	switch {
+	case m.note != "" && l.Addr == 0:
+		return m.note
+	case m.note != "":
+		return fmt.Sprintf("%s %#x", m.note, uint64(l.Addr))
+	case m.kernel:
+		return fmt.Sprintf("%s %#x", m.File, uint64(l.Addr))
 	}
+	return fmt.Sprintf("%s %#x", m, uint64(l.Addr))
 }
 
 // String is the mapping as the dumps show it.

@@ -3,6 +3,7 @@
 package profiler
 
 import (
+	"sync"
 	"time"
 
 	"github.com/hostflame/hostflame/symbolizer"
@@ -28,55 +29,64 @@ func (m *Mapping) resolver() any {
 	return nil
 }
 
-// symbolize looks up every location of rows once. What is not answered by the deadline is
-// left without names; a zero deadline is none. The look-up that is under way then ends
-// on its own, and what it read serves later ones.
-func symbolize(s *symbolizer.Symbolizer, rows []row, deadline time.Time) (n names, late int) {
-	wanted := names{}
+// symbols looks up names, and keeps those that can not change: what a version of a file
+// calls an address. It may be used from any goroutine.
+type symbols struct {
+	symbolizer *symbolizer.Symbolizer
+
+	mu         sync.Mutex
+	young, old map[symbolKey]symbolizer.Result // old is dropped when young is full
+}
+
+type symbolKey struct {
+	object *symbolizer.Object
+	addr   uint64
+}
+
+// maxCachedSymbols bounds each of the two generations of results; some 200 bytes each.
+const maxCachedSymbols = 8 << 10
+
+func newSymbols(s *symbolizer.Symbolizer) *symbols {
+	return &symbols{symbolizer: s, young: map[symbolKey]symbolizer.Result{}}
+}
+
+// job is the question to one resolver, and its answer.
+type job struct {
+	resolver any
+	addrs    []uint64
+	results  []symbolizer.Result
+}
+
+// lookup looks up every location of rows once. What is not answered by the deadline is
+// left without names, and late says how many resolvers that concerns; a zero deadline is
+// none. The look-up that is under way then ends on its own, and serves later ones.
+func (s *symbols) lookup(rows []row, deadline time.Time) (found names, late int) {
+	found = names{}
 	for _, r := range rows {
 		for _, l := range r.stack {
 			k := l.Mapping.resolver()
 			if k == nil {
 				continue
 			}
-			if wanted[k] == nil {
-				wanted[k] = map[Addr]symbolizer.Result{}
+			if found[k] == nil {
+				found[k] = map[Addr]symbolizer.Result{}
 			}
-			wanted[k][l.Addr] = symbolizer.Result{}
+			found[k][l.Addr] = symbolizer.Result{}
 		}
 	}
-	type answer struct {
-		resolver any
-		addrs    []uint64
-		results  []symbolizer.Result
-	}
-	var jobs []answer
-	for k, byAddr := range wanted {
-		a := answer{resolver: k, addrs: make([]uint64, 0, len(byAddr))}
-		for addr := range byAddr {
-			a.addrs = append(a.addrs, uint64(addr))
-		}
-		jobs = append(jobs, a)
-	}
+	jobs := s.remembered(found)
+	answers := make(chan *job, len(jobs))
 	stop := make(chan struct{})
 	defer close(stop)
-	answers := make(chan answer, len(jobs))
 	go func() {
-		for _, a := range jobs {
+		for _, j := range jobs {
 			select {
 			case <-stop:
 				return
 			default:
 			}
-			switch r := a.resolver.(type) {
-			case *symbolizer.Object:
-				a.results = r.Symbolize(a.addrs)
-			case *symbolizer.PerfMap:
-				a.results = r.Symbolize(a.addrs)
-			default:
-				a.results = s.Kernel(a.addrs)
-			}
-			answers <- a
+			s.ask(j)
+			answers <- j
 		}
 	}()
 	var expired <-chan time.Time
@@ -85,16 +95,81 @@ func symbolize(s *symbolizer.Symbolizer, rows []row, deadline time.Time) (n name
 		defer t.Stop()
 		expired = t.C
 	}
-	for answered := 0; answered < len(jobs); answered++ {
+	for answered := range jobs {
 		select {
-		case a := <-answers:
-			byAddr := wanted[a.resolver]
-			for i, addr := range a.addrs {
-				byAddr[Addr(addr)] = a.results[i]
+		case j := <-answers:
+			byAddr := found[j.resolver]
+			for i, addr := range j.addrs {
+				byAddr[Addr(addr)] = j.results[i]
 			}
 		case <-expired:
-			return wanted, len(jobs) - answered
+			return found, len(jobs) - answered
 		}
 	}
-	return wanted, 0
+	return found, 0
+}
+
+// remembered fills in what is kept and returns what is left to ask.
+func (s *symbols) remembered(found names) []*job {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var jobs []*job
+	for k, byAddr := range found {
+		j := &job{resolver: k}
+		object, _ := k.(*symbolizer.Object)
+		for addr := range byAddr {
+			if object != nil {
+				if r, ok := s.get(symbolKey{object, uint64(addr)}); ok {
+					byAddr[addr] = r
+					continue
+				}
+			}
+			j.addrs = append(j.addrs, uint64(addr))
+		}
+		if len(j.addrs) > 0 {
+			jobs = append(jobs, j)
+		}
+	}
+	return jobs
+}
+
+func (s *symbols) ask(j *job) {
+	switch r := j.resolver.(type) {
+	case *symbolizer.Object:
+		j.results = r.Symbolize(j.addrs)
+		s.remember(r, j)
+	case *symbolizer.PerfMap:
+		j.results = r.Symbolize(j.addrs)
+	default:
+		j.results = s.symbolizer.Kernel(j.addrs)
+	}
+}
+
+func (s *symbols) remember(o *symbolizer.Object, j *job) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i, r := range j.results {
+		// Other reasons can pass.
+		if r.Reason == "" || r.Reason == symbolizer.ReasonNotFound || r.Reason == symbolizer.ReasonNoSymbols {
+			s.put(symbolKey{o, j.addrs[i]}, r)
+		}
+	}
+}
+
+func (s *symbols) get(k symbolKey) (symbolizer.Result, bool) {
+	if r, ok := s.young[k]; ok {
+		return r, true
+	}
+	r, ok := s.old[k]
+	if ok {
+		s.put(k, r)
+	}
+	return r, ok
+}
+
+func (s *symbols) put(k symbolKey, r symbolizer.Result) {
+	if len(s.young) >= maxCachedSymbols {
+		s.old, s.young = s.young, make(map[symbolKey]symbolizer.Result, maxCachedSymbols)
+	}
+	s.young[k] = r
 }
