@@ -83,13 +83,17 @@ type converter struct {
 	goCode   map[*profile.Mapping]bool // mappings with Go functions
 
 	// Of the message that is being built:
-	dict      *dictionary
-	mappings  map[*profile.Mapping]int32
-	locations map[*profile.Location]int32
-	profiles  []*profilespb.Profile // by column, nil until it has a sample
-	known     []map[listKey]int     // by column: index in Samples by stack and attributes
-	size      int                   // of all but the dictionary
-	samples   int
+	dict     *dictionary
+	profiles []*profilespb.Profile // by column, nil until it has a sample
+	known    []map[listKey]int     // by column: index in Samples by stack and attributes
+	size     int                   // of all but the dictionary
+	samples  int
+
+	// What is in the tables already, by pprof's pointers: saves looking it up by value.
+	mappings   map[*profile.Mapping]int32
+	functions  map[*profile.Function]int32
+	locations  map[*profile.Location]int32
+	frameTypes map[string][]int32
 
 	// Buffers.
 	stack    []int32
@@ -118,10 +122,12 @@ const nesting = 3 * 4
 // profileGrowth is the same of a profile, with the count of dropped attributes.
 const profileGrowth = 4 + 6
 
-// forget drops what pprof's ids became; the tables find it again.
+// forget empties the shortcuts into the tables, which have become shorter.
 func (c *converter) forget() {
 	c.mappings = map[*profile.Mapping]int32{}
+	c.functions = map[*profile.Function]int32{}
 	c.locations = map[*profile.Location]int32{}
+	c.frameTypes = map[string][]int32{}
 }
 
 // change is a sample to be put at an index of a column's profile.

@@ -43,13 +43,14 @@ func hostProfile() *profile.Profile {
 		BuildID: "c89b11207f6479603b0d49bf291c092c2b719293", HasFunctions: true, HasFilenames: true, HasLineNumbers: true, HasInlineFrames: true}
 	gobin := &profile.Mapping{ID: 2, Start: 0x400000, Limit: 0x500000, File: "/srv/api", BuildID: "foh3mEXu/kATcXlYV/WwRFB1hP/x8hMC8em", HasFunctions: true, HasFilenames: true}
 	kernel := &profile.Mapping{ID: 3, Start: 0xffffffff81000000, Limit: 0xffffffffffffffff, File: "[kernel.kallsyms]", HasFunctions: true}
-	jit := &profile.Mapping{ID: 4, Start: 0x7f0000000000, Limit: 0x7f0000010000, File: "//anon", HasFunctions: true}
+	module := &profile.Mapping{ID: 5, Start: 1 << 63, Limit: 0xffffffffffffffff, File: "[virtio_blk]", HasFunctions: true}
+	jit := &profile.Mapping{ID: 4, Start: 0x7f0000000000, Limit: 0x7f0000010000, File: "[anon]", HasFunctions: true}
 	p := &profile.Profile{
 		SampleType: []*profile.ValueType{{Type: "samples", Unit: "count"}, {Type: "cpu", Unit: "nanoseconds"}},
 		PeriodType: &profile.ValueType{Type: "cpu", Unit: "nanoseconds"},
 		Period:     10101010, TimeNanos: 1_800_000_000_000_000_000, DurationNanos: 10_000_000_000,
 		Comments: []string{"host db-1", "98.9 samples a second and CPU"},
-		Mapping:  []*profile.Mapping{native, gobin, kernel, jit},
+		Mapping:  []*profile.Mapping{native, gobin, kernel, jit, module},
 	}
 	function := func(name, system, file string, start int64) *profile.Function {
 		f := &profile.Function{ID: uint64(len(p.Function) + 1), Name: name, SystemName: system, Filename: file, StartLine: start}
@@ -74,12 +75,13 @@ func hostProfile() *profile.Profile {
 	exit := location(gobin, 0x402000, profile.Line{Function: function("runtime.goexit", "runtime.goexit", "/usr/local/go/src/runtime/asm_amd64.s", 1693), Line: 1700})
 	cgo := location(gobin, 0x403000, profile.Line{Function: function("sqlite3_step", "sqlite3_step", "sqlite3.c", 1), Line: 99})
 	copyUser := location(kernel, 0xffffffff81001234, profile.Line{Function: function("copy_user", "copy_user", "[kernel.kallsyms]", 0)})
+	irq := location(module, 0xffffffffc0001234, profile.Line{Function: function("virtblk_done", "virtblk_done", "", 0)})
 	jitted := location(jit, 0x7f0000000123, profile.Line{Function: function("LazyCompile:~hot", "LazyCompile:~hot", "", 0)})
 	truncated := location(nil, 0, profile.Line{Function: function("[truncated]", "[truncated]", "", 0)})
 
 	query := map[string][]string{"comm": {"query"}, "thread": {"worker-1"}, "container": {"0123456789ab"}}
 	sample(7, 100, query, scan, main)
-	sample(2, 100, query, copyUser, unknown, main)
+	sample(2, 100, query, irq, copyUser, unknown, main)
 	api := map[string][]string{"comm": {"api"}, "thread": {"api"}, "container": {"api.service"}}
 	sample(3, 200, api, serve, exit)
 	sample(1, 200, api, cgo, serve, exit)
@@ -94,19 +96,23 @@ func TestConvertGolden(t *testing.T) {
 	}
 	var got bytes.Buffer
 	dump(&got, messages[0])
-	golden := filepath.Join("testdata", "host.golden")
 	if *update {
-		if err := os.WriteFile(golden, got.Bytes(), 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join("testdata", "host.golden"), got.Bytes(), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
-	want, err := os.ReadFile(golden)
+	if diff := cmp.Diff(readGolden(t, "host.golden"), got.String()); diff != "" {
+		t.Errorf("-want +got\n%s", diff)
+	}
+}
+
+func readGolden(t testing.TB, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("testdata", name))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(string(want), got.String()); diff != "" {
-		t.Errorf("-want +got\n%s", diff)
-	}
+	return string(b)
 }
 
 // TestShapes holds every row of the table of what is sent as what.

@@ -83,7 +83,8 @@ func dump(w io.Writer, d *profilespb.ProfilesData) {
 	for _, rp := range d.ResourceProfiles {
 		fmt.Fprintf(w, "resource %s\n", rp.SchemaUrl)
 		for _, a := range rp.Resource.Attributes {
-			fmt.Fprintf(w, "  %s=%s\n", a.Key, a.Value.GetStringValue())
+			// A Collector puts these strings into the dictionary.
+			fmt.Fprintf(w, "  %s%s=%s%s\n", a.Key, r.text(a.KeyStrindex), a.Value.GetStringValue(), r.text(a.Value.GetStringValueStrindex()))
 		}
 		for _, sp := range rp.ScopeProfiles {
 			fmt.Fprintf(w, "scope %s %s\n", sp.Scope.Name, sp.SchemaUrl)

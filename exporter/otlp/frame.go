@@ -19,20 +19,31 @@ func (c *converter) location(l *profile.Location) int32 {
 	}
 	m := &profilespb.Location{MappingIndex: c.mapping(l.Mapping), Address: l.Address}
 	for _, line := range l.Line {
-		var function int32
-		if f := line.Function; f != nil {
-			function = c.dict.function(f.Name, f.SystemName, f.Filename, f.StartLine)
-		}
-		m.Lines = append(m.Lines, &profilespb.Line{FunctionIndex: function, Line: line.Line, Column: line.Column})
+		m.Lines = append(m.Lines, &profilespb.Line{FunctionIndex: c.function(line.Function), Line: line.Line, Column: line.Column})
 	}
 	if t := c.frameType(l); t != "" {
-		m.AttributeIndices = append(m.AttributeIndices, c.dict.stringAttribute(key(semconv.ProfileFrameTypeKey), t))
+		if c.frameTypes[t] == nil {
+			c.frameTypes[t] = []int32{c.dict.stringAttribute(key(semconv.ProfileFrameTypeKey), t)}
+		}
+		m.AttributeIndices = c.frameTypes[t] // shared by locations: has no room to append to
 	}
 	if l.IsFolded {
 		m.AttributeIndices = append(m.AttributeIndices, c.dict.flag(key(semconv.PprofLocationIsFoldedKey)))
 	}
 	i := c.dict.location(m)
 	c.locations[l] = i
+	return i
+}
+
+func (c *converter) function(f *profile.Function) int32 {
+	if f == nil {
+		return 0
+	}
+	i, ok := c.functions[f]
+	if !ok {
+		i = c.dict.function(f.Name, f.SystemName, f.Filename, f.StartLine)
+		c.functions[f] = i
+	}
 	return i
 }
 
@@ -93,15 +104,18 @@ func (c *converter) findGo() {
 func (c *converter) frameType(l *profile.Location) string {
 	m := l.Mapping
 	switch {
-	case m == nil || m.File == "" || strings.HasPrefix(m.File, "//anon") || strings.HasPrefix(m.File, "[anon"):
+	case m == nil || m.File == "" || strings.HasPrefix(m.File, "[anon"):
 		return ""
-	case strings.HasPrefix(m.File, "[kernel"):
+	case m.Start >= kernelHalf: // kernel, modules and BPF programs, a mapping each
 		return semconv.ProfileFrameTypeKernel.Value.AsString()
 	case c.goCode[m] && isGo(l):
 		return semconv.ProfileFrameTypeGo.Value.AsString()
 	}
 	return semconv.ProfileFrameTypeNative.Value.AsString()
 }
+
+// kernelHalf is where the kernel's half of the address space begins.
+const kernelHalf = 1 << 63
 
 // isGo tells whether l, in a mapping with Go functions, is Go or Go's assembly. What cgo
 // compiled comes from .c and .S files.

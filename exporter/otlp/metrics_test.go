@@ -31,7 +31,7 @@ func (h hostMetrics) ReadRunqueue() (exporter.Runqueue, error) { return h.runque
 func (h hostMetrics) ReadBlock() ([]exporter.Block, error)     { return h.block, nil }
 
 // hostCreated is the created timestamp of the series of hostMetrics.
-var hostCreated = time.Unix(1_800_000_000, 0)
+var hostCreated = time.Unix(1_700_000_000, 0)
 
 func empty(p *histogram.Partition) histogram.Snapshot {
 	return histogram.Snapshot{Cells: make([]uint64, p.Cells())}
