@@ -31,6 +31,7 @@ import (
 type config struct {
 	windows int           // rounds of the programs' cost
 	window  time.Duration // how long a tool is watched in each
+	settle  time.Duration // from the start of a tool to its measurement
 	rounds  int           // rounds of the pipe benchmark
 	loops   int           // pipe operations in each
 	busy    time.Duration // the busy minute
@@ -38,7 +39,7 @@ type config struct {
 }
 
 var (
-	full  = config{windows: 5, window: 2 * time.Second, rounds: 15, loops: 100_000, busy: time.Minute}
+	full  = config{windows: 5, window: 2 * time.Second, settle: time.Second, rounds: 15, loops: 100_000, busy: time.Minute}
 	short = config{windows: 1, window: 300 * time.Millisecond, rounds: 1, loops: 2_000, busy: 2 * time.Second}
 )
 
@@ -132,8 +133,18 @@ func heading(w io.Writer) {
 	if unix.Uname(&u) == nil {
 		kernel = unix.ByteSliceToString(u.Release[:])
 	}
-	fmt.Fprintf(w, "# hostflame bench, %s\n\n%d CPUs (%s), kernel %s\n", time.Now().UTC().Format("2006-01-02 15:04 MST"),
-		runtime.NumCPU(), cpuModel(), kernel)
+	fmt.Fprintf(w, "# hostflame bench, %s\n\n%d CPUs (%s), kernel %s, load average %.2f before the run\n",
+		time.Now().UTC().Format("2006-01-02 15:04 MST"), runtime.NumCPU(), cpuModel(), kernel, loadAverage())
+	if loadAverage() > 1 {
+		progress("the machine is not quiet: comparisons of times will mean little")
+	}
+}
+
+// loadAverage is that of the last minute.
+func loadAverage() (load float64) {
+	b, _ := os.ReadFile("/proc/loadavg")
+	fmt.Sscan(string(b), &load)
+	return load
 }
 
 func cpuModel() string {

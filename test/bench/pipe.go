@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // pipeRound runs `perf bench sched pipe` on one CPU and returns microseconds an
@@ -38,6 +39,7 @@ func (b *bench) pipe(w io.Writer) error {
 			if err != nil {
 				return err
 			}
+			time.Sleep(b.settle)
 			us, err := b.pipeRound()
 			if err := stop(); err != nil {
 				return fmt.Errorf("stop %s: %w", tools[i].name, err)

@@ -90,7 +90,9 @@ func (b *bench) watch(c comparison, t tool) (w watched, err error) {
 		return w, err
 	}
 	defer stopLoad()
-	time.Sleep(300 * time.Millisecond) // the load's own start is not the load
+	if err := b.warm(c); err != nil {
+		return w, err
+	}
 	stats, err := ebpf.EnableStats(uint32(unix.BPF_STATS_RUN_TIME))
 	if err != nil {
 		return w, fmt.Errorf("enable BPF statistics: %w", err)
@@ -125,6 +127,23 @@ func (b *bench) watch(c comparison, t tool) (w watched, err error) {
 		w.programs[e.name] = p
 	}
 	return w, nil
+}
+
+// warm returns when the load has made its first thousand events, and the tool has been
+// left alone for a while: the start of either is not what is measured.
+func (b *bench) warm(c comparison) error {
+	time.Sleep(b.settle)
+	first, err := c.count()
+	if err != nil {
+		return err
+	}
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+		n, err := c.count()
+		if err != nil || n > first+1000 {
+			return err
+		}
+	}
+	return fmt.Errorf("%s: the load makes none", c.title)
 }
 
 // programCosts prints what each BPF program costs, the agent's beside the peers'.
