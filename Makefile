@@ -51,16 +51,16 @@ packages:
 
 .PHONY: test-race
 test-race: ## Run the tests of all packages but bpf and test, with the race detector
-	$(GO) test -race -p 1 -timeout 15m $(RACING)
+	$(GO) test -race -p 1 -count 1 -timeout 15m $(RACING)
 
 # -p 1: these load the machine and measure, so one package at a time.
 .PHONY: test-kernel
 test-kernel: build ## Run the tests of the BPF programs and the end-to-end tests
-	$(GO) test -p 1 -timeout 30m $(MEASURING)
+	$(GO) test -p 1 -count 1 -timeout 30m $(MEASURING)
 
 .PHONY: bench
 bench: packages build ## Measure the agent beside runqlat and biolatency, in one run (root)
-	$(SUDO) env "PATH=$$PATH" $(GO) test -run '^$$' -bench . -benchtime 1x -timeout 30m ./test/bench
+	$(SUDO) env "PATH=$$PATH" $(GO) run ./test/bench $(ARGS)
 
 .PHONY: cross
 cross: ## Build and vet for arm64 too

@@ -167,8 +167,8 @@ func kernelCPUTime() (time.Duration, error) {
 const userHz = 100
 
 // parseCPUTime adds user, nice, system, irq and softirq; user has the guests' time
-// already. Steal is not in it, but it is in cpu-clock, which runs on while the hypervisor
-// gives the CPU to another guest: what is stolen shows as a ratio above 1.
+// already. Steal is not in it, and samples leave it out too. The kernel counts these by
+// whole ticks: over a short or idle time the ratio says little.
 func parseCPUTime(stat string) (time.Duration, error) {
 	line, _, _ := strings.Cut(stat, "\n")
 	f := strings.Fields(line)
