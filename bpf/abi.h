@@ -114,19 +114,21 @@ enum hf_operation {
 	HF_OPERATIONS = 5,
 };
 
-/* Requests of one device and operation on one CPU. What every request touches is
- * together: to count one costs cache misses, not instructions. */
+/* Requests of one device and operation on one CPU. What one request touches is close
+ * together: counting it costs cache misses more than instructions. */
 struct hf_block_io {
 	__u64 total_ns;
 	__u64 queue_ns;
 	__u64 device_ns;
 	__u64 bytes;
+	__u64 sizes[HF_SIZE_CELLS];
+	struct hf_block_times {
+		__u64 total;  /* start to last byte */
+		__u64 device; /* last issue to last byte */
+		__u64 queue;  /* the rest */
+	} times[256]; /* HF_TIME_CELLS, and a power of two */
 	__u64 errors;
-	__u64 unbooked;              /* requests that /proc/diskstats does not count */
-	__u64 size[HF_SIZE_CELLS];   /* of requests that carry data */
-	__u64 total[HF_TIME_CELLS];  /* start to last byte */
-	__u64 queue[HF_TIME_CELLS];  /* what is not device time */
-	__u64 device[HF_TIME_CELLS]; /* last issue to last byte */
+	__u64 unbooked; /* requests that /proc/diskstats does not count */
 };
 _Static_assert(sizeof(struct hf_block_io) <= 32768, "limit of a per-CPU map value");
 

@@ -12,6 +12,8 @@
 #include <bpf/bpf_tracing.h>
 
 #define REQ_OP_MASK 255
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
 #define HF_MAX_DEVICES 64
 
 enum {
@@ -27,16 +29,19 @@ const volatile bool hf_kernel_start = false;
 
 enum hf_operation *hf_export_operation __attribute__((unused));
 
-/* One request in flight. A place belongs to a tag, and the request is stored with it: a
- * request that was merged away or whose end was not seen is overwritten by the next. */
+enum {
+	HF_FAILED = 1,    /* a part of it failed */
+	HF_DATA_DONE = 2, /* data step of a flush sequence: the device is through with it */
+};
+
+/* One request in flight. A place belongs to a tag, and the request is stored with it: one
+ * that was merged away, or whose end was not seen, is overwritten by the next. */
 struct hf_block_state {
 	__u64 rq;    /* the request, 0: none */
 	__u64 start; /* ns, 0: not seen */
-	__u64 issue; /* of the last issue, ns, 0: not seen; with data_done what the device took */
+	__u64 issue; /* of the last issue, ns, 0: not seen; with HF_DATA_DONE the device time */
 	__u32 bytes; /* the most seen: bios merge in after the start, parts complete before the end */
-	__u8 failed;
-	__u8 data_done; /* data step of a flush sequence: the device is through with it */
-	__u16 pad;
+	__u32 flags;
 };
 _Static_assert(sizeof(struct hf_block_state) == 32, "half a cache line");
 
@@ -217,7 +222,46 @@ static __noinline int learn(struct hf_block_queue *e, struct request_queue *q)
 	return 0;
 }
 
+/* The queue's entry, if it is known. That its disk is still the same is looked at where
+ * requests start. */
 static __always_inline struct hf_block_queue *find_queue(struct request_queue *q)
+{
+	__u32 id = q->id;
+	struct hf_block_queue *e = bpf_map_lookup_elem(&hf_block_queue, &id);
+
+	return e && e->queue == (__u64)q ? e : NULL;
+}
+
+static __always_inline struct hf_block_state *find_state(struct hf_block_queue *e, struct request *rq)
+{
+	__u32 i = 0;
+	int tag = rq->internal_tag;
+
+	if (tag < 0)
+		tag = rq->tag;
+	if ((__u32)tag >= e->depth)
+		return NULL;
+	if (e->hctxs > 1)
+		i = rq->mq_hctx->queue_num * e->depth;
+	i += tag;
+	if (i >= e->places)
+		return NULL;
+	i += e->base;
+	return bpf_map_lookup_elem(&hf_block_state, &i);
+}
+
+static __always_inline struct hf_block_state *find_flush_state(struct hf_block_queue *e, struct request *rq)
+{
+	__u32 i = e->hctxs * e->depth + rq->mq_hctx->queue_num;
+
+	if (i >= e->places)
+		return NULL;
+	i += e->base;
+	return bpf_map_lookup_elem(&hf_block_state, &i);
+}
+
+/* find_queue for all that is not known yet or not any more. */
+static __always_inline struct hf_block_queue *learn_queue(struct request_queue *q)
 {
 	__u32 id = q->id;
 	struct hf_block_queue *e = bpf_map_lookup_elem(&hf_block_queue, &id);
@@ -229,124 +273,119 @@ static __always_inline struct hf_block_queue *find_queue(struct request_queue *q
 	return e->queue == (__u64)q ? e : NULL;
 }
 
-static __always_inline struct hf_block_state *find_state(struct hf_block_queue *e, struct request *rq, bool flush)
+static __always_inline int start(struct hf_block_state *s, struct request *rq)
 {
-	__u32 i, hctx = 0;
-	int tag;
+	s->rq = (__u64)rq;
+	s->issue = 0;
+	s->bytes = rq->__data_len;
+	s->flags = 0;
+	s->start = bpf_ktime_get_ns();
+	return 0;
+}
 
-	if (e->hctxs > 1 || flush)
-		hctx = rq->mq_hctx->queue_num;
-	if (flush) {
-		i = e->hctxs * e->depth + hctx;
-	} else {
-		tag = rq->internal_tag;
-		if (tag < 0)
-			tag = rq->tag;
-		if ((__u32)tag >= e->depth)
-			return NULL;
-		i = hctx * e->depth + tag;
+static __noinline int slow_start(struct request *rq)
+{
+	struct request_queue *q = rq->q;
+	struct hf_block_queue *e = learn_queue(q);
+	struct hf_block_state *s;
+
+	if (!e)
+		return 0;
+	s = find_state(e, rq);
+	if (!s && !e->full) {
+		/* The scheduler or the depth was changed. */
+		learn(e, q);
+		s = find_state(e, rq);
 	}
-	if (i >= e->places)
-		return NULL;
-	i += e->base;
-	return bpf_map_lookup_elem(&hf_block_state, &i);
+	/* What has no place is counted when it completes. */
+	return s ? start(s, rq) : 0;
 }
 
 static __always_inline int handle_start(struct request *rq)
 {
 	struct request_queue *q = rq->q;
-	struct hf_block_queue *e;
-	struct hf_block_state *s;
+	struct hf_block_queue *e = find_queue(q);
+	struct hf_block_state *s = NULL;
 
 	hf_ran(HF_RAN_START);
-	e = find_queue(q);
+	if (likely(e && e->diskseq == q->disk->diskseq))
+		s = find_state(e, rq);
+	if (unlikely(!s))
+		return slow_start(rq);
+	return start(s, rq);
+}
+
+/* The issue of a flush request, or of one whose start was not seen. */
+static __noinline int slow_issue(struct request *rq)
+{
+	bool flush = is_flush_rq(rq->rq_flags, rq->cmd_flags & REQ_OP_MASK);
+	struct hf_block_queue *e = learn_queue(rq->q);
+	struct hf_block_state *s;
+
 	if (!e)
 		return 0;
-	s = find_state(e, rq, false);
-	if (!s && !e->full) {
-		/* The scheduler or the depth was changed. */
-		learn(e, q);
-		s = find_state(e, rq, false);
-	}
+	s = flush ? find_flush_state(e, rq) : find_state(e, rq);
 	if (!s)
-		return 0; /* counted when it completes */
+		return 0;
 	s->rq = (__u64)rq;
-	s->issue = 0;
+	/* A flush request passes no start tracepoint, but is initialized, and stamped, for
+	 * each use. */
+	s->start = flush ? rq->start_time_ns : 0;
 	s->bytes = rq->__data_len;
-	s->failed = 0;
-	s->data_done = 0;
-	s->start = bpf_ktime_get_ns();
+	s->flags = 0;
+	s->issue = bpf_ktime_get_ns();
 	return 0;
 }
 
 static __always_inline int handle_issue(struct request *rq)
 {
-	__u32 op = rq->cmd_flags & REQ_OP_MASK, bytes = rq->__data_len;
-	bool flush = is_flush_rq(rq->rq_flags, op);
-	struct hf_block_queue *e;
-	struct hf_block_state *s;
+	struct hf_block_queue *e = find_queue(rq->q);
+	struct hf_block_state *s = NULL;
+	__u32 bytes = rq->__data_len;
 
 	hf_ran(HF_RAN_ISSUE);
-	e = find_queue(rq->q);
-	if (!e)
-		return 0;
-	s = find_state(e, rq, flush);
-	if (!s)
-		return 0;
-	if (s->rq != (__u64)rq || flush) {
-		s->rq = (__u64)rq;
-		/* A flush request passes no start tracepoint, but is initialized, and
-		 * stamped, for each use. */
-		s->start = flush ? rq->start_time_ns : 0;
-		s->bytes = 0;
-		s->failed = 0;
-		s->data_done = 0;
-	}
+	if (likely(e))
+		s = find_state(e, rq);
+	if (unlikely(!s || s->rq != (__u64)rq))
+		return slow_issue(rq);
 	if (bytes > s->bytes)
 		s->bytes = bytes;
 	s->issue = bpf_ktime_get_ns();
 	return 0;
 }
 
-static __always_inline void time_add(__u64 *cells, __u64 ns)
-{
-	__u32 cell = hf_time_cell(ns);
-
-	if (cell < HF_TIME_CELLS)
-		cells[cell]++;
-}
-
 /* Size cells are upper-inclusive powers of two from 512 (internal/histogram, Size). */
-static __always_inline void size_add(__u64 *cells, __u32 bytes)
+static __always_inline __u32 size_cell(__u32 bytes)
 {
 	__u32 cell = bytes <= 512 ? 0 : hf_log2(bytes - 1) - 8;
 
-	if (cell > 18)
-		cell = 18;
-	cells[cell]++;
+	return cell > 18 ? 18 : cell;
 }
 
-static __always_inline int handle_done(struct request *rq, bool failed, __u32 bytes)
+#define TIME_CELL(io, ns) (&(io)->times[hf_time_cell(ns) & 255])
+
+/* Every way that a completion can go. */
+static __noinline int slow_done(struct request *rq, bool failed, __u32 bytes)
 {
-	__u32 rq_flags = rq->rq_flags, op = rq->cmd_flags & REQ_OP_MASK, device, i;
+	__u32 rq_flags = rq->rq_flags, op = rq->cmd_flags & REQ_OP_MASK, device, flags = 0, i;
 	__u64 now = bpf_ktime_get_ns(), start = 0, issue = 0, total, on_device;
-	bool flush = is_flush_rq(rq_flags, op), data_done = false;
+	bool flush = is_flush_rq(rq_flags, op);
 	struct request_queue *q = rq->q;
 	struct hf_block_state *s = NULL;
-	struct hf_block_io *cells;
 	struct hf_block_queue *e;
+	struct hf_block_io *io;
 
-	hf_ran(HF_RAN_DONE);
-	e = find_queue(q);
+	e = learn_queue(q);
 	if (e)
-		s = find_state(e, rq, flush);
+		s = flush ? find_flush_state(e, rq) : find_state(e, rq);
 	if (bytes < rq->__data_len || (!flush && (rq_flags & RQF_FLUSH_SEQ))) {
 		/* A part, or the data step of a flush sequence, which completes once more. */
 		if (s && s->rq == (__u64)rq) {
-			s->failed |= failed;
+			if (failed)
+				s->flags |= HF_FAILED;
 			if (bytes >= rq->__data_len && s->issue) {
 				s->issue = now - s->issue;
-				s->data_done = 1;
+				s->flags |= HF_DATA_DONE;
 			}
 		}
 		return 0;
@@ -366,8 +405,7 @@ static __always_inline int handle_done(struct request *rq, bool failed, __u32 by
 	if (s && s->rq == (__u64)rq) {
 		start = s->start;
 		issue = s->issue;
-		data_done = s->data_done;
-		failed |= s->failed;
+		flags = s->flags;
 		bytes = s->bytes;
 		s->rq = 0;
 	}
@@ -387,36 +425,77 @@ static __always_inline int handle_done(struct request *rq, bool failed, __u32 by
 		return 0;
 	}
 	i = (device - 1) * HF_OPERATIONS + operation(op);
-	cells = bpf_map_lookup_elem(&hf_block_cells, &i);
-	if (!cells) {
+	io = bpf_map_lookup_elem(&hf_block_cells, &i);
+	if (!io) {
 		drop(HF_DROP_NO_SLOT);
 		return 0;
 	}
-	time_add(cells->total, total);
-	cells->total_ns += total;
-	on_device = data_done ? issue : now - issue;
+	TIME_CELL(io, total)->total++;
+	io->total_ns += total;
+	on_device = flags & HF_DATA_DONE ? issue : now - issue;
 	if (!issue) {
 		/* An empty flush, or a device that is gone: all its time was before the
 		 * device. Else the issue was not seen, and only the total is known. */
 		if (rq->state == MQ_RQ_IDLE) {
-			time_add(cells->queue, total);
-			cells->queue_ns += total;
+			TIME_CELL(io, total)->queue++;
+			io->queue_ns += total;
 		}
 	} else if (on_device <= total) {
-		time_add(cells->queue, total - on_device);
-		time_add(cells->device, on_device);
-		cells->queue_ns += total - on_device;
-		cells->device_ns += on_device;
+		TIME_CELL(io, on_device)->device++;
+		io->device_ns += on_device;
+		TIME_CELL(io, total - on_device)->queue++;
+		io->queue_ns += total - on_device;
 	}
 	if (bytes) {
-		size_add(cells->size, bytes);
-		cells->bytes += bytes;
+		io->sizes[size_cell(bytes)]++;
+		io->bytes += bytes;
 	}
-	if (failed)
-		cells->errors++;
+	if (failed || (flags & HF_FAILED))
+		io->errors++;
 	/* blk_account_io_done and, for the flush request, blk_account_io_flush */
 	if (!flush && (!(rq_flags & RQF_IO_STAT) || op == OP(DRV_IN) || op == OP(DRV_OUT)))
-		cells->unbooked++;
+		io->unbooked++;
+	return 0;
+}
+
+/* Reads and writes of which all was seen, and went well; slow_done has the rest. Apart,
+ * because what counts here is the size of the code. */
+static __always_inline int handle_done(struct request *rq, bool failed, __u32 bytes)
+{
+	__u64 now = bpf_ktime_get_ns(), total, on_device;
+	struct hf_block_queue *e = find_queue(rq->q);
+	__u32 rq_flags = rq->rq_flags, op = rq->cmd_flags & REQ_OP_MASK, i;
+	struct hf_block_state *s = NULL;
+	struct hf_block_io *io;
+
+	hf_ran(HF_RAN_DONE);
+	if (likely(e))
+		s = find_state(e, rq);
+	if (unlikely(!s || s->rq != (__u64)rq || !s->start || !s->issue || s->flags || failed ||
+		     bytes < rq->__data_len || (rq_flags & (RQF_FLUSH_SEQ | RQF_IO_STAT)) != RQF_IO_STAT))
+		return slow_done(rq, failed, bytes);
+	i = (e->device - 1) * HF_OPERATIONS;
+	if (op == OP(READ))
+		i += HF_OPERATION_READ;
+	else if (op == OP(WRITE))
+		i += HF_OPERATION_WRITE;
+	else
+		return slow_done(rq, failed, bytes);
+	io = bpf_map_lookup_elem(&hf_block_cells, &i);
+	if (unlikely(!io))
+		return slow_done(rq, failed, bytes);
+	total = now - s->start;
+	on_device = now - s->issue;
+	bytes = s->bytes;
+	s->rq = 0;
+	io->total_ns += total;
+	io->queue_ns += total - on_device;
+	io->device_ns += on_device;
+	io->bytes += bytes;
+	io->sizes[size_cell(bytes)]++;
+	TIME_CELL(io, total)->total++;
+	TIME_CELL(io, on_device)->device++;
+	TIME_CELL(io, total - on_device)->queue++;
 	return 0;
 }
 

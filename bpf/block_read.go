@@ -94,10 +94,18 @@ func (c *BlockCells) add(perCPU []blockHfBlockIo) {
 	c.Size.Cells = make([]uint64, sizes)
 	for i := range perCPU {
 		p := &perCPU[i]
-		c.Total.Add(histogram.Snapshot{Cells: p.Total[:times], Sum: p.TotalNs})
-		c.Queue.Add(histogram.Snapshot{Cells: p.Queue[:times], Sum: p.QueueNs})
-		c.DeviceTime.Add(histogram.Snapshot{Cells: p.Device[:times], Sum: p.DeviceNs})
-		c.Size.Add(histogram.Snapshot{Cells: p.Size[:sizes], Sum: p.Bytes})
+		for j := range times {
+			c.Total.Cells[j] += p.Times[j].Total
+			c.Queue.Cells[j] += p.Times[j].Queue
+			c.DeviceTime.Cells[j] += p.Times[j].Device
+		}
+		for j := range sizes {
+			c.Size.Cells[j] += p.Sizes[j]
+		}
+		c.Total.Sum += p.TotalNs
+		c.Queue.Sum += p.QueueNs
+		c.DeviceTime.Sum += p.DeviceNs
+		c.Size.Sum += p.Bytes
 		c.Errors += p.Errors
 		c.unbooked += p.Unbooked
 	}

@@ -29,12 +29,15 @@ type blockHfBlockIo struct {
 	QueueNs  uint64
 	DeviceNs uint64
 	Bytes    uint64
+	Sizes    [24]uint64
+	Times    [256]struct {
+		_      structs.HostLayout
+		Total  uint64
+		Device uint64
+		Queue  uint64
+	}
 	Errors   uint64
 	Unbooked uint64
-	Size     [24]uint64
-	Total    [240]uint64
-	Queue    [240]uint64
-	Device   [240]uint64
 }
 
 type blockHfOperation uint32
@@ -62,6 +65,7 @@ const (
 	blockProgHfBlockStart     = "hf_block_start"
 	blockVarHfExportOperation = "hf_export_operation"
 	blockVarHfKernelStart     = "hf_kernel_start"
+	blockVarHfLog2Byte        = "hf_log2_byte"
 	blockVarHfPlaces          = "hf_places"
 	blockVarHfStates          = "hf_states"
 	blockVarHfTimeCuts        = "hf_time_cuts"
@@ -132,6 +136,7 @@ type blockMapSpecs struct {
 type blockVariableSpecs struct {
 	HfExportOperation *ebpf.VariableSpec `ebpf:"hf_export_operation"`
 	HfKernelStart     *ebpf.VariableSpec `ebpf:"hf_kernel_start"`
+	HfLog2Byte        *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
 	HfPlaces          *ebpf.VariableSpec `ebpf:"hf_places"`
 	HfStates          *ebpf.VariableSpec `ebpf:"hf_states"`
 	HfTimeCuts        *ebpf.VariableSpec `ebpf:"hf_time_cuts"`
@@ -181,6 +186,7 @@ func (m *blockMaps) Close() error {
 type blockVariables struct {
 	HfExportOperation *ebpf.Variable `ebpf:"hf_export_operation"`
 	HfKernelStart     *ebpf.Variable `ebpf:"hf_kernel_start"`
+	HfLog2Byte        *ebpf.Variable `ebpf:"hf_log2_byte"`
 	HfPlaces          *ebpf.Variable `ebpf:"hf_places"`
 	HfStates          *ebpf.Variable `ebpf:"hf_states"`
 	HfTimeCuts        *ebpf.Variable `ebpf:"hf_time_cuts"`

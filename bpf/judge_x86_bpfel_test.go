@@ -26,7 +26,8 @@ type judgeJudgeCells struct {
 		SumNs uint64
 		Cells [240]uint64
 	}
-	Unknown uint64
+	Unknown  uint64
+	Unbooked uint64
 }
 
 // Names of all BPF objects in the ELF.
@@ -41,6 +42,7 @@ const (
 	judgeProgJudgeBirth  = "judge_birth"
 	judgeProgJudgeSwitch = "judge_switch"
 	judgeProgJudgeWakeup = "judge_wakeup"
+	judgeVarHfLog2Byte   = "hf_log2_byte"
 	judgeVarHfTimeCuts   = "hf_time_cuts"
 	judgeVarHfTimeFirst  = "hf_time_first"
 )
@@ -107,6 +109,7 @@ type judgeMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type judgeVariableSpecs struct {
+	HfLog2Byte  *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
 	HfTimeCuts  *ebpf.VariableSpec `ebpf:"hf_time_cuts"`
 	HfTimeFirst *ebpf.VariableSpec `ebpf:"hf_time_first"`
 }
@@ -150,6 +153,7 @@ func (m *judgeMaps) Close() error {
 //
 // It can be passed to loadJudgeObjects or ebpf.CollectionSpec.LoadAndAssign.
 type judgeVariables struct {
+	HfLog2Byte  *ebpf.Variable `ebpf:"hf_log2_byte"`
 	HfTimeCuts  *ebpf.Variable `ebpf:"hf_time_cuts"`
 	HfTimeFirst *ebpf.Variable `ebpf:"hf_time_first"`
 }

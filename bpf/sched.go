@@ -53,7 +53,24 @@ type SchedCells struct {
 // NewSched loads the programs, attaches them, and measures from then on. It needs
 // CAP_PERFMON and CAP_BPF, and Linux 5.14 with BTF; ErrNoSchedInfo says that the kernel
 // is built without what it reads.
-func NewSched(SchedConfig) (_ *Sched, err error) {
+func NewSched(SchedConfig) (*Sched, error) {
+	s, err := openSched()
+	if err != nil {
+		return nil, err
+	}
+	// The switches come last: then all threads are known.
+	if err = s.know(); err == nil {
+		err = s.attach(schedProgHfSchedSwitch)
+	}
+	if err != nil {
+		s.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// openSched loads the programs.
+func openSched() (*Sched, error) {
 	kernel, err := btf.LoadKernelSpec()
 	if err != nil {
 		return nil, fmt.Errorf("load kernel BTF: %w", err)
@@ -87,31 +104,25 @@ func NewSched(SchedConfig) (_ *Sched, err error) {
 		programs: programs,
 		reasons:  []DropReason{DropNoStorage, DropSwitchUnseen, DropNegative, DropNoStart, DropDelayed},
 	}}
-	defer func() {
-		if err != nil {
-			s.Close()
-		}
-	}()
 	if s.iter, err = link.AttachIter(link.IterOptions{Program: coll.Programs[schedProgHfTaskIter]}); err != nil {
+		s.Close()
 		return nil, fmt.Errorf("attach %s: %w", schedProgHfTaskIter, err)
 	}
-	// Threads that are born from here on are known by their birth, those of before by the
-	// walk: when the switches come, all are known.
+	return s, nil
+}
+
+// know makes all threads known: those that are born from here on by their birth, those of
+// before by the walk.
+func (s *Sched) know() error {
 	if err := s.attach(schedProgHfTaskNewtask); err != nil {
-		return nil, err
+		return err
 	}
-	if coll.Programs[schedProgHfSchedMove] != nil {
+	if s.coll.Programs[schedProgHfSchedMove] != nil {
 		if err := s.attach(schedProgHfSchedMove); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	if err := s.walk(); err != nil {
-		return nil, err
-	}
-	if err := s.attach(schedProgHfSchedSwitch); err != nil {
-		return nil, err
-	}
-	return s, nil
+	return s.walk()
 }
 
 // requireSchedInfo returns ErrNoSchedInfo where a field that the hook reads is absent.

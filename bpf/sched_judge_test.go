@@ -67,8 +67,9 @@ func newJudge(t *testing.T) *judge {
 type verdict struct {
 	wait     histogram.Snapshot
 	unknown  uint64 // switch-ins without a stamp
+	unbooked uint64 // switch-ins that the kernel does not book
 	delay    uint64 // run_delay of all threads, those that died since the judge came included
-	arrivals uint64 // switch-ins, likewise
+	arrivals uint64 // switch-ins that the kernel booked, likewise
 }
 
 func (j *judge) read(t *testing.T) verdict {
@@ -81,6 +82,7 @@ func (j *judge) read(t *testing.T) verdict {
 	for _, c := range cells {
 		v.wait.Add(histogram.Snapshot{Cells: c.Wait.Cells[:len(v.wait.Cells)], Sum: c.Wait.SumNs})
 		v.unknown += c.Unknown
+		v.unbooked += c.Unbooked
 	}
 	var alive judgeJudgeBooks
 	if err := j.objs.Alive.Put(uint32(0), &alive); err != nil {
@@ -113,22 +115,33 @@ func (j *judge) read(t *testing.T) verdict {
 type observation struct {
 	SchedCells
 	dropped map[DropReason]uint64
-	hidden  uint64 // switch-ins of process 1, see hiddenArrivals
+	hidden  uint64    // switch-ins of process 1, see hiddenArrivals
+	seen    [2]uint64 // switch-ins recorded or dropped, before and after the judge was read
 	verdict
 }
 
 func observe(t *testing.T, s *Sched, j *judge) (o observation) {
 	t.Helper()
-	var err error
-	if o.SchedCells, err = s.Read(); err != nil {
-		t.Fatal(err)
+	for i := range o.seen {
+		c, err := s.Read()
+		if err != nil {
+			t.Fatal(err)
+		}
+		stats, err := s.Stats()
+		if err != nil {
+			t.Fatal(err)
+		}
+		o.seen[i] = c.Latency.Count()
+		for reason, n := range stats.Dropped {
+			if reason != DropSwitchUnseen {
+				o.seen[i] += n
+			}
+		}
+		if i == 0 {
+			o.SchedCells, o.dropped = c, stats.Dropped
+			o.verdict = j.read(t)
+		}
 	}
-	stats, err := s.Stats()
-	if err != nil {
-		t.Fatal(err)
-	}
-	o.dropped = stats.Dropped
-	o.verdict = j.read(t)
 	o.hidden = hiddenArrivals(t)
 	return o
 }
@@ -141,9 +154,11 @@ func (o observation) since(p observation) observation {
 		},
 		dropped: map[DropReason]uint64{},
 		hidden:  o.hidden - p.hidden,
+		seen:    [2]uint64{o.seen[0] - p.seen[1], o.seen[1] - p.seen[0]},
 		verdict: verdict{
 			wait:     since(o.wait, p.wait),
 			unknown:  o.unknown - p.unknown,
+			unbooked: o.unbooked - p.unbooked,
 			delay:    o.delay - p.delay,
 			arrivals: o.arrivals - p.arrivals,
 		},

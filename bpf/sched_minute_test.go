@@ -46,6 +46,11 @@ func TestSchedLoadedMinute(t *testing.T) {
 	}
 	within("run_delay of the load's threads, schedstat", counted, booked, 1)
 	within("run_delay of all threads, sched_info", d.RunDelayNanos, d.delay, 1)
+	var lost uint64
+	for _, n := range d.dropped {
+		lost += n
+	}
+	within("waits and drops, sched_info", d.Latency.Count()+lost, d.arrivals+d.unbooked, 1)
 	within("waits, time stamps", d.Latency.Count(), d.wait.Count(), 2)
 	within("sum of waits, time stamps", d.Latency.Sum, d.wait.Sum, 2)
 	compareStamps(t, d.Latency, d.wait)

@@ -179,7 +179,8 @@ func symbolz(w http.ResponseWriter, _ *http.Request) {
 	io.WriteString(w, "num_symbols: 0\n")
 }
 
-// readOnly lets GET and HEAD through, and the one question that is a POST, and sets the headers that every answer has.
+// readOnly lets GET and HEAD through, and the one question that is a POST. It sets the
+// headers that every answer has.
 func readOnly(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()

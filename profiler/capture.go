@@ -54,7 +54,7 @@ type captured struct {
 }
 
 // symbolsWithin is what is left for symbols of the second that a capture may take longer.
-const symbolsWithin = 600 * time.Millisecond
+const symbolsWithin = 700 * time.Millisecond
 
 // Capture profiles the next r.Duration: the source is drained when it begins and when it
 // ends, so it holds what was sampled in between and nothing else. It returns within a

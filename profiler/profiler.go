@@ -106,6 +106,8 @@ type Profiler struct {
 	counters   counters
 	window     *window
 	captures   []*capture // that are running; of the draining goroutine
+	fresh      []Stack    // made since they were last handed to warming
+	warming    chan []Stack
 	closing    chan closedWindow
 	newest     atomic.Pointer[Window]
 	ready      atomic.Bool
@@ -171,6 +173,7 @@ func New(cfg Config) (*Profiler, error) {
 		traces:     newTraces(),
 		symbols:    newSymbols(cfg.Symbolizer),
 		cpu:        newCPUTimes(cfg.MaxContainers),
+		warming:    make(chan []Stack, 1),
 		closing:    make(chan closedWindow, 1),
 	}
 	return p, nil
@@ -192,18 +195,23 @@ func (p *Profiler) Run(ctx context.Context) error {
 	if err := p.begin(); err != nil {
 		return err
 	}
-	published := make(chan struct{})
-	go func() {
-		defer close(published)
+	var others sync.WaitGroup
+	others.Go(func() {
 		for w := range p.closing {
 			p.publish(w)
 		}
-	}()
+	})
+	others.Go(func() {
+		for stacks := range p.warming {
+			p.symbols.warm(stacks)
+		}
+	})
 	err := p.loop(ctx)
 	p.end()
+	close(p.warming)
 	p.closing <- p.closeWindow(time.Now().Add(lastSymbols))
 	close(p.closing)
-	<-published
+	others.Wait()
 	if cerr := p.containers.Close(); err == nil {
 		err = cerr
 	}
@@ -300,6 +308,13 @@ func (p *Profiler) afterDrain() {
 		fn()
 	}
 	p.endCaptures()
+	if len(p.fresh) > 0 {
+		select {
+		case p.warming <- p.fresh:
+			p.fresh = nil
+		default: // it is behind: with the next
+		}
+	}
 	if bootTime() < p.window.start.boot+p.cfg.Window {
 		return
 	}
@@ -361,6 +376,7 @@ func (p *Profiler) trace(s *bpf.Sample) *trace {
 		return tr
 	}
 	p.processes.complete(proc, tr, s)
+	p.fresh = append(p.fresh, tr.stack)
 	return tr
 }
 
@@ -380,6 +396,7 @@ func (p *Profiler) closeWindow(deadline time.Time) closedWindow {
 		meta:     p.meta(w.start, at, w.agg.samples, lossesSince(w.losses, p.window.losses)),
 		deadline: deadline,
 	}
+	p.fresh = nil // these are looked up now
 	// The next window will see most of these stacks again.
 	w.agg.keepTraces()
 	for _, running := range p.captures {

@@ -32,7 +32,8 @@ func (m *Mapping) resolver() any {
 // symbols looks up names, and keeps those that can not change: what a version of a file
 // calls an address. It may be used from any goroutine.
 type symbols struct {
-	symbolizer *symbolizer.Symbolizer
+	symbolizer   *symbolizer.Symbolizer
+	kernelLoaded bool // of the goroutine that calls warm
 
 	mu         sync.Mutex
 	young, old map[symbolKey]symbolizer.Result // old is dropped when young is full
@@ -131,6 +132,29 @@ func (s *symbols) remembered(found names) []*job {
 		}
 	}
 	return jobs
+}
+
+// warm looks up what is not known of some stacks, to have it when a profile needs it: reading
+// a symbol table for the first time can take longer than a profile may wait, and the perf
+// map of a process can be gone by then.
+func (s *symbols) warm(stacks []Stack) {
+	wanted := names{}
+	for _, stack := range stacks {
+		for _, l := range stack {
+			k := l.Mapping.resolver()
+			if k == nil || k == kernelMapping && s.kernelLoaded {
+				continue
+			}
+			if wanted[k] == nil {
+				wanted[k] = map[Addr]symbolizer.Result{}
+			}
+			wanted[k][l.Addr] = symbolizer.Result{}
+		}
+	}
+	for _, j := range s.remembered(wanted) {
+		s.ask(j)
+		s.kernelLoaded = s.kernelLoaded || j.resolver == kernelMapping
+	}
 }
 
 func (s *symbols) ask(j *job) {

@@ -144,7 +144,7 @@ func TestDamagedFiles(t *testing.T) {
 					shoff = int(binary.LittleEndian.Uint32(b[0x20:]))
 				}
 				rnd := rand.New(rand.NewPCG(1, uint64(len(b))))
-				for i := range 4000 {
+				for i := range 1500 {
 					d := append([]byte{}, b...)
 					for range 1 + rnd.IntN(3) {
 						at := rnd.IntN(min(len(d)-8, 0x200))

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -26,18 +27,18 @@ import (
 type kernel struct {
 	kallsyms, modules string // paths
 
+	newest atomic.Pointer[KernelStats] // so that asking does not wait for a reading
+
 	mu         sync.Mutex
 	table      *kernelTable
 	lines      map[int][]Line // of the rows of table that were seen
 	reason     Reason         // why there is no table
-	err        error
-	generation generation // of table
-	changed    bool       // kallsyms may have more than table
-	checkAfter time.Time  // earliest next look at the generation
-	loadAfter  time.Time  // earliest next reading
+	generation generation     // of table
+	changed    bool           // kallsyms may have more than table
+	checkAfter time.Time      // earliest next look at the generation
+	loadAfter  time.Time      // earliest next reading
 	loaded     time.Time
 	loads      uint64
-	loadTime   time.Duration // of the last reading
 }
 
 const (
@@ -122,16 +123,21 @@ func (k *kernel) load(now time.Time) {
 		expect = len(k.table.rows) + len(k.table.rows)/8
 	}
 	table, err := readKallsyms(k.kallsyms, expect)
-	k.loadTime = time.Since(now)
-	k.loadAfter = now.Add(max(checkInterval, reloadShare*k.loadTime))
-	k.changed, k.err = false, err
+	took := time.Since(now)
+	k.loadAfter = now.Add(max(checkInterval, reloadShare*took))
+	k.changed = false
 	k.loads++
 	if err != nil {
 		k.reason = ReasonOf(err)
-		return
+	} else {
+		k.table, k.reason, k.loaded = table, "", now
+		k.lines = map[int][]Line{}
 	}
-	k.table, k.reason, k.loaded = table, "", now
-	k.lines = map[int][]Line{}
+	st := KernelStats{Loads: k.loads, LoadTime: took, Reason: k.reason, Err: err}
+	if k.table != nil {
+		st.Symbols, st.Modules, st.Bytes = k.table.symbols, len(k.table.modules)-1, k.table.bytes()
+	}
+	k.newest.Store(&st)
 }
 
 func readKallsyms(path string, expect int) (*kernelTable, error) {
@@ -209,15 +215,12 @@ type KernelStats struct {
 	Loads    uint64        // readings of kallsyms
 	LoadTime time.Duration // of the last one
 	Reason   Reason        // why kernel addresses have no names; empty when they have, or were not asked for yet
-	Err      error         // the same for people
+	Err      error         // what was wrong with the last reading, for people
 }
 
 func (k *kernel) stats() KernelStats {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	st := KernelStats{Loads: k.loads, LoadTime: k.loadTime, Reason: k.reason, Err: k.err}
-	if k.table != nil {
-		st.Symbols, st.Modules, st.Bytes = k.table.symbols, len(k.table.modules)-1, k.table.bytes()
+	if st := k.newest.Load(); st != nil {
+		return *st
 	}
-	return st
+	return KernelStats{}
 }

@@ -13,7 +13,8 @@
 
 struct judge_cells {
 	struct hf_time_hist wait;
-	__u64 unknown; /* switch-ins without a stamp */
+	__u64 unknown;  /* switch-ins without a stamp */
+	__u64 unbooked; /* switch-ins that sched_info does not count: preempted on the way to sleep */
 };
 
 /* The kernel's own books, sched_info, summed. */
@@ -107,6 +108,8 @@ int BPF_PROG(judge_switch, bool preempt, struct task_struct *prev, struct task_s
 			*since = preempt || prev->__state == 0 ? now : 0;
 	}
 	if (next->pid) {
+		if (!next->sched_info.last_queued)
+			c->unbooked++;
 		since = bpf_task_storage_get(&queued, next, NULL, 0);
 		if (since && *since) {
 			hf_time_add(&c->wait, now - *since);

@@ -111,7 +111,10 @@ func (c *converter) begin() {
 		c.known[i] = map[listKey]int{}
 	}
 	c.samples = 0
-	c.forget()
+	c.mappings = map[*profile.Mapping]int32{}
+	c.functions = map[*profile.Function]int32{}
+	c.locations = map[*profile.Location]int32{}
+	c.frameTypes = map[string][]int32{}
 	c.size = proto.Size(c.message()) - proto.Size(c.dict.message()) + nesting
 }
 
@@ -122,14 +125,6 @@ const nesting = 3 * 4
 // profileGrowth is the same of a profile, with the count of dropped attributes.
 const profileGrowth = 4 + 6
 
-// forget empties the shortcuts into the tables, which have become shorter.
-func (c *converter) forget() {
-	c.mappings = map[*profile.Mapping]int32{}
-	c.functions = map[*profile.Function]int32{}
-	c.locations = map[*profile.Location]int32{}
-	c.frameTypes = map[string][]int32{}
-}
-
 // change is a sample to be put at an index of a column's profile.
 type change struct {
 	column  int
@@ -138,8 +133,9 @@ type change struct {
 	sample  *profilespb.Sample
 }
 
-// add adds s to every profile in which it has a value. It returns false, with nothing
-// changed, when the message would become larger than the limit.
+// add adds s to every profile in which it has a value. It returns false when the message
+// would become larger than the limit; the message is then as it was and complete, and
+// must be followed by another.
 func (c *converter) add(s *profile.Sample) bool {
 	if !slices.ContainsFunc(c.columns, func(col column) bool { return s.Value[col.index] != 0 }) {
 		return true
@@ -172,7 +168,6 @@ func (c *converter) add(s *profile.Sample) bool {
 	}
 	if c.dict.size+size > c.limit {
 		c.dict.rollback(before)
-		c.forget()
 		return false
 	}
 	for _, ch := range c.changes {

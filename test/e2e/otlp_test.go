@@ -3,16 +3,21 @@
 package e2e
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math"
 	"net"
 	"net/http"
+	"os"
+	"slices"
 	"testing"
 	"time"
 
 	metricspb "go.opentelemetry.io/proto/otlp/metrics/v1"
 	profilespb "go.opentelemetry.io/proto/otlp/profiles/v1development"
+	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/hostflame/hostflame/test/agent"
 	"github.com/hostflame/hostflame/test/workload"
@@ -58,10 +63,31 @@ func shares(values map[string]int64, prefix string, points float64) error {
 	return errors.Join(errs...)
 }
 
-// metric finds a metric by name and adds up its observations, or its values.
+// lastMetrics are the newest messages of metrics that the Collector has written. All of
+// them would take long to read: each push holds everything.
+func (s *stack) lastMetrics(t *testing.T) []*metricspb.MetricsData {
+	t.Helper()
+	b, err := os.ReadFile(s.collector.MetricsFile)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	complete := b[:bytes.LastIndexByte(b, '\n')+1]
+	lines := slices.Collect(bytes.Lines(complete))
+	var list []*metricspb.MetricsData
+	for _, line := range lines[max(0, len(lines)-4):] { // a push may be split
+		m := new(metricspb.MetricsData)
+		if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(line, m); err != nil {
+			t.Fatalf("read %s: %v", s.collector.MetricsFile, err)
+		}
+		list = append(list, m)
+	}
+	return list
+}
+
+// metric finds a metric by name and adds up its observations, or its values, as the last
+// message that has it tells them.
 func metric(messages []*metricspb.MetricsData, name string) (total float64, found bool) {
-	for _, d := range messages {
-		total = 0 // cumulative: the last message counts
+	for _, d := range slices.Backward(messages) {
 		for _, rm := range d.GetResourceMetrics() {
 			for _, sm := range rm.GetScopeMetrics() {
 				for _, m := range sm.GetMetrics() {
@@ -72,21 +98,24 @@ func metric(messages []*metricspb.MetricsData, name string) (total float64, foun
 					for _, p := range m.GetExponentialHistogram().GetDataPoints() {
 						total += float64(p.GetCount())
 					}
-					for _, p := range append(m.GetSum().GetDataPoints(), m.GetGauge().GetDataPoints()...) {
+					for _, p := range slices.Concat(m.GetSum().GetDataPoints(), m.GetGauge().GetDataPoints()) {
 						total += p.GetAsDouble() + float64(p.GetAsInt())
 					}
 				}
 			}
 		}
+		if found {
+			return total, true
+		}
 	}
-	return total, found
+	return 0, false
 }
 
 // testCollector reads what the Collector wrote: the metrics, and the burning functions in
 // their shares.
 func (s *stack) testCollector(t *testing.T) {
 	eventually(t, 40*time.Second, func() error {
-		messages := s.collector.Metrics(t)
+		messages := s.lastMetrics(t)
 		for _, name := range []string{
 			"hostflame_runqueue_latency_seconds", "hostflame_block_io_latency_seconds",
 			"hostflame_samples_total", "hostflame_cpu_seconds_total", "hostflame_build_info",
@@ -109,7 +138,7 @@ func (s *stack) testCollector(t *testing.T) {
 		}
 		return errors.Join(shares(values, "load::", 5), shares(values, "main.", 5))
 	})
-	for _, d := range s.collector.Metrics(t) {
+	for _, d := range s.lastMetrics(t) {
 		for _, rm := range d.GetResourceMetrics() {
 			attributes := map[string]string{}
 			for _, a := range rm.GetResource().GetAttributes() {
@@ -146,7 +175,7 @@ func (s *stack) testStop(t *testing.T) {
 		t.Errorf("the last profile ends at %v, the agent was stopped at %v", last, stopped)
 	}
 	var newest uint64
-	for _, d := range s.collector.Metrics(t) {
+	for _, d := range s.lastMetrics(t) {
 		for _, rm := range d.GetResourceMetrics() {
 			for _, sm := range rm.GetScopeMetrics() {
 				for _, m := range sm.GetMetrics() {

@@ -1,0 +1,409 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/hostflame/hostflame/internal/kerneltest"
+)
+
+func newTestBlock(t *testing.T) *Block {
+	t.Helper()
+	kerneltest.Require(t)
+	b, err := NewBlock(BlockConfig{})
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	t.Cleanup(func() { b.Close() })
+	return b
+}
+
+func output(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%s: %v\n%s", strings.Join(cmd.Args, " "), err, stderr.String())
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// loopDevice is a loop device over a file of its own, of 64 MiB. Its own I/O is direct,
+// so that a truncated file is an error and not a page of zeros.
+func loopDevice(t *testing.T) (device, file string) {
+	t.Helper()
+	file = filepath.Join(t.TempDir(), "disk")
+	f, err := os.Create(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Truncate(64 << 20); err != nil {
+		t.Fatal(err)
+	}
+	device = output(t, "losetup", "--find", "--show", file)
+	t.Cleanup(func() { exec.Command("losetup", "--detach", device).Run() })
+	return device, file
+}
+
+// quiesce waits until what was written by others to the device, such as the kernel's
+// look for partitions, is through.
+func quiesce(t *testing.T, device string) {
+	t.Helper()
+	f, err := os.OpenFile(device, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(100 * time.Millisecond)
+}
+
+func diskstatsOf(t *testing.T, device string) diskstats {
+	t.Helper()
+	f, err := os.Open("/proc/diskstats")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	all, err := readDiskstats(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all[filepath.Base(device)]
+}
+
+// blockCounts are the counts of one device by operation.
+type blockCounts struct {
+	requests, bytes, errors map[string]uint64
+	queueNanos, deviceNanos uint64
+	totalNanos              uint64
+	readTotal               time.Duration
+}
+
+func countsOf(t *testing.T, b *Block, device string) blockCounts {
+	t.Helper()
+	cells, err := b.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := blockCounts{requests: map[string]uint64{}, bytes: map[string]uint64{}, errors: map[string]uint64{}}
+	for _, s := range cells {
+		if s.Device != filepath.Base(device) {
+			continue
+		}
+		c.requests[s.Operation] = s.Total.Count()
+		c.bytes[s.Operation] = s.Size.Sum
+		c.errors[s.Operation] = s.Errors
+		c.queueNanos += s.Queue.Sum
+		c.deviceNanos += s.DeviceTime.Sum
+		c.totalNanos += s.Total.Sum
+		if s.Operation == "read" {
+			c.readTotal = time.Duration(s.Total.Sum)
+		}
+		if sizes, of := s.Size.Count(), s.Total.Count(); sizes > of {
+			t.Errorf("%s %s: %d sizes of %d requests", s.Device, s.Operation, sizes, of)
+		}
+	}
+	if len(c.requests) == 0 {
+		t.Fatalf("%s has no series", device)
+	}
+	return c
+}
+
+// alignedBuffer is fit for direct I/O.
+func alignedBuffer(t *testing.T, size int) []byte {
+	t.Helper()
+	b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Munmap(b) })
+	return b
+}
+
+func TestBlockEqualsDiskstats(t *testing.T) {
+	device, _ := loopDevice(t)
+	b := newTestBlock(t)
+	quiesce(t, device)
+
+	const reads, writes, syncs, discards = 1009, 211, 13, 17
+	f, err := os.OpenFile(device, os.O_RDWR|unix.O_DIRECT, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	before, kernelBefore := countsOf(t, b, device), diskstatsOf(t, device)
+	buf := alignedBuffer(t, 8192)
+	for i := range writes {
+		if _, err := f.WriteAt(buf, int64(i)*8192); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range reads {
+		if _, err := f.ReadAt(buf[:4096], int64(i%4096)*4096); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range syncs {
+		// A device's sync writes out its cache with an empty flush.
+		if err := f.Sync(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range discards {
+		span := [2]uint64{uint64(i) << 20, 1 << 16}
+		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.BLKDISCARD, uintptr(unsafe.Pointer(&span))); errno != 0 {
+			t.Fatalf("discard: %v", errno)
+		}
+	}
+	after, kernelAfter := countsOf(t, b, device), diskstatsOf(t, device)
+
+	grown := func(m func(blockCounts) map[string]uint64, op string) uint64 { return m(after)[op] - m(before)[op] }
+	requests := func(c blockCounts) map[string]uint64 { return c.requests }
+	bytes := func(c blockCounts) map[string]uint64 { return c.bytes }
+	const sector = 512
+	for _, c := range []struct {
+		what            string
+		counted, kernel uint64
+	}{
+		{"reads", grown(requests, "read"), kernelAfter.reads - kernelBefore.reads},
+		{"read bytes", grown(bytes, "read"), (kernelAfter.readSectors - kernelBefore.readSectors) * sector},
+		{"writes", grown(requests, "write"), kernelAfter.writes - kernelBefore.writes},
+		{"written bytes", grown(bytes, "write"), (kernelAfter.writeSectors - kernelBefore.writeSectors) * sector},
+		{"discards", grown(requests, "discard"), kernelAfter.discards - kernelBefore.discards},
+		{"discarded bytes", grown(bytes, "discard"), (kernelAfter.discardSectors - kernelBefore.discardSectors) * sector},
+		{"flushes", grown(requests, "flush"), kernelAfter.flushes - kernelBefore.flushes},
+		// And the load is the one that was meant.
+		{"reads of the load", grown(requests, "read"), reads},
+		{"read bytes of the load", grown(bytes, "read"), reads * 4096},
+		{"written bytes of the load", grown(bytes, "write"), writes * 8192},
+		{"discards of the load", grown(requests, "discard"), discards},
+		{"flushes of the load", grown(requests, "flush"), syncs},
+		{"errors", after.errors["read"] + after.errors["write"], 0},
+	} {
+		if c.counted != c.kernel {
+			t.Errorf("%s: %d, want %d", c.what, c.counted, c.kernel)
+		}
+	}
+	if sum := after.queueNanos + after.deviceNanos; sum != after.totalNanos {
+		t.Errorf("queue and device time are %d ns, total is %d ns", sum, after.totalNanos)
+	}
+	if after.deviceNanos == 0 || after.queueNanos == 0 {
+		t.Errorf("queue time %d ns, device time %d ns", after.queueNanos, after.deviceNanos)
+	}
+
+	counted, kernel, err := b.Accounting()
+	if err != nil || kernel < reads || counted == 0 {
+		t.Errorf("accounting: %d counted, %d in the kernel's books, %v", counted, kernel, err)
+	}
+	s, err := b.Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, reason := range []DropReason{DropNegative, DropNoSlot} {
+		if n := s.Dropped[reason]; n != 0 {
+			t.Errorf("%d requests lost: %v", n, reason)
+		}
+	}
+}
+
+func TestBlockLatencyAgreesWithFio(t *testing.T) {
+	b := newTestBlock(t)
+	kerneltest.MeasureLock(t)
+	dir, err := os.MkdirTemp("/var/tmp", "hostflame-fio")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	device := wholeDeviceOf(t, dir)
+	file := filepath.Join(dir, "data")
+	fio := func(args ...string) []byte {
+		return []byte(output(t, "fio", append([]string{
+			"--name=job", "--filename=" + file, "--size=64M", "--bs=4k", "--direct=1",
+			"--ioengine=psync", "--iodepth=1", "--thread", "--output-format=json"}, args...)...))
+	}
+	fio("--rw=write", "--bs=1M", "--end_fsync=1") // so that reads find blocks on the disk
+
+	// The root disk serves others too: a round in which they made more than a hundredth of
+	// the reads says nothing, and is repeated.
+	const rounds = 5
+	for round := 1; ; round++ {
+		before := countsOf(t, b, device)
+		raw := fio("--rw=randread", "--time_based", "--runtime=3")
+		after := countsOf(t, b, device)
+		var report struct {
+			Jobs []struct {
+				Read struct {
+					TotalIOs uint64 `json:"total_ios"`
+					Clat     struct {
+						Mean float64 `json:"mean"`
+					} `json:"clat_ns"`
+				} `json:"read"`
+			} `json:"jobs"`
+		}
+		if err := json.Unmarshal(raw[strings.IndexByte(string(raw), '{'):], &report); err != nil {
+			t.Fatal(err)
+		}
+		read := report.Jobs[0].Read
+		n := after.requests["read"] - before.requests["read"]
+		if others := int64(n) - int64(read.TotalIOs); others > int64(n/100) || -others > int64(n/100) {
+			if round == rounds {
+				s, err := b.Stats()
+				t.Fatalf("%d reads counted, fio made %d, in the last of %d rounds: no judgement; %+v %v", n, read.TotalIOs, rounds, s, err)
+			}
+			continue
+		}
+		ours := float64(after.readTotal-before.readTotal) / float64(n)
+		least, most := 0.0, max(10_000, read.Clat.Mean/10)
+		t.Logf("round %d: %d reads; fio's mean completion latency %.0f ns, our mean total %.0f ns, difference %.0f ns (0 to %.0f)",
+			round, n, read.Clat.Mean, ours, read.Clat.Mean-ours, most)
+		if d := read.Clat.Mean - ours; d < least || d > most {
+			t.Errorf("fio's mean completion latency minus our mean total is %.0f ns, want %.0f to %.0f", d, least, most)
+		}
+		return
+	}
+}
+
+// wholeDeviceOf is the disk that a file is on.
+func wholeDeviceOf(t *testing.T, path string) string {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	link, err := filepath.EvalSymlinks(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(link, "partition")); err == nil {
+		link = filepath.Dir(link)
+	}
+	return filepath.Base(link)
+}
+
+func TestBlockCountsErrors(t *testing.T) {
+	device, file := loopDevice(t)
+	b := newTestBlock(t)
+	quiesce(t, device)
+	if err := os.Truncate(file, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(device, os.O_RDONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	before := countsOf(t, b, device)
+	buf := alignedBuffer(t, 4096)
+	const failing = 7
+	for i := range failing {
+		if _, err := f.ReadAt(buf, 32<<20+int64(i)*4096); !errors.Is(err, unix.EIO) {
+			t.Fatalf("read beyond the end of the backing file: %v, want EIO", err)
+		}
+	}
+	after := countsOf(t, b, device)
+	if n := after.errors["read"] - before.errors["read"]; n != failing {
+		t.Errorf("%d errors, want %d", n, failing)
+	}
+	if n := after.requests["read"] - before.requests["read"]; n != failing {
+		t.Errorf("%d requests, want %d", n, failing)
+	}
+}
+
+func TestBlockDevicesComeAndGo(t *testing.T) {
+	b := newTestBlock(t)
+	device, _ := loopDevice(t)
+	read := func(n int) {
+		t.Helper()
+		f, err := os.OpenFile(device, os.O_RDONLY|unix.O_DIRECT, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		buf := alignedBuffer(t, 4096)
+		for i := range n {
+			if _, err := f.ReadAt(buf, int64(i)*4096); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	quiesce(t, device)
+	read(23)
+	first := countsOf(t, b, device)
+	if first.requests["read"] < 23 {
+		t.Errorf("%d reads of a device that came later, want at least 23", first.requests["read"])
+	}
+	output(t, "losetup", "--detach", device)
+	gone := countsOf(t, b, device)
+	if gone.requests["read"] < first.requests["read"] {
+		t.Errorf("reads went from %d to %d when the device left", first.requests["read"], gone.requests["read"])
+	}
+	file := filepath.Join(t.TempDir(), "again")
+	if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	output(t, "losetup", device, file)
+	quiesce(t, device)
+	read(29)
+	if n := countsOf(t, b, device).requests["read"]; n < gone.requests["read"]+29 {
+		t.Errorf("%d reads after the device came back, want at least %d", n, gone.requests["read"]+29)
+	}
+}
+
+func TestBlockSeriesFromTheStart(t *testing.T) {
+	device, _ := loopDevice(t)
+	b := newTestBlock(t)
+	cells, err := b.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	operations := map[string]bool{}
+	for _, c := range cells {
+		if c.Device == filepath.Base(device) {
+			operations[c.Operation] = true
+		}
+	}
+	for _, op := range operationNames {
+		if !operations[op] {
+			t.Errorf("no series %s of %s before its first request", op, device)
+		}
+	}
+}
+
+func TestReadDiskstats(t *testing.T) {
+	const text = ` 254       0 vda 100 1 800 50 200 2 1600 60 0 70 110 5 0 40 3 9 8
+   7       0 loop0 1 0 8 0 0 0 0 0 0 0 0
+`
+	all, err := readDiskstats(strings.NewReader(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := diskstats{reads: 100, readSectors: 800, writes: 200, writeSectors: 1600, discards: 5, discardSectors: 40, flushes: 9}
+	if got := all["vda"]; got != want {
+		t.Errorf("vda: %+v, want %+v", got, want)
+	}
+	// Before 4.18 there are no discards, before 5.5 no flushes.
+	if got, want := all["loop0"], (diskstats{reads: 1, readSectors: 8}); got != want {
+		t.Errorf("loop0: %+v, want %+v", got, want)
+	}
+	if _, err := readDiskstats(strings.NewReader("254 0 vda x\n")); err == nil {
+		t.Error("no error for a field that is no number")
+	}
+}

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package exporter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/pprof/profile"
+
+	"github.com/hostflame/hostflame/profiler"
+)
+
+func TestCapture(t *testing.T) {
+	capturer := newFakeCapturer(t)
+	// A server that would cut the answer off without the handler's doing.
+	s := testServer(t, capturer, func(_ *HandlerConfig, s *http.Server) { s.WriteTimeout = 500 * time.Millisecond })
+	begin := time.Now()
+	answer, body := fetch(t, "GET", s.URL+"/pprof/cpu?seconds=1&pid=42&pid=43&comm=a+b&container=/&container=0123456789ab")
+	if took := time.Since(begin); took < time.Second || took > 2*time.Second {
+		t.Errorf("answered after %v, want 1 s to 2 s", took)
+	}
+	if answer.StatusCode != 200 || answer.Header.Get("Content-Type") != "application/octet-stream" {
+		t.Fatalf("%s %s", answer.Status, answer.Header)
+	}
+	if got := answer.Header.Get("Content-Disposition"); !strings.HasPrefix(got, `attachment; filename="hostflame-testhost-cpu-20`) || !strings.HasSuffix(got, `Z.pb.gz"`) {
+		t.Errorf("disposition %s", got)
+	}
+	p, err := profile.ParseData([]byte(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(p.Sample) == 0 || len(p.Sample) != len(capturer.profile.Sample) {
+		t.Errorf("%d samples, want %d", len(p.Sample), len(capturer.profile.Sample))
+	}
+	want := []profiler.Request{{
+		Type: "cpu", Duration: time.Second,
+		Filter: profiler.Filter{PIDs: []uint32{42, 43}, Comms: []string{"a b"}, Containers: []string{"/", "0123456789ab"}},
+	}}
+	if diff := cmp.Diff(want, capturer.requests); diff != "" {
+		t.Errorf("request (-want +got):\n%s", diff)
+	}
+}
+
+// TestCaptureHTTP2: there the server's WriteTimeout ends a stream that waits, too.
+func TestCaptureHTTP2(t *testing.T) {
+	plain := testServer(t, newFakeCapturer(t), nil)
+	s := httptest.NewUnstartedServer(plain.Config.Handler)
+	s.Config.WriteTimeout = 500 * time.Millisecond
+	s.EnableHTTP2 = true
+	s.StartTLS()
+	defer s.Close()
+	answer, err := s.Client().Get(s.URL + "/pprof/cpu?seconds=1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	if answer.ProtoMajor != 2 || answer.StatusCode != 200 {
+		t.Errorf("%s %s", answer.Proto, answer.Status)
+	}
+	if _, err := profile.Parse(answer.Body); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCaptureDefaults(t *testing.T) {
+	capturer := newFakeCapturer(t)
+	capturer.capture = func(context.Context, profiler.Request) error { return nil }
+	s := testServer(t, capturer, nil)
+	fetch(t, "GET", s.URL+"/pprof/cpu")
+	fetch(t, "GET", s.URL+"/pprof/cpu?format=pprof&seconds=3600")
+	want := []profiler.Request{{Type: "cpu", Duration: 10 * time.Second}, {Type: "cpu", Duration: time.Hour}}
+	if diff := cmp.Diff(want, capturer.requests); diff != "" {
+		t.Errorf("requests (-want +got):\n%s", diff)
+	}
+}
+
+func TestCaptureFails(t *testing.T) {
+	capturer := newFakeCapturer(t)
+	capturer.capture = func(context.Context, profiler.Request) error { return errors.New("rings are closed") }
+	s := testServer(t, capturer, nil)
+	if answer, body := fetch(t, "GET", s.URL+"/pprof/cpu"); answer.StatusCode != 500 || body != "capture failed: rings are closed\n" {
+		t.Errorf("%s %q", answer.Status, body)
+	}
+}
+
+// TestCaptureFolded asks for text; what the lines hold is the profiler's to test.
+func TestCaptureFolded(t *testing.T) {
+	capturer := newFakeCapturer(t)
+	capturer.capture = func(context.Context, profiler.Request) error { return nil }
+	s := testServer(t, capturer, nil)
+	for _, index := range []string{"", "&sample_index=cpu"} {
+		answer, body := fetch(t, "GET", s.URL+"/pprof/cpu?format=folded"+index)
+		if answer.StatusCode != 200 || answer.Header.Get("Content-Type") != "text/plain; charset=utf-8" {
+			t.Errorf("%s %s", answer.Status, answer.Header)
+		}
+		if !slices.ContainsFunc(strings.Split(body, "\n"), func(line string) bool {
+			return strings.HasPrefix(line, "knowncomm;") && strings.Contains(line, "burnKnownFunction")
+		}) {
+			t.Errorf("no stack of the known function:\n%s", body)
+		}
+	}
+}
+
+// TestCaptureAbandoned: a capture ends when its client leaves, and its slot is free.
+func TestCaptureAbandoned(t *testing.T) {
+	capturer := newFakeCapturer(t)
+	begun, ended := make(chan struct{}, 1), make(chan error, 1)
+	capturer.capture = func(ctx context.Context, r profiler.Request) error {
+		if r.Duration == time.Second {
+			return nil
+		}
+		begun <- struct{}{}
+		select {
+		case <-ctx.Done():
+			ended <- ctx.Err()
+		case <-t.Context().Done(): // the test has failed
+		}
+		return ctx.Err()
+	}
+	s := testServer(t, capturer, func(c *HandlerConfig, _ *http.Server) { c.MaxCaptures = 1 })
+	ctx, leave := context.WithCancel(t.Context())
+	r, err := http.NewRequestWithContext(ctx, "GET", s.URL+"/pprof/cpu?seconds=3600", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go http.DefaultClient.Do(r)
+	<-begun
+	leave()
+	select {
+	case <-ended:
+	case <-time.After(5 * time.Second):
+		t.Fatal("the capture went on for 5 s after its client had left")
+	}
+	for deadline := time.Now().Add(5 * time.Second); ; {
+		answer, body := fetch(t, "GET", s.URL+"/pprof/cpu?seconds=1")
+		if answer.StatusCode == 200 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the slot is still taken: %s %s", answer.Status, body)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// TestCaptureStops: the end of the server's base context ends captures with an answer.
+func TestCaptureStops(t *testing.T) {
+	capturer := newFakeCapturer(t)
+	base, stop := context.WithCancel(t.Context())
+	defer stop()
+	capturer.capture = func(ctx context.Context, _ profiler.Request) error {
+		stop()
+		select {
+		case <-ctx.Done():
+		case <-time.After(5 * time.Second):
+			t.Error("the capture goes on")
+		}
+		return fmt.Errorf("capture: %w", ctx.Err())
+	}
+	s := testServer(t, capturer, func(_ *HandlerConfig, s *http.Server) {
+		s.BaseContext = contextOf(base)
+	})
+	if answer, body := fetch(t, "GET", s.URL+"/pprof/cpu?seconds=3600"); answer.StatusCode != 503 || body != "the capture was abandoned\n" {
+		t.Errorf("%s %q", answer.Status, body)
+	}
+}
+
+// TestCaptureLimit: captures over the limit are told when to come back.
+func TestCaptureLimit(t *testing.T) {
+	const limit = 8
+	capturer := newFakeCapturer(t)
+	begun, end := make(chan struct{}, limit), make(chan struct{})
+	capturer.capture = func(_ context.Context, r profiler.Request) error {
+		if r.Duration == time.Second {
+			return errors.New("this one is over the limit")
+		}
+		begun <- struct{}{}
+		<-end
+		return nil
+	}
+	s := testServer(t, capturer, nil)
+	statuses := make(chan int, limit)
+	for i := range limit {
+		go func() {
+			answer, err := http.Get(fmt.Sprintf("%s/pprof/cpu?seconds=%d", s.URL, 100*(i+1)))
+			if err != nil {
+				statuses <- 0
+				return
+			}
+			answer.Body.Close()
+			statuses <- answer.StatusCode
+		}()
+	}
+	for range limit {
+		<-begun
+	}
+	answer, body := fetch(t, "GET", s.URL+"/pprof/cpu?seconds=1")
+	retry := answer.Header.Get("Retry-After")
+	if want := "8 captures are running, which is the limit: try again in " + retry + " s\n"; answer.StatusCode != 503 || body != want {
+		t.Errorf("%s %q, want %q", answer.Status, body, want)
+	}
+	if n, err := strconv.Atoi(retry); err != nil || n < 60 || n > 100 {
+		t.Errorf("Retry-After %s, the first capture ends within 100 s", retry)
+	}
+	close(end)
+	for range limit {
+		if status := <-statuses; status != 200 {
+			t.Errorf("one of the captures: %d", status)
+		}
+	}
+}
+
+// TestGoToolPprof has the reference reader take a profile by URL.
+func TestGoToolPprof(t *testing.T) {
+	s := testServer(t, newFakeCapturer(t), nil)
+	cmd := exec.CommandContext(t.Context(), "go", "tool", "pprof", "-top", s.URL+"/pprof/cpu?seconds=1")
+	cmd.Env = append(cmd.Environ(), "PPROF_TMPDIR="+t.TempDir())
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if !strings.Contains(string(out), "burnKnownFunction") {
+		t.Errorf("the known function is not there:\n%s", out)
+	}
+}

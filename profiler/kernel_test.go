@@ -1,0 +1,480 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package profiler
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+	"unsafe"
+
+	"github.com/google/pprof/profile"
+	"golang.org/x/sys/unix"
+
+	"github.com/hostflame/hostflame/bpf"
+	"github.com/hostflame/hostflame/internal/kerneltest"
+	"github.com/hostflame/hostflame/symbolizer"
+	"github.com/hostflame/hostflame/test/workload"
+)
+
+// loads are what this test binary can do in another process, by HOSTFLAME_TEST_LOAD.
+var loads = map[string]func() error{
+	"burn":   func() error { burnForever(); return nil },
+	"kernel": loadKernel,
+	"vdso":   loadVDSO,
+	"jit":    loadJIT,
+	"memfd":  loadMemfd,
+	"exec":   loadExec,
+	"brief":  func() error { burnFor(30 * time.Millisecond); return nil },
+	"leader": loadWithoutLeader,
+}
+
+func TestMain(m *testing.M) {
+	if load := os.Getenv("HOSTFLAME_TEST_LOAD"); load != "" {
+		runtime.LockOSThread()
+		if err := loads[load](); err != nil {
+			fmt.Fprintln(os.Stderr, load, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+var sink int
+
+// burn has a frame of its own, which walks by frame pointers need.
+//
+//go:noinline
+func burn(n int) {
+	var a [64]int
+	for i := range n {
+		a[i%len(a)] += i
+	}
+	sink += a[n%len(a)]
+}
+
+//go:noinline
+func burnForever() {
+	for {
+		burn(1 << 20)
+	}
+}
+
+//go:noinline
+func burnFor(d time.Duration) {
+	for end := time.Now().Add(d); time.Now().Before(end); {
+		burn(10_000)
+	}
+}
+
+func loadKernel() error {
+	for {
+		unix.Getppid()
+	}
+}
+
+func loadVDSO() error {
+	for {
+		sink += time.Now().Nanosecond()
+	}
+}
+
+// loadJIT spins in a function in anonymous memory that only a perf map names.
+func loadJIT() error {
+	code := []byte{0x55, 0x48, 0x89, 0xe5, 0xeb, 0xfe} // push %rbp; mov %rsp,%rbp; jmp .
+	if runtime.GOARCH == "arm64" {
+		code = []byte{0xfd, 0x7b, 0xbf, 0xa9, 0xfd, 0x03, 0x00, 0x91, 0x00, 0x00, 0x00, 0x14} // stp x29, x30, [sp, #-16]!; mov x29, sp; b .
+	}
+	mem, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE|unix.PROT_EXEC, unix.MAP_PRIVATE|unix.MAP_ANON)
+	if err != nil {
+		return err
+	}
+	copy(mem[256:], code)
+	entry := &mem[256]
+	perfMap := fmt.Sprintf("/tmp/perf-%d.map", os.Getpid())
+	line := fmt.Sprintf("%x %x jitted_function\n", uintptr(unsafe.Pointer(entry)), len(code))
+	if err := os.WriteFile(perfMap, []byte(line), 0o644); err != nil {
+		return err
+	}
+	funcval := &entry
+	(*(*func())(unsafe.Pointer(&funcval)))()
+	return nil
+}
+
+// loadMemfd executes this program from memory.
+func loadMemfd() error {
+	fd, err := unix.MemfdCreate("burner", 0)
+	if err != nil {
+		return err
+	}
+	exe, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		return err
+	}
+	if _, err := unix.Write(fd, exe); err != nil {
+		return err
+	}
+	return unix.Exec(fmt.Sprintf("/proc/self/fd/%d", fd), []string{"memfd"}, []string{"HOSTFLAME_TEST_LOAD=burn"})
+}
+
+// loadExec burns, and then executes another program.
+func loadExec() error {
+	burnFor(1500 * time.Millisecond)
+	return unix.Exec("/bin/sh", []string{"sh", "-c", "while :; do :; done"}, os.Environ())
+}
+
+// loadWithoutLeader ends the main thread and burns in another.
+func loadWithoutLeader() error {
+	go func() {
+		time.Sleep(200 * time.Millisecond)
+		burnForever()
+	}()
+	// The main goroutine is on the main thread.
+	unix.RawSyscallNoError(unix.SYS_EXIT, 0, 0, 0)
+	return nil
+}
+
+// start runs this test binary with a load until the test ends.
+func start(t *testing.T, load string) int {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), "HOSTFLAME_TEST_LOAD="+load)
+	return startCommand(t, cmd)
+}
+
+func startCommand(t *testing.T, cmd *exec.Cmd) int {
+	t.Helper()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	return cmd.Process.Pid
+}
+
+// sampling runs a profiler of the real kernel, with windows of this length.
+func sampling(t *testing.T, hz int, length time.Duration) (*Profiler, <-chan *Window) {
+	t.Helper()
+	kerneltest.Require(t)
+	cpu, err := bpf.NewCPU(bpf.CPUConfig{Frequency: hz, CgroupV1: bpf.CPUControllerV1()})
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	s := symbolizer.New(symbolizer.Config{})
+	p, err := New(Config{Source: cpu, Symbolizer: s, Frequency: hz, Window: length})
+	if err != nil {
+		t.Fatal(err)
+	}
+	windows := make(chan *Window, 100)
+	p.OnWindow(func(w *Window) { windows <- w })
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- p.Run(ctx) }()
+	t.Cleanup(func() {
+		cpu.Detach()
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		cpu.Close()
+		s.Close()
+	})
+	await(t, "ready", p.Ready)
+	return p, windows
+}
+
+// stacks are the samples of one process: their functions, leaf first, joined.
+type stacks struct {
+	count map[string]int64
+	total int64
+	p     *profile.Profile
+}
+
+func stacksOf(p *profile.Profile, pid int) stacks {
+	s := stacks{count: map[string]int64{}, p: &profile.Profile{}}
+	for _, sample := range p.Sample {
+		if pids := sample.NumLabel["pid"]; len(pids) == 0 || pids[0] != int64(pid) {
+			continue
+		}
+		s.p.Sample = append(s.p.Sample, sample)
+		var list []string
+		for _, l := range sample.Location {
+			if len(l.Line) == 0 && l.Mapping != nil {
+				list = append(list, "["+filepath.Base(l.Mapping.File)+"]")
+			}
+			for _, line := range l.Line {
+				name := line.Function.Name
+				list = append(list, name[strings.LastIndexAny(name, "./:")+1:])
+			}
+		}
+		s.count[strings.Join(list, ";")] += sample.Value[0]
+		s.total += sample.Value[0]
+	}
+	return s
+}
+
+// share is that of the samples whose stack satisfies f, in percent.
+func (s stacks) share(f func(stack string) bool) float64 {
+	var n int64
+	for stack, count := range s.count {
+		if f(stack) {
+			n += count
+		}
+	}
+	return 100 * float64(n) / float64(max(s.total, 1))
+}
+
+func contains(sub string) func(string) bool {
+	return func(stack string) bool { return strings.Contains(stack, sub) }
+}
+
+// expect checks that at least a share of the samples satisfies f.
+func (s stacks) expect(t *testing.T, what string, percent float64, f func(stack string) bool) {
+	t.Helper()
+	if s.total < 20 {
+		t.Errorf("%s: %d samples", what, s.total)
+		return
+	}
+	if got := s.share(f); got < percent {
+		var lines []string
+		for stack, n := range s.count {
+			lines = append(lines, fmt.Sprintf("%5d %s", n, stack))
+		}
+		slices.Sort(lines)
+		slices.Reverse(lines)
+		t.Errorf("%s: %.1f %% of %d samples, want %v %%; most:\n%s", what, got, s.total, percent,
+			strings.Join(lines[:min(len(lines), 12)], "\n"))
+	}
+}
+
+// The functions of programs that keep frame pointers have the shares that they were built
+// to have, and every stack is whole.
+func TestKernelShares(t *testing.T) {
+	kerneltest.Require(t)
+	kerneltest.MeasureLock(t)
+	for _, test := range []struct {
+		name  string
+		whole *regexp.Regexp
+	}{
+		// Before main there is libc, which keeps no frame pointers.
+		{workload.Burn, regexp.MustCompile(`(^|;)run;main;[^;]*libc[^;]*$`)},
+		{workload.BurnGo, regexp.MustCompile(`;run;[^;]*;func1;goexit$`)},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			w := workload.Start(t, workload.Build(t, test.name), "1", "60")
+			_, windows := sampling(t, 997, 4*time.Second)
+			got := stacksOf((<-windows).Profile, w.PID)
+			var spent [3]float64
+			var names [3]string
+			if _, err := fmt.Sscan(w.Stop(), &names[0], &spent[0], &names[1], &spent[1], &names[2], &spent[2]); err != nil {
+				t.Fatal(err)
+			}
+			for i, name := range names {
+				designed, real := workload.BurnShares[name], 100*spent[i]/(spent[0]+spent[1]+spent[2])
+				share := got.share(func(stack string) bool { return slices.Contains(strings.Split(stack, ";"), name) })
+				t.Logf("%s: %.1f %% of %d samples, designed %v %%, measured by itself %.1f %%", name, share, got.total, designed, real)
+				if math.Abs(share-designed) > 5 {
+					t.Errorf("%s: %.1f %% of %d samples, want %v", name, share, got.total, designed)
+				}
+			}
+			got.expect(t, "whole stacks", 98, test.whole.MatchString)
+		})
+	}
+}
+
+// kernelEntry is where system calls enter the kernel.
+var kernelEntry = map[string]string{"amd64": "do_syscall_64;entry_SYSCALL_64", "arm64": "el0_svc;"}
+
+// What a stack can lead through.
+func TestKernelMappings(t *testing.T) {
+	kerneltest.Require(t)
+	kerneltest.MeasureLock(t)
+	dir := t.TempDir()
+	program := workload.Build(t, workload.Burn)
+	deleted := filepath.Join(dir, "deleted")
+	copyFile(t, program, deleted)
+	hidden := filepath.Join(dir, "hidden")
+	write(t, filepath.Join(hidden, "burn"), "the file of this path outside of the mount namespace")
+
+	pids := map[string]int{}
+	for _, load := range []string{"kernel", "vdso", "jit", "memfd", "leader"} {
+		pids[load] = start(t, load)
+	}
+	t.Cleanup(func() { os.Remove(fmt.Sprintf("/tmp/perf-%d.map", pids["jit"])) })
+	pids["deleted"] = startCommand(t, exec.Command(deleted, "1", "60"))
+	pids["hidden"] = startCommand(t, exec.Command("unshare", "-m", "sh", "-c",
+		`mount -t tmpfs none "$1" && cp "$0" "$1/burn" && exec "$1/burn" 1 60`, program, hidden))
+	await(t, "program in its own mount namespace", func() bool {
+		exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pids["hidden"]))
+		return err == nil && exe == filepath.Join(hidden, "burn")
+	})
+	if err := os.Remove(deleted); err != nil {
+		t.Fatal(err)
+	}
+	_, windows := sampling(t, 997, 6*time.Second)
+	pids["exec"] = start(t, "exec")
+	got := (<-windows).Profile
+	of := func(name string) stacks { return stacksOf(got, pids[name]) }
+
+	// The system call is made by a function without a frame, whose caller is skipped.
+	of("kernel").expect(t, "kernel above user", 20, func(stack string) bool {
+		return strings.Contains(stack, kernelEntry[runtime.GOARCH]) && strings.HasSuffix(stack, ";RawSyscallNoError;TestMain;main;main;goexit")
+	})
+	of("vdso").expect(t, "vDSO", 20, contains("vdso_clock_gettime"))
+	of("jit").expect(t, "JIT code named by a perf map", 90, contains("jitted_function;loadJIT;TestMain;main;main;goexit"))
+	of("memfd").expect(t, "program in a memfd", 90, contains("burn;burnForever;"))
+	of("leader").expect(t, "process whose main thread is gone", 90, contains("burn;burnForever;"))
+	of("deleted").expect(t, "deleted file", 90, contains("run;main;"))
+	of("hidden").expect(t, "file in another mount namespace", 90, contains("run;main;"))
+	// Both programs of one process, each with its own mappings.
+	of("exec").expect(t, "before execve", 5, contains("burn;burnFor;loadExec;"))
+	of("exec").expect(t, "after execve", 30, contains("[dash]"))
+
+	files := map[string]bool{}
+	for _, m := range got.Mapping {
+		files[m.File] = true
+		if m.Start >= kernelHalf {
+			continue
+		}
+		if strings.HasSuffix(m.File, "/burn") && m.BuildID == "" {
+			t.Errorf("%s: no build id", m.File)
+		}
+	}
+	for _, want := range []string{"[kernel.kallsyms]", "[vdso]", "[anon]", "/memfd:burner", deleted, filepath.Join(hidden, "burn")} {
+		if !files[want] {
+			t.Errorf("no mapping %s", want)
+		}
+	}
+}
+
+func copyFile(t *testing.T, from, to string) {
+	t.Helper()
+	in, err := os.Open(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_WRONLY, 0o755)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(out, in); err != nil {
+		t.Fatal(err)
+	}
+	if err := out.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A process that is gone when its samples are drained is in the profile by its name, with
+// frames that say what is missing.
+func TestKernelBriefProcesses(t *testing.T) {
+	p, windows := sampling(t, 997, 3*time.Second)
+	pids := map[int64]bool{}
+	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); {
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Env = []string{"HOSTFLAME_TEST_LOAD=brief"}
+		if err := cmd.Run(); err != nil {
+			t.Fatal(err)
+		}
+		pids[int64(cmd.Process.Pid)] = true
+	}
+	var samples, explained int64
+	for _, s := range (<-windows).Profile.Sample {
+		if len(s.NumLabel["pid"]) == 0 || !pids[s.NumLabel["pid"][0]] {
+			continue
+		}
+		samples += s.Value[0]
+		root := s.Location[len(s.Location)-1]
+		if len(root.Line) == 1 && strings.HasPrefix(root.Line[0].Function.Name, "[process ") {
+			explained += s.Value[0]
+		}
+		if s.Label["comm"][0] == "" || s.Label["container"][0] == "" {
+			t.Errorf("labels %v", s.Label)
+		}
+	}
+	t.Logf("%d processes, %d samples, %d of a process that had gone", len(pids), samples, explained)
+	if samples < int64(5*len(pids)) || explained == 0 {
+		t.Errorf("%d samples of %d processes of 30 ms at 997 Hz, %d that say that it had gone", samples, len(pids), explained)
+	}
+	st := p.Stats()
+	if st.Stacks["cpu"]["process_exited"] == 0 {
+		t.Errorf("stats %v", st.Stacks["cpu"])
+	}
+}
+
+// Samples carry the container, and its sampled CPU time is what the kernel accounts to it.
+func TestKernelContainer(t *testing.T) {
+	kerneltest.Require(t)
+	kerneltest.MeasureLock(t)
+	p, _ := sampling(t, 997, time.Hour)
+	const container = "0a1b2c3d4e5f"
+	program := workload.Build(t, workload.Burn)
+	pid := inCgroup(t, testID, program, "1", "60").Process.Pid
+	await(t, "program in the container", func() bool { return cpuOf(p, container) > 100*time.Millisecond })
+	sampled, accounted := cpuOf(p, container), processTime(t, pid)
+	got, err := p.Capture(context.Background(), Request{Duration: 4 * time.Second, Filter: Filter{PIDs: []uint32{uint32(pid)}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sampled, accounted = cpuOf(p, container)-sampled, processTime(t, pid)-accounted
+	for _, s := range got.Sample {
+		if c := s.Label["container"]; c[0] != container {
+			t.Errorf("container %q, want %q", c, container)
+		}
+	}
+	if total(got) < 100 {
+		t.Errorf("%d samples", total(got))
+	}
+	ratio := sampled.Seconds() / accounted.Seconds()
+	t.Logf("sampled %v, accounted %v: ratio %.3f", sampled, accounted, ratio)
+	// The drains and the readings of the clock are up to 250 ms apart.
+	if d := (sampled - accounted).Abs(); d > 400*time.Millisecond {
+		t.Errorf("sampled %v, accounted %v", sampled, accounted)
+	}
+	for _, c := range p.CPUByContainer() {
+		if c.Container == container && c.User < 10*c.System {
+			t.Errorf("a program that computes: %v user, %v system", c.User, c.System)
+		}
+	}
+}
+
+func cpuOf(p *Profiler, container string) time.Duration {
+	for _, c := range p.CPUByContainer() {
+		if c.Container == container {
+			return c.User + c.System
+		}
+	}
+	return 0
+}
+
+// processTime is the CPU time of a process of one thread, by the scheduler's own books.
+func processTime(t *testing.T, pid int) time.Duration {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/schedstat", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := strconv.ParseInt(strings.Fields(string(b))[0], 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(n)
+}
