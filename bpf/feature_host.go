@@ -109,19 +109,15 @@ func tryMapFiles() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	for _, e := range entries {
-		path := filepath.Join(dir, e.Name())
-		// Following the link is what needs the capability, not listing it.
-		if _, err := os.Readlink(path); err != nil {
-			return "", err
-		}
-		f, err := os.Open(path)
-		if err != nil {
-			return "", err
-		}
-		f.Close()
-		break
+	if len(entries) == 0 {
+		return "", errors.New(dir + " is empty")
 	}
+	// Opening what the link names is what needs the capability, not listing it.
+	f, err := os.Open(filepath.Join(dir, entries[0].Name()))
+	if err != nil {
+		return "", err
+	}
+	f.Close()
 	detail := ""
 	if _, err := os.ReadDir("/proc/1/map_files"); err != nil {
 		detail = "but those of PID 1 are closed: " + err.Error()

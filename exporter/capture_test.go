@@ -27,8 +27,9 @@ func TestCapture(t *testing.T) {
 	s := testServer(t, capturer, func(_ *HandlerConfig, s *http.Server) { s.WriteTimeout = 500 * time.Millisecond })
 	begin := time.Now()
 	answer, body := fetch(t, "GET", s.URL+"/pprof/cpu?seconds=1&pid=42&pid=43&comm=a+b&container=/&container=0123456789ab")
-	if took := time.Since(begin); took < time.Second || took > 2*time.Second {
-		t.Errorf("answered after %v, want 1 s to 2 s", took)
+	// How late it may be is the capturer's affair, and that of the load on the test.
+	if took := time.Since(begin); took < time.Second {
+		t.Errorf("answered after %v, want 1 s", took)
 	}
 	if answer.StatusCode != 200 || answer.Header.Get("Content-Type") != "application/octet-stream" {
 		t.Fatalf("%s %s", answer.Status, answer.Header)

@@ -118,14 +118,18 @@ func testReaders() Readers {
 // burnKnownFunction is the function that the flame graph must show.
 //
 //go:noinline
-func burnKnownFunction(d time.Duration) (n uint64) {
+func burnKnownFunction(d time.Duration) {
+	n := uint64(0)
 	for end := time.Now().Add(d); time.Now().Before(end); {
 		for i := range uint64(10_000) {
 			n = n*31 + i
 		}
 	}
-	return n
+	burnt = n
 }
+
+// burnt keeps the burning from being optimized away.
+var burnt uint64
 
 // realProfile is a CPU profile of this process, with the labels that the profiler sets.
 var realProfile = sync.OnceValues(func() (*profile.Profile, error) {

@@ -81,7 +81,7 @@ func newTab(t *testing.T) tab {
 	}); err != nil {
 		t.Fatalf("start chromium: %v", err)
 	}
-	limited, cancelTime := context.WithTimeout(ctx, 40*time.Second)
+	limited, cancelTime := context.WithTimeout(ctx, 90*time.Second)
 	t.Cleanup(cancelTime)
 	t.Cleanup(func() {
 		mu.Lock()

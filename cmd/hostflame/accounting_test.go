@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"math"
 	"os"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -42,16 +43,11 @@ func TestAccounting(t *testing.T) {
 	if r, ok := a.ratios()["cpu"]; ok {
 		t.Errorf("cpu ratio %v before there was something to compare", r)
 	}
-	done := make(chan struct{})
-	defer close(done)
+	var done atomic.Bool
+	defer done.Store(true)
 	for range 2 {
 		go func() {
-			for {
-				select {
-				case <-done:
-					return
-				default:
-				}
+			for !done.Load() {
 			}
 		}()
 	}

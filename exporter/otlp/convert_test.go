@@ -404,7 +404,8 @@ func goProfile(t testing.TB, d time.Duration) *profile.Profile {
 }
 
 //go:noinline
-func burnPrimes(below int) (n int) {
+func burnPrimes(below int) {
+	n := 0
 	for i := 2; i < below; i++ {
 		prime := true
 		for j := 2; j*j <= i && prime; j++ {
@@ -414,8 +415,11 @@ func burnPrimes(below int) (n int) {
 			n++
 		}
 	}
-	return n
+	primes = n
 }
+
+// primes keeps the burning from being optimized away.
+var primes int
 
 func BenchmarkConvert(b *testing.B) {
 	p := randomProfile(rand.New(rand.NewPCG(3, 4)), 2000)
