@@ -173,6 +173,32 @@ func TestDamagedFiles(t *testing.T) {
 	}
 }
 
+func TestReadsStayInside(t *testing.T) {
+	c := memoryImage(make([]byte, 100))
+	for _, tt := range []struct {
+		off  uint64
+		n    int
+		want Reason
+	}{
+		{0, 100, ""}, {99, 1, ""}, {100, 0, ""}, {100, 1, ReasonMalformed}, {99, 2, ReasonMalformed},
+		{1 << 63, 1, ReasonMalformed}, {^uint64(0), 8, ReasonMalformed},
+	} {
+		if got := ReasonOf(readAt(c, make([]byte, tt.n), tt.off)); got != tt.want {
+			t.Errorf("%d bytes at %#x: %q, want %q", tt.n, tt.off, got, tt.want)
+		}
+	}
+	e := symbolSpec(false, shtSymtab)
+	e.segments[0] = specSegment{typ: ptLoad, flags: pfExec, vaddr: ^uint64(0) - 5, memsz: 100, filesize: 100}
+	e.segments[2] = specSegment{typ: ptLoad, flags: pfExec, off: ^uint64(0) - 5, memsz: 100, filesize: 100}
+	o, err := memoryObject(newSymbolizer(t, Config{}), e.bytes())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := len(o.Segments()); n != len(e.segments)-2 {
+		t.Errorf("%d segments, want those that do not wrap", n)
+	}
+}
+
 // TestHostileCounts: what a file claims does not make us reserve memory or work for long.
 func TestHostileCounts(t *testing.T) {
 	huge := func(change func(e *elfSpec)) []byte {

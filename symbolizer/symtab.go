@@ -263,18 +263,13 @@ func (b *symBuilder) build() []symPart {
 		)
 	})
 	n := uint32(len(spans))
-	next, nextStart := ^uint64(0), ^uint64(0) // the least start above the current one
 	for i := len(spans) - 1; i >= 0; i-- {
 		s := &spans[i]
-		if s.start != nextStart {
-			next, nextStart = nextStart, s.start
-		}
 		alias := i > 0 && spans[i-1].start == s.start && spans[i-1].end == s.end && spans[i-1].prio == s.prio
 		if s.prio >= rankSized {
 			s.prio = n + uint32(i)
 		} else {
-			s.prio = uint32(i) // below all that have a size
-			s.end = min(s.end, next)
+			s.prio = uint32(i) // below all that have a size, and below the labels after it
 			if b.dynamic {
 				s.end = s.start + 1
 			}
@@ -292,7 +287,7 @@ func (b *symBuilder) build() []symPart {
 		p, rows := 0, 0
 		flatten(spans, func(s *span, start, end uint64) {
 			if s.prio < n && start != s.start {
-				return // a label inside a symbol with a size
+				return // a label goes no further than what comes after it, or covers it
 			}
 			for p+1 < len(parts) && start >= parts[p+1].base {
 				if fill == 0 {

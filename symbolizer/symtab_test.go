@@ -18,7 +18,7 @@ func TestSymbolRules(t *testing.T) {
 	spec := symbolSpec(false, shtSymtab,
 		specSymbol{"outer", 0x1000, 0x100, localFunc, 1},
 		specSymbol{"nested", 0x1040, 0x20, localFunc, 1},
-		label("inside", 0x1010),
+		label("inside", 0x1010), label("inside_at_the_end", 0x10f0),
 
 		specSymbol{"local", 0x1200, 0x10, localFunc, 1},
 		specSymbol{"weak", 0x1200, 0x10, weakFunc, 1},
@@ -68,7 +68,7 @@ func TestSymbolRules(t *testing.T) {
 	}
 	for addr, want := range map[uint64]string{
 		0x0fff: "", 0x1000: "outer", 0x1010: "outer", 0x103f: "outer", 0x1040: "nested", 0x105f: "nested",
-		0x1060: "outer", 0x10ff: "outer", 0x1100: "", 0x11ff: "",
+		0x1060: "outer", 0x10f8: "outer", 0x10ff: "outer", 0x1100: "", 0x11ff: "",
 		0x1200: "a_global_one", 0x120f: "a_global_one", 0x1210: "",
 		0x1305: "read", 0x1405: "typed", 0x1425: "sized_untyped", 0x1445: "ifunc", 0x1465: "unique",
 		0x1505: "the_longer_range", 0x153f: "the_longer_range",
