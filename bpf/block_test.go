@@ -235,7 +235,8 @@ func TestBlockLatencyAgreesWithFio(t *testing.T) {
 	device := wholeDeviceOf(t, dir)
 	file := filepath.Join(dir, "data")
 	fio := func(args ...string) []byte {
-		return []byte(output(t, "fio", append([]string{
+		// Before others, because fio's latency ends when its thread runs again.
+		return []byte(output(t, "chrt", append([]string{"--fifo", "50", "fio",
 			"--name=job", "--filename=" + file, "--size=64M", "--bs=4k", "--direct=1",
 			"--ioengine=psync", "--iodepth=1", "--thread", "--output-format=json"}, args...)...))
 	}
@@ -271,11 +272,16 @@ func TestBlockLatencyAgreesWithFio(t *testing.T) {
 			continue
 		}
 		ours := float64(after.readTotal-before.readTotal) / float64(n)
-		least, most := 0.0, max(10_000, read.Clat.Mean/10)
+		most := max(10_000, read.Clat.Mean/10)
+		d := read.Clat.Mean - ours
 		t.Logf("round %d: %d reads; fio's mean completion latency %.0f ns, our mean total %.0f ns, difference %.0f ns (0 to %.0f)",
-			round, n, read.Clat.Mean, ours, read.Clat.Mean-ours, most)
-		if d := read.Clat.Mean - ours; d < least || d > most {
-			t.Errorf("fio's mean completion latency minus our mean total is %.0f ns, want %.0f to %.0f", d, least, most)
+			round, n, read.Clat.Mean, ours, d, most)
+		// What a hypervisor takes between the completion and fio's return is no I/O.
+		if d > most && round < rounds {
+			continue
+		}
+		if d < 0 || d > most {
+			t.Errorf("fio's mean completion latency minus our mean total is %.0f ns, want 0 to %.0f", d, most)
 		}
 		return
 	}

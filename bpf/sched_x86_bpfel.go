@@ -54,6 +54,7 @@ const (
 	schedProgHfSchedSwitch = "hf_sched_switch"
 	schedProgHfTaskIter    = "hf_task_iter"
 	schedProgHfTaskNewtask = "hf_task_newtask"
+	schedVarHfLog2Byte     = "hf_log2_byte"
 	schedVarHfTimeCuts     = "hf_time_cuts"
 	schedVarHfTimeFirst    = "hf_time_first"
 )
@@ -121,6 +122,7 @@ type schedMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type schedVariableSpecs struct {
+	HfLog2Byte  *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
 	HfTimeCuts  *ebpf.VariableSpec `ebpf:"hf_time_cuts"`
 	HfTimeFirst *ebpf.VariableSpec `ebpf:"hf_time_first"`
 }
@@ -166,6 +168,7 @@ func (m *schedMaps) Close() error {
 //
 // It can be passed to loadSchedObjects or ebpf.CollectionSpec.LoadAndAssign.
 type schedVariables struct {
+	HfLog2Byte  *ebpf.Variable `ebpf:"hf_log2_byte"`
 	HfTimeCuts  *ebpf.Variable `ebpf:"hf_time_cuts"`
 	HfTimeFirst *ebpf.Variable `ebpf:"hf_time_first"`
 }
