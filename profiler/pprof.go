@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/google/pprof/profile"
+
+	"github.com/hostflame/hostflame/symbolizer"
 )
 
 // meta is what a profile says of itself.
@@ -54,34 +56,20 @@ func (m meta) comments() []string {
 
 // buildProfile makes the pprof profile of rows.
 func buildProfile(rows []row, n names, m meta) (*profile.Profile, error) {
-	b := builder{
-		names:     n,
-		mappings:  map[mappingKey]*profile.Mapping{},
-		locations: map[Location]*profile.Location{},
-		merged:    map[locationKey]*profile.Location{},
-		functions: map[functionKey]*profile.Function{},
-	}
+	b := newBuilder(n)
 	b.p = &profile.Profile{
 		SampleType:    []*profile.ValueType{{Type: "samples", Unit: "count"}, {Type: "cpu", Unit: "nanoseconds"}},
+		Sample:        make([]*profile.Sample, len(rows)),
 		PeriodType:    &profile.ValueType{Type: "cpu", Unit: "nanoseconds"},
 		Period:        int64(m.period()),
 		TimeNanos:     m.start.UnixNano(),
 		DurationNanos: int64(m.duration),
 		Comments:      m.comments(),
 	}
-	for _, r := range rows {
-		s := &profile.Sample{
-			Location: make([]*profile.Location, 0, len(r.stack)),
-			Value:    []int64{int64(r.count), int64(r.value)},
-			Label:    map[string][]string{"comm": {r.comm}, "thread": {r.thread}, "container": {r.container}},
-		}
-		if r.pid != 0 {
-			s.NumLabel = map[string][]int64{"pid": {int64(r.pid)}, "tid": {int64(r.tid)}}
-		}
-		for _, l := range r.stack {
-			s.Location = append(s.Location, b.location(l))
-		}
-		b.p.Sample = append(b.p.Sample, s)
+	samples := make([]profile.Sample, len(rows))
+	for i, r := range rows {
+		b.p.Sample[i] = &samples[i]
+		b.sample(&samples[i], r)
 	}
 	for _, l := range b.p.Location {
 		if l.Mapping != nil && len(l.Line) == 0 {
@@ -98,7 +86,7 @@ func buildProfile(rows []row, n names, m meta) (*profile.Profile, error) {
 type mappingKey struct {
 	start, limit, offset uint64
 	file, buildID        string
-	resolver             any // code that two processes made is not the same at the same address
+	perfMap              *symbolizer.PerfMap // code that two processes made is not the same at the same address
 }
 
 type locationKey struct {
@@ -112,13 +100,70 @@ type functionKey struct {
 	startLine              int64
 }
 
+// builder makes what the samples of a profile share, each once.
 type builder struct {
 	p         *profile.Profile
 	names     names
+	files     map[*Mapping]*profile.Mapping // of one file or perf map each
 	mappings  map[mappingKey]*profile.Mapping
 	locations map[Location]*profile.Location // by what was asked, to ask once
 	merged    map[locationKey]*profile.Location
 	functions map[functionKey]*profile.Function
+
+	// Cut into pieces, as a profile is mostly small slices of known size.
+	stacks slab[*profile.Location]
+	values slab[int64]
+	labels slab[string]
+	lines  slab[profile.Line]
+	store  slab[profile.Location]
+}
+
+func newBuilder(n names) *builder {
+	asked := 0
+	for _, byAddr := range n {
+		asked += len(byAddr)
+	}
+	return &builder{
+		names:     n,
+		files:     map[*Mapping]*profile.Mapping{},
+		mappings:  map[mappingKey]*profile.Mapping{},
+		locations: make(map[Location]*profile.Location, 2*asked),
+		merged:    make(map[locationKey]*profile.Location, asked),
+		functions: make(map[functionKey]*profile.Function, asked/2),
+	}
+}
+
+// slab hands out slices of one large array after the other.
+type slab[T any] []T
+
+func (s *slab[T]) take(n int) []T {
+	if len(*s) < n {
+		*s = make([]T, max(n, 1024))
+	}
+	piece := (*s)[:n:n]
+	*s = (*s)[n:]
+	return piece
+}
+
+func (b *builder) sample(s *profile.Sample, r row) {
+	s.Location = b.stacks.take(len(r.stack))
+	for i, l := range r.stack {
+		s.Location[i] = b.location(l)
+	}
+	s.Value = b.values.take(2)
+	s.Value[0], s.Value[1] = int64(r.count), int64(r.value)
+	s.Label = map[string][]string{"comm": b.label(r.comm), "thread": b.label(r.thread), "container": b.label(r.container)}
+	if r.pid != 0 {
+		pid, tid := b.values.take(1), b.values.take(1)
+		pid[0], tid[0] = int64(r.pid), int64(r.tid)
+		s.NumLabel = map[string][]int64{"pid": pid, "tid": tid}
+	}
+}
+
+func (b *builder) label(v string) []string {
+	l := b.labels.take(1)
+	l[0] = v
+	return l
 }
 
 func (b *builder) location(l Location) *profile.Location {
@@ -143,25 +188,18 @@ func (b *builder) merge(l Location) *profile.Location {
 		return b.merged[k]
 	}
 	result := b.names.of(l)
-	k := mappingKey{start: m.Start, limit: m.Limit, offset: m.Offset, file: m.File, buildID: m.BuildID}
-	if m.perfMap != nil {
-		k.resolver = m.perfMap
-	}
-	if m.kernel && len(result.Lines) > 0 && result.Lines[0].File != "" {
-		k.file = result.Lines[0].File
-	}
-	mapping := b.mapping(k)
+	mapping := b.mappingOf(m, result)
 	lk := locationKey{mapping: mapping, addr: l.Addr}
 	if loc := b.merged[lk]; loc != nil {
 		return loc
 	}
-	var lines []profile.Line
-	for _, line := range result.Lines {
+	lines := b.lines.take(len(result.Lines))
+	for i, line := range result.Lines {
 		fk := functionKey{line.Function, line.SystemName, line.File, line.StartLine}
 		if m.kernel {
 			fk.file = "" // the mapping has it
 		}
-		lines = append(lines, profile.Line{Function: b.function(fk), Line: line.Line})
+		lines[i] = profile.Line{Function: b.function(fk), Line: line.Line}
 	}
 	loc := b.newLocation(mapping, l.Addr, lines)
 	b.merged[lk] = loc
@@ -169,9 +207,26 @@ func (b *builder) merge(l Location) *profile.Location {
 }
 
 func (b *builder) newLocation(m *profile.Mapping, addr Addr, lines []profile.Line) *profile.Location {
-	loc := &profile.Location{ID: uint64(len(b.p.Location) + 1), Mapping: m, Address: uint64(addr), Line: lines}
+	loc := &b.store.take(1)[0]
+	*loc = profile.Location{ID: uint64(len(b.p.Location) + 1), Mapping: m, Address: uint64(addr), Line: lines}
 	b.p.Location = append(b.p.Location, loc)
 	return loc
+}
+
+// mappingOf is the one mapping for all that equal m. Which of the kernel's it is, the
+// kernel itself or a module, comes with the result of the look-up.
+func (b *builder) mappingOf(m *Mapping, result symbolizer.Result) *profile.Mapping {
+	k := mappingKey{start: m.Start, limit: m.Limit, offset: m.Offset, file: m.File, buildID: m.BuildID, perfMap: m.perfMap}
+	if m.kernel {
+		if len(result.Lines) > 0 && result.Lines[0].File != "" {
+			k.file = result.Lines[0].File
+		}
+		return b.mapping(k)
+	}
+	if b.files[m] == nil {
+		b.files[m] = b.mapping(k)
+	}
+	return b.files[m]
 }
 
 func (b *builder) mapping(k mappingKey) *profile.Mapping {

@@ -4,11 +4,14 @@ package profiler
 
 import (
 	"bytes"
+	"fmt"
+	"math/rand/v2"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/pprof/profile"
+	"golang.org/x/sys/unix"
 
 	"github.com/hostflame/hostflame/symbolizer"
 )
@@ -147,5 +150,44 @@ func TestEmptyProfile(t *testing.T) {
 	}
 	if _, err := profile.Parse(&buf); err != nil {
 		t.Error(err)
+	}
+}
+
+// A window of a busy host: 2,000 samples, nearly all different.
+func BenchmarkBuildProfile(b *testing.B) {
+	app := new(symbolizer.Object)
+	found := names{app: {}, kernelMapping: {}}
+	var rows []row
+	rnd := rand.New(rand.NewPCG(1, 2))
+	var mappings []*Mapping
+	for range 50 {
+		mappings = append(mappings, &Mapping{Start: 0x1000, Limit: 0x500000, Offset: 0x400, File: "/usr/lib/x86_64-linux-gnu/app", BuildID: "0123456789abcdef0123456789abcdef01234567", object: app})
+	}
+	for i := range 2000 {
+		r := row{pid: PID(i % 50), tid: TID(i % 100), comm: "app", thread: "worker", container: "/", count: 1, value: 10}
+		for range 3 {
+			addr := Addr(1<<63 + rnd.Uint64N(300))
+			r.stack = append(r.stack, Location{kernelMapping, addr})
+			found[kernelMapping][addr] = symbolizer.Result{Lines: []symbolizer.Line{{Function: fmt.Sprint("k", addr), SystemName: fmt.Sprint("k", addr), File: kernelFile}}}
+		}
+		for range 20 {
+			addr := Addr(rnd.Uint64N(4000))
+			r.stack = append(r.stack, Location{mappings[i%50], addr})
+			found[app][addr] = symbolizer.Result{Lines: []symbolizer.Line{{Function: fmt.Sprint("f", addr/4), SystemName: fmt.Sprint("_f", addr/4), File: "file.cc", Line: int64(addr)}}}
+		}
+		rows = append(rows, r)
+	}
+	b.ReportAllocs()
+	var before, after unix.Rusage
+	unix.Getrusage(unix.RUSAGE_SELF, &before)
+	defer func() {
+		unix.Getrusage(unix.RUSAGE_SELF, &after)
+		cpu := after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano()
+		b.ReportMetric(float64(cpu)/float64(b.N), "cpu-ns/op")
+	}()
+	for b.Loop() {
+		if _, err := buildProfile(rows, found, testMeta()); err != nil {
+			b.Fatal(err)
+		}
 	}
 }
