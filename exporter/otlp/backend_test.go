@@ -17,6 +17,8 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -189,25 +191,13 @@ func (r *running) value(t *testing.T, name string, labels ...string) float64 {
 				values = append(values, l.GetValue())
 			}
 			// Gather sorts labels by name; outcome and reason come before signal.
-			if f.GetName() == name && equal(values, labels) {
+			if f.GetName() == name && slices.Equal(values, labels) {
 				return m.GetCounter().GetValue() + m.GetGauge().GetValue()
 			}
 		}
 	}
 	t.Fatalf("no %s%v", name, labels)
 	return 0
-}
-
-func equal(a, b []string) bool {
-	if len(a) != len(b) {
-		return false
-	}
-	for i := range a {
-		if a[i] != b[i] {
-			return false
-		}
-	}
-	return true
 }
 
 // wantValue waits until one of the exporter's own metrics is want.
@@ -219,7 +209,17 @@ func (r *running) wantValue(t *testing.T, want float64, name string, labels ...s
 			return
 		}
 	}
-	t.Errorf("%s%v is %v, want %v\nlog: %s", name, labels, got, want, r.log)
+	t.Fatalf("%s%v is %v, want %v\nlog: %s", name, labels, got, want, r.log)
+}
+
+// waitLog waits until text is in the log.
+func (r *running) waitLog(t *testing.T, text string) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !strings.Contains(r.log.String(), text); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not in the log: %q\n%s", text, r.log)
+		}
+	}
 }
 
 // plain is a Signal without TLS.

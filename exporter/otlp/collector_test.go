@@ -32,9 +32,7 @@ func TestCollector(t *testing.T) {
 	for _, p := range []*profiler.Window{{Profile: goWindow}, {Profile: host}, {Profile: large}} {
 		r.Push(p)
 	}
-	for r.value(t, "hostflame_otlp_exports_total", "success", "profiles") < 3 {
-		time.Sleep(20 * time.Millisecond)
-	}
+	r.wantValue(t, 4, "hostflame_otlp_exports_total", "success", "profiles") // the large one is split
 	r.stop()
 	c.Stop(t) // writes what it has
 
@@ -45,8 +43,8 @@ func TestCollector(t *testing.T) {
 	checkMetrics(t, metrics[0].ResourceMetrics)
 
 	profiles := c.Profiles(t)
-	if len(profiles) < 4 {
-		t.Fatalf("%d requests of profiles, want three windows, one of them split", len(profiles))
+	if len(profiles) != 4 {
+		t.Fatalf("%d requests of profiles, want 4", len(profiles))
 	}
 	for _, p := range []struct {
 		name     string

@@ -4,6 +4,7 @@ package otlp
 
 import (
 	"net"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -45,7 +46,7 @@ func TestPush(t *testing.T) {
 	if b.encoding != "gzip" {
 		t.Errorf("encoding %q", b.encoding)
 	}
-	if got := b.headers.Get("api-key"); !equal(got, []string{"secret"}) {
+	if got := b.headers.Get("api-key"); !slices.Equal(got, []string{"secret"}) {
 		t.Errorf("api-key %q", got)
 	}
 	if got := b.headers.Get("user-agent"); len(got) != 1 || !strings.HasPrefix(got[0], "hostflame/") {
@@ -247,8 +248,8 @@ func TestBackendHangs(t *testing.T) {
 			if took := time.Since(begin); took > 100*time.Millisecond {
 				t.Errorf("ten windows took %v to push", took)
 			}
-			for timeout < time.Minute && r.value(t, "hostflame_otlp_exports_total", "retryable", "profiles") < 2 {
-				time.Sleep(10 * time.Millisecond)
+			if timeout < time.Minute {
+				r.waitLog(t, "DeadlineExceeded")
 			}
 			if took := r.stop(); took > 4*time.Second {
 				t.Errorf("the end took %v", took)
@@ -295,11 +296,7 @@ func TestTLS(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			r := start(t, configure(t, test.endpoint, test.env), quick)
 			r.Push(window())
-			for begin := time.Now(); !strings.Contains(r.log.String(), test.want); time.Sleep(10 * time.Millisecond) {
-				if time.Since(begin) > 15*time.Second {
-					t.Fatalf("not in the log: %q\n%s", test.want, r.log)
-				}
-			}
+			r.waitLog(t, test.want)
 			if n := r.value(t, "hostflame_otlp_exports_total", "success", "profiles"); n != 0 {
 				t.Errorf("%v exports worked", n)
 			}
