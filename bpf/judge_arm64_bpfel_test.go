@@ -40,6 +40,7 @@ const (
 	judgeMapQueued       = "queued"
 	judgeProgJudgeAlive  = "judge_alive"
 	judgeProgJudgeBirth  = "judge_birth"
+	judgeProgJudgeOccupy = "judge_occupy"
 	judgeProgJudgeSwitch = "judge_switch"
 	judgeProgJudgeWakeup = "judge_wakeup"
 	judgeVarHfLog2Byte   = "hf_log2_byte"
@@ -91,6 +92,7 @@ type judgeSpecs struct {
 type judgeProgramSpecs struct {
 	JudgeAlive  *ebpf.ProgramSpec `ebpf:"judge_alive"`
 	JudgeBirth  *ebpf.ProgramSpec `ebpf:"judge_birth"`
+	JudgeOccupy *ebpf.ProgramSpec `ebpf:"judge_occupy"`
 	JudgeSwitch *ebpf.ProgramSpec `ebpf:"judge_switch"`
 	JudgeWakeup *ebpf.ProgramSpec `ebpf:"judge_wakeup"`
 }
@@ -164,6 +166,7 @@ type judgeVariables struct {
 type judgePrograms struct {
 	JudgeAlive  *ebpf.Program `ebpf:"judge_alive"`
 	JudgeBirth  *ebpf.Program `ebpf:"judge_birth"`
+	JudgeOccupy *ebpf.Program `ebpf:"judge_occupy"`
 	JudgeSwitch *ebpf.Program `ebpf:"judge_switch"`
 	JudgeWakeup *ebpf.Program `ebpf:"judge_wakeup"`
 }
@@ -172,6 +175,7 @@ func (p *judgePrograms) Close() error {
 	return _JudgeClose(
 		p.JudgeAlive,
 		p.JudgeBirth,
+		p.JudgeOccupy,
 		p.JudgeSwitch,
 		p.JudgeWakeup,
 	)

@@ -4,12 +4,17 @@ package bpf
 
 import (
 	"errors"
+	"fmt"
+	"math"
 	"os"
+	"runtime"
 	"strconv"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
+	"golang.org/x/sys/unix"
 
 	"github.com/hostflame/hostflame/internal/histogram"
 	"github.com/hostflame/hostflame/internal/kerneltest"
@@ -98,8 +103,67 @@ func TestSchedKnownWaits(t *testing.T) {
 	if ours < 23 {
 		t.Errorf("%d waits of 50 to 100 ms, want the 23 of 51 ms", ours)
 	}
-	if ours > stamps+1 || ours+1 < stamps {
+	// Others on a busy machine wait as long, some of them right at a bound.
+	if slack := max(1, stamps/20); ours > stamps+slack || ours+slack < stamps {
 		t.Errorf("%d waits of 50 to 100 ms, by time stamps %d", ours, stamps)
+	}
+}
+
+// A wakeup that preempts makes the switch skip the update of the run queue's clock. Where
+// the switch comes late, because the kernel is not preemptible, the clock is late by as
+// much, up to a tick: the waits must be right none the less.
+func TestSchedLateClock(t *testing.T) {
+	kerneltest.Require(t)
+	kerneltest.MeasureLock(t)
+	cpu := lastCPU(t)
+	known := compileC(t, "known.c")
+	s, j := newSched(t), newJudge(t)
+	l := startWorkload(t, known, cpu, "alarm", "307")
+	before := observe(t, s, j)
+	stop, stopped := make(chan struct{}), make(chan error)
+	go func() { stopped <- occupy(j, cpu, 5*time.Millisecond, stop) }()
+	l.run(t)
+	close(stop)
+	if err := <-stopped; err != nil {
+		t.Fatal(err)
+	}
+	d := observe(t, s, j).since(before)
+	ours, stamps := float64(d.Latency.Sum), float64(d.wait.Sum)
+	t.Logf("%d waits of %v, by time stamps %d of %v; run_delay grew by %v", d.Latency.Count(),
+		time.Duration(d.Latency.Sum), d.wait.Count(), time.Duration(d.wait.Sum), time.Duration(d.RunDelayNanos))
+	if ours < 0.97*stamps || ours > 1.03*stamps {
+		t.Errorf("waits of %v, by time stamps %v", time.Duration(d.Latency.Sum), time.Duration(d.wait.Sum))
+	}
+	for _, ms := range []uint64{1, 2, 5} {
+		ours, stamps := float64(above(t, d.Latency, ms*1_000_000)), float64(above(t, d.wait, ms*1_000_000))
+		if math.Abs(ours-stamps) > 0.03*stamps+1 {
+			t.Errorf("%g waits longer than %d ms, by time stamps %g", ours, ms, stamps)
+		}
+	}
+}
+
+// occupy keeps a CPU in the kernel for d at a time, until stop is closed.
+func occupy(j *judge, cpu string, d time.Duration, stop chan struct{}) error {
+	// The thread is not unlocked: it ends with its affinity.
+	runtime.LockOSThread()
+	n, err := strconv.Atoi(cpu)
+	if err != nil {
+		return err
+	}
+	var set unix.CPUSet
+	set.Set(n)
+	if err := unix.SchedSetaffinity(0, &set); err != nil {
+		return fmt.Errorf("pin to CPU %d: %w", n, err)
+	}
+	for {
+		select {
+		case <-stop:
+			return nil
+		default:
+		}
+		if _, err := j.objs.JudgeOccupy.Run(&ebpf.RunOptions{Context: uint64(d)}); err != nil {
+			return fmt.Errorf("occupy CPU %d: %w", n, err)
+		}
 	}
 }
 
@@ -172,18 +236,26 @@ func TestSchedDelayedDequeue(t *testing.T) {
 	}
 	known := compileC(t, "known.c")
 	s, j := newSched(t), newJudge(t)
-	l := startWorkload(t, known, lastCPU(t), "delayed", "13")
-	before := observe(t, s, j)
-	l.run(t)
-	d := observe(t, s, j).since(before)
-	ours, stamps := above(t, d.Latency, 100_000_000), above(t, d.wait, 100_000_000)
-	t.Logf("%v dropped, run_delay grew by %v, %d waits longer than 0.1 s, by time stamps %d",
-		d.dropped, time.Duration(d.RunDelayNanos), ours, stamps)
-	if d.dropped[DropDelayed] == 0 {
-		t.Errorf("no wait of a delayed sleeper was dropped")
-	}
-	if ours > stamps {
-		t.Errorf("%d waits longer than 0.1 s, by time stamps %d", ours, stamps)
+	// The kernel delays the dequeue of those only that have run more than their share: on a
+	// machine that is busy otherwise it can be none.
+	const rounds = 5
+	for round := 1; ; round++ {
+		l := startWorkload(t, known, lastCPU(t), "delayed", "13")
+		before := observe(t, s, j)
+		l.run(t)
+		d := observe(t, s, j).since(before)
+		ours, stamps := above(t, d.Latency, 100_000_000), above(t, d.wait, 100_000_000)
+		t.Logf("%v dropped, run_delay grew by %v, %d waits longer than 0.1 s, by time stamps %d",
+			d.dropped, time.Duration(d.RunDelayNanos), ours, stamps)
+		if ours > stamps {
+			t.Errorf("%d waits longer than 0.1 s, by time stamps %d", ours, stamps)
+		}
+		if d.dropped[DropDelayed] > 0 {
+			return
+		}
+		if round == rounds {
+			t.Fatalf("no wait of a delayed sleeper was dropped in %d rounds", rounds)
+		}
 	}
 }
 

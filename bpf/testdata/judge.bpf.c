@@ -132,4 +132,20 @@ int judge_alive(struct bpf_iter__task *ctx)
 	return 0;
 }
 
+static int past(__u32 i, __u64 *end)
+{
+	return bpf_ktime_get_ns() > *end;
+}
+
+/* Keeps the CPU for as many ns as *ctx says: where the kernel is not preemptible, no
+ * switch happens before it ends. */
+SEC("syscall")
+int judge_occupy(__u64 *ctx)
+{
+	__u64 end = bpf_ktime_get_ns() + *ctx;
+
+	bpf_loop(1 << 23, past, &end, 0);
+	return 0;
+}
+
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

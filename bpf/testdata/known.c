@@ -3,6 +3,7 @@
  *
  *   known CPU pingpong N   two threads wake each other N times: 2 N switch-ins
  *   known CPU sleep N      one thread sleeps N times for 1 ms: N switch-ins
+ *   known CPU alarm N      the same, in the real-time class
  *   known CPU fork N       N children are born, exit, and are waited for
  *   known CPU wait N MS    N waits of MS ms, behind a thread of higher priority
  *   known CPU delayed N    N sleeps of 200 ms, each moved to CPU 0 under way
@@ -123,6 +124,12 @@ static void sleeps(void)
 		nap(1000000);
 }
 
+static void alarms(void)
+{
+	realtime(1);
+	sleeps();
+}
+
 static void forks(void)
 {
 	say("ready");
@@ -214,8 +221,8 @@ int main(int argc, char **argv)
 		const char *name;
 		void (*run)(void);
 	} modes[] = {
-		{ "pingpong", pingpong }, { "sleep", sleeps }, { "fork", forks },
-		{ "wait", waits }, { "delayed", delayed },
+		{ "pingpong", pingpong }, { "sleep", sleeps }, { "alarm", alarms },
+		{ "fork", forks }, { "wait", waits }, { "delayed", delayed },
 	};
 
 	if (argc < 4)
