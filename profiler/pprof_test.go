@@ -160,7 +160,7 @@ func BenchmarkBuildProfile(b *testing.B) {
 	var rows []row
 	rnd := rand.New(rand.NewPCG(1, 2))
 	var mappings []*Mapping
-	for range 50 {
+	for range 5 {
 		mappings = append(mappings, &Mapping{Start: 0x1000, Limit: 0x500000, Offset: 0x400, File: "/usr/lib/x86_64-linux-gnu/app", BuildID: "0123456789abcdef0123456789abcdef01234567", object: app})
 	}
 	for i := range 2000 {
@@ -172,7 +172,7 @@ func BenchmarkBuildProfile(b *testing.B) {
 		}
 		for range 20 {
 			addr := Addr(rnd.Uint64N(4000))
-			r.stack = append(r.stack, Location{mappings[i%50], addr})
+			r.stack = append(r.stack, Location{mappings[i%5], addr})
 			found[app][addr] = symbolizer.Result{Lines: []symbolizer.Line{{Function: fmt.Sprint("f", addr/4), SystemName: fmt.Sprint("_f", addr/4), File: "file.cc", Line: int64(addr)}}}
 		}
 		rows = append(rows, r)
