@@ -41,7 +41,8 @@ enum hf_drop {
 	HF_DROP_NO_SLOT = 5,       /* block: no room for a queue, device or tag */
 	HF_DROP_NO_START = 6,      /* block: completed, sched: switched in, but the start was not seen */
 	HF_DROP_DELAYED = 7,       /* sched: run_delay inflated by delayed dequeue, wait not counted */
-	HF_DROP_REASONS = 8,
+	HF_DROP_NO_END = 8,        /* block: issued, but its completion was not seen */
+	HF_DROP_REASONS = 9,
 };
 
 /* Header of a sample; kernel_frames then user_frames addresses (u64, leaf first) follow.

@@ -275,6 +275,11 @@ static __always_inline struct hf_block_queue *learn_queue(struct request_queue *
 
 static __always_inline int start(struct hf_block_state *s, struct request *rq)
 {
+	/* The tag is free again, so the request before has ended; one that was merged away was
+	 * never issued. 6.18 runs no BPF program for some completions whose interrupt comes
+	 * while a perf_event program runs, and counts no recursion miss for it. */
+	if (unlikely(s->rq && s->issue))
+		drop(HF_DROP_NO_END);
 	s->rq = (__u64)rq;
 	s->issue = 0;
 	s->bytes = rq->__data_len;
@@ -315,7 +320,14 @@ static __always_inline int handle_start(struct request *rq)
 	return start(s, rq);
 }
 
-/* The issue of a flush request, or of one whose start was not seen. */
+/* True when what is stored is of an earlier use of the same request: its end and the
+ * start of this use were both missed, as when a program would have nested in itself. */
+static __always_inline bool is_stale(struct hf_block_state *s, struct request *rq)
+{
+	return (rq->rq_flags & RQF_IO_STAT) && rq->start_time_ns > s->issue;
+}
+
+/* The issue of a flush request, of one whose start was not seen, or one more issue. */
 static __noinline int slow_issue(struct request *rq)
 {
 	bool flush = is_flush_rq(rq->rq_flags, rq->cmd_flags & REQ_OP_MASK);
@@ -327,12 +339,14 @@ static __noinline int slow_issue(struct request *rq)
 	s = flush ? find_flush_state(e, rq) : find_state(e, rq);
 	if (!s)
 		return 0;
-	s->rq = (__u64)rq;
-	/* A flush request passes no start tracepoint, but is initialized, and stamped, for
-	 * each use. */
-	s->start = flush ? rq->start_time_ns : 0;
-	s->bytes = rq->__data_len;
-	s->flags = 0;
+	if (s->rq != (__u64)rq || flush || is_stale(s, rq)) {
+		s->rq = (__u64)rq;
+		/* A flush request passes no start tracepoint, but is initialized, and
+		 * stamped, for each use. */
+		s->start = flush ? rq->start_time_ns : 0;
+		s->bytes = rq->__data_len;
+		s->flags = 0;
+	}
 	s->issue = bpf_ktime_get_ns();
 	return 0;
 }
@@ -346,7 +360,7 @@ static __always_inline int handle_issue(struct request *rq)
 	hf_ran(HF_RAN_ISSUE);
 	if (likely(e))
 		s = find_state(e, rq);
-	if (unlikely(!s || s->rq != (__u64)rq))
+	if (unlikely(!s || s->rq != (__u64)rq || s->issue))
 		return slow_issue(rq);
 	if (bytes > s->bytes)
 		s->bytes = bytes;
@@ -409,9 +423,10 @@ static __noinline int slow_done(struct request *rq, bool failed, __u32 bytes)
 		bytes = s->bytes;
 		s->rq = 0;
 	}
-	/* In flight when the programs were attached. The kernel's stamp is of this use of
-	 * the request only where it keeps the books. */
-	if (!start && (rq_flags & RQF_IO_STAT))
+	/* The kernel's stamp is of this use of the request only where it keeps the books.
+	 * It is later than ours by next to nothing, unless ours is missing, as in what was
+	 * in flight when the programs were attached, or is of an earlier use. */
+	if ((rq_flags & RQF_IO_STAT) && rq->start_time_ns > start)
 		start = rq->start_time_ns;
 	if (!start && hf_kernel_start)
 		start = issue;
@@ -462,7 +477,7 @@ static __noinline int slow_done(struct request *rq, bool failed, __u32 bytes)
  * because what counts here is the size of the code. */
 static __always_inline int handle_done(struct request *rq, bool failed, __u32 bytes)
 {
-	__u64 now = bpf_ktime_get_ns(), total, on_device;
+	__u64 now = bpf_ktime_get_ns(), start, total, on_device;
 	struct hf_block_queue *e = find_queue(rq->q);
 	__u32 rq_flags = rq->rq_flags, op = rq->cmd_flags & REQ_OP_MASK, i;
 	struct hf_block_state *s = NULL;
@@ -471,8 +486,14 @@ static __always_inline int handle_done(struct request *rq, bool failed, __u32 by
 	hf_ran(HF_RAN_DONE);
 	if (likely(e))
 		s = find_state(e, rq);
-	if (unlikely(!s || s->rq != (__u64)rq || !s->start || !s->issue || s->flags || failed ||
-		     bytes < rq->__data_len || (rq_flags & (RQF_FLUSH_SEQ | RQF_IO_STAT)) != RQF_IO_STAT))
+	if (unlikely(!s || s->rq != (__u64)rq || s->flags || failed || bytes < rq->__data_len ||
+		     (rq_flags & (RQF_FLUSH_SEQ | RQF_IO_STAT)) != RQF_IO_STAT))
+		return slow_done(rq, failed, bytes);
+	/* As in slow_done. */
+	start = rq->start_time_ns;
+	if (s->start > start)
+		start = s->start;
+	if (unlikely(s->issue < start))
 		return slow_done(rq, failed, bytes);
 	i = (e->device - 1) * HF_OPERATIONS;
 	if (op == OP(READ))
@@ -484,7 +505,7 @@ static __always_inline int handle_done(struct request *rq, bool failed, __u32 by
 	io = bpf_map_lookup_elem(&hf_block_cells, &i);
 	if (unlikely(!io))
 		return slow_done(rq, failed, bytes);
-	total = now - s->start;
+	total = now - start;
 	on_device = now - s->issue;
 	bytes = s->bytes;
 	s->rq = 0;

@@ -105,7 +105,7 @@ func newBlock(ownStart bool) (_ *Block, err error) {
 			coll: coll,
 			// In the order of hf_ran's argument.
 			programs: []string{blockProgHfBlockStart, blockProgHfBlockIssue, blockProgHfBlockDone},
-			reasons:  []DropReason{DropNegative, DropNoSlot, DropNoStart},
+			reasons:  []DropReason{DropNegative, DropNoSlot, DropNoStart, DropNoEnd},
 		},
 		ownStart: ownStart,
 	}

@@ -24,6 +24,7 @@ const (
 	DropNoSlot       = DropReason(cpuHfDropHF_DROP_NO_SLOT)
 	DropNoStart      = DropReason(cpuHfDropHF_DROP_NO_START)
 	DropDelayed      = DropReason(cpuHfDropHF_DROP_DELAYED)
+	DropNoEnd        = DropReason(cpuHfDropHF_DROP_NO_END)
 	dropReasons      = int(cpuHfDropHF_DROP_REASONS)
 )
 
@@ -36,6 +37,7 @@ var dropNames = [dropReasons]string{
 	DropNoSlot:       "no_slot",
 	DropNoStart:      "no_start",
 	DropDelayed:      "delayed_dequeue",
+	DropNoEnd:        "no_end",
 }
 
 // String is the value of the metric label `reason`.

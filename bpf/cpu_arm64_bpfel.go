@@ -15,7 +15,7 @@ import (
 
 type cpuHfCounters struct {
 	_         structs.HostLayout
-	Dropped   [8]uint64
+	Dropped   [9]uint64
 	Runs      [8]uint64
 	Delivered uint64
 }
@@ -31,7 +31,8 @@ const (
 	cpuHfDropHF_DROP_NO_SLOT       cpuHfDrop = 5
 	cpuHfDropHF_DROP_NO_START      cpuHfDrop = 6
 	cpuHfDropHF_DROP_DELAYED       cpuHfDrop = 7
-	cpuHfDropHF_DROP_REASONS       cpuHfDrop = 8
+	cpuHfDropHF_DROP_NO_END        cpuHfDrop = 8
+	cpuHfDropHF_DROP_REASONS       cpuHfDrop = 9
 )
 
 type cpuHfOutcome uint32
