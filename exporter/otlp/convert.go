@@ -69,6 +69,7 @@ func convert(p *profile.Profile, r *resource.Resource, limit int) (converted, er
 		c.begin()
 		if !c.add(s) {
 			out.tooLarge++
+			c.begin()
 		}
 	}
 	return out, flush()
@@ -134,8 +135,7 @@ type change struct {
 }
 
 // add adds s to every profile in which it has a value. It returns false when the message
-// would become larger than the limit; the message is then as it was and complete, and
-// must be followed by another.
+// would become larger than the limit; the message is then as it was, and begin must follow.
 func (c *converter) add(s *profile.Sample) bool {
 	if !slices.ContainsFunc(c.columns, func(col column) bool { return s.Value[col.index] != 0 }) {
 		return true

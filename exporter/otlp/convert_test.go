@@ -204,6 +204,26 @@ func TestConvertLabels(t *testing.T) {
 	}
 }
 
+// TestConvertUTF8: names of symbols, files and threads are just bytes.
+func TestConvertUTF8(t *testing.T) {
+	p := hostProfile()
+	p.Function[0].Name, p.Function[0].SystemName, p.Function[0].Filename = "n\xffame", "s\xffystem", "f\xffile"
+	p.Mapping[0].File, p.Mapping[0].BuildID = "m\xffapping", "i\xffd"
+	p.Comments = []string{"c\xffomment"}
+	p.Sample[0].Label["l\xffabel"] = []string{"v\xffalue"}
+	messages := mustConvert(t, p, maxMessage)
+	if problems := conform(messages[0]); problems != nil {
+		t.Error(strings.Join(problems, "\n"))
+	}
+	var text bytes.Buffer
+	dump(&text, messages[0])
+	for _, want := range []string{"n\uFFFDame (s\uFFFDystem) f\uFFFDile", "m\uFFFDapping", "=i\uFFFDd", "c\uFFFDomment", "l\uFFFDabel=v\uFFFDalue"} {
+		if !strings.Contains(text.String(), want) {
+			t.Errorf("no %q in\n%s", want, text.String())
+		}
+	}
+}
+
 // TestConvertMerges: samples that are the same in what is sent become one.
 func TestConvertMerges(t *testing.T) {
 	p := hostProfile()
@@ -296,23 +316,25 @@ func largeProfile(samples, name int) *profile.Profile {
 	return p
 }
 
+// TestConvertTooLarge: a sample that no message can hold is left out, and changes nothing
+// for those after it.
 func TestConvertTooLarge(t *testing.T) {
 	p := hostProfile()
-	p.Function[0].Name = strings.Repeat("x", 5000)
+	p.Function[0].Name = strings.Repeat("x", 5000) // in the first sample
+	rest := hostProfile()
+	rest.Sample = rest.Sample[1:4] // but for the comm that is not UTF-8
+	p.Sample = p.Sample[:4]
 	c, err := convert(p, testResource(t), 3000)
 	if err != nil || c.tooLarge != 1 {
 		t.Fatalf("%d samples too large, %v, want 1", c.tooLarge, err)
 	}
-	p.Sample = p.Sample[1:]
-	var messages int
-	for _, d := range mustConvert(t, p, 3000) {
-		messages++
+	if diff := cmp.Diff(canonical(rest, 0), canonical(toPprof(t, decode(t, c)), 0)); diff != "" {
+		t.Errorf("-want +got\n%s", diff)
+	}
+	for _, d := range decode(t, c) {
 		if problems := conform(d); problems != nil {
 			t.Error(strings.Join(problems, "\n"))
 		}
-	}
-	if messages != len(c.messages) {
-		t.Errorf("%d messages with the large sample, %d without", len(c.messages), messages)
 	}
 }
 
@@ -320,11 +342,11 @@ func TestConvertTooLarge(t *testing.T) {
 // back as it was.
 func FuzzConvert(f *testing.F) {
 	for seed := range uint64(12) {
-		f.Add(seed, uint16(20*seed), uint16(2000+400*seed))
+		f.Add(seed, uint16(20*seed), uint16(4600+400*seed))
 	}
 	f.Fuzz(func(t *testing.T, seed uint64, samples, limit uint16) {
 		p := randomProfile(rand.New(rand.NewPCG(seed, 1)), int(samples))
-		messages := mustConvert(t, p, max(int(limit), 2000))
+		messages := mustConvert(t, p, max(int(limit), 5000))
 		for _, d := range messages {
 			if problems := conform(d); problems != nil {
 				t.Fatal(strings.Join(problems, "\n"))

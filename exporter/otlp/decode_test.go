@@ -26,11 +26,18 @@ func mustConvert(t testing.TB, p *profile.Profile, limit int) []*profilespb.Prof
 	if c.tooLarge > 0 {
 		t.Fatalf("%d samples are too large", c.tooLarge)
 	}
-	var all []*profilespb.ProfilesData
 	for _, b := range c.messages {
 		if len(b) > limit {
 			t.Errorf("a message of %d bytes, limit %d", len(b), limit)
 		}
+	}
+	return decode(t, c)
+}
+
+func decode(t testing.TB, c converted) []*profilespb.ProfilesData {
+	t.Helper()
+	var all []*profilespb.ProfilesData
+	for _, b := range c.messages {
 		d := new(profilespb.ProfilesData)
 		if err := proto.Unmarshal(b, d); err != nil {
 			t.Fatal(err)
