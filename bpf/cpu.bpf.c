@@ -49,6 +49,16 @@ static __always_inline bool hf_was_idle(struct rq *rq, __u64 since)
 	return BPF_CORE_READ(rq, clock_idle) > since;
 }
 
+/* What the weighing of ticks reads is there; else every tick stands for one period. */
+static __always_inline bool hf_can_weigh(void)
+{
+	return bpf_core_field_exists(((struct perf_event *)0)->hw.hrtimer.node.expires) &&
+	       bpf_core_field_exists(((struct bpf_perf_event_data_kern *)0)->event) &&
+	       bpf_core_field_exists(((struct task_struct *)0)->se.cfs_rq) &&
+	       bpf_core_field_exists(((struct cfs_rq *)0)->rq) &&
+	       bpf_core_field_exists(((struct rq *)0)->clock_task);
+}
+
 /* How many periods of the timer this tick stands for, 0 when they were stolen.
  *
  * A tick that is late by whole periods is the only one for all of them, as
@@ -111,7 +121,7 @@ int hf_cpu(struct bpf_perf_event_data *ctx)
 	__u32 periods = 1;
 
 	hf_ran(0);
-	if (hf_timer)
+	if (hf_timer && hf_can_weigh())
 		periods = hf_periods(ctx);
 	if (!periods)
 		return 0;

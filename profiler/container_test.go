@@ -173,15 +173,25 @@ func TestContainersCacheIsBounded(t *testing.T) {
 	}
 }
 
-// The kernel's ids, resolved by the cgroup file system.
+// The kernel's ids, resolved by the cgroup file systems of both versions.
 func TestContainersByHandle(t *testing.T) {
 	kerneltest.Require(t)
-	v1 := bpf.CPUControllerV1()
-	c := NewContainers(v1)
-	defer c.Close()
-	if c.fd < 0 {
-		t.Fatal("the cgroup hierarchy is not mounted")
+	for _, v1 := range []bool{true, false} {
+		t.Run(map[bool]string{true: "v1", false: "v2"}[v1], func(t *testing.T) {
+			c := NewContainers(v1)
+			defer c.Close()
+			if c.fd < 0 {
+				if v1 == bpf.CPUControllerV1() {
+					t.Fatal("the hierarchy that samples come from is not mounted")
+				}
+				t.Skip("not mounted")
+			}
+			testByHandle(t, c)
+		})
 	}
+}
+
+func testByHandle(t *testing.T, c *Containers) {
 	dir := filepath.Join(c.mount, "hostflame-test", testID)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)

@@ -272,7 +272,11 @@ func (p *Profiler) loop(ctx context.Context) error {
 
 // wait waits until a drain is due.
 func (p *Profiler) wait(ctx context.Context) error {
-	d := min(drainInterval, p.window.start.boot+p.cfg.Window-bootTime())
+	d := drainInterval
+	// A window that is due already waits for the one before to be published.
+	if left := p.window.start.boot + p.cfg.Window - bootTime(); left > 0 {
+		d = min(d, left)
+	}
 	for _, c := range p.captures {
 		d = min(d, c.end()-bootTime())
 	}

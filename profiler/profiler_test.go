@@ -330,6 +330,11 @@ func TestSlowSubscriber(t *testing.T) {
 		time.Sleep(30 * time.Millisecond)
 	}
 	await(t, "drains beside the subscriber", func() bool { return r.Stats().Samples["cpu"] == 20 })
+	r.source.mu.Lock()
+	if r.source.drains > 100 {
+		t.Errorf("%d drains in a second", r.source.drains)
+	}
+	r.source.mu.Unlock()
 	close(release)
 	r.stop(t)
 	if samples != 20 || windows > 6 {
