@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 const cSource = `
@@ -186,6 +187,29 @@ func TestDemangled(t *testing.T) {
 		if got := demangled(name); got != want {
 			t.Errorf("%.60s: %.60q, want %.60q", name, got, want)
 		}
+	}
+}
+
+// TestDemanglingIsBounded: names that are made to take long do not.
+func TestDemanglingIsBounded(t *testing.T) {
+	within(t, 2*time.Second, "conversion operators", func() {
+		bomb := "_Z1fI" + strings.Repeat("ZcvT_I", 25)
+		if got := demangled(bomb); got != bomb {
+			t.Errorf("%s", got)
+		}
+	})
+	d := demangler{}
+	slow := "_Z" + strings.Repeat("UlTk", maxName/4-1)
+	within(t, 30*time.Second, "slow names", func() {
+		for range 1000 {
+			d.name(slow)
+		}
+	})
+	if d = (demangler{}); d.name("_Z1fv") != "f" {
+		t.Error("a fast name is not demangled")
+	}
+	if d.slow = maxSlowTime + 1; d.name("_Z1fv") != "_Z1fv" || d.name("f@@V_1") != "f" {
+		t.Error("names after many slow ones")
 	}
 }
 

@@ -135,6 +135,7 @@ func FuzzDemangled(f *testing.F) {
 	for _, s := range []string{
 		"_ZNSt6vectorIiSaIiEE9push_backERKi", "_ZZ4mainENKUliE_clEi", "_RNvCs1234_7mycrate3foo", "_Z1fPPPi",
 		"_ZN4core3fmt5write17h0123456789abcdefE", "memcpy@@GLIBC_2.14", "_GLOBAL__sub_I_main", "_ZTSN1AIS_IS_EEE",
+		"_Z1fI" + strings.Repeat("ZcvT_I", 25),
 	} {
 		f.Add(s)
 	}

@@ -5,6 +5,7 @@ package symbolizer
 import (
 	"cmp"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/ianlancetaylor/demangle"
@@ -17,6 +18,9 @@ const (
 	// maxDemangled is, as a power of two, the longest result: substitutions can blow a
 	// short name up.
 	maxDemangled = 14
+	// maxCasts is how often "cv", a conversion operator, may be in a name: for each the
+	// demangler can parse the rest of the name twice, so that 25 would take it minutes.
+	maxCasts = 8
 	// maxHeldNames is when the names that a table has handed out are forgotten: honest
 	// files do not get there.
 	maxHeldNames = 8 << 20
@@ -46,14 +50,37 @@ func isClean[T string | []byte](s T) bool {
 	return true
 }
 
+// demangler demangles the names of one table. The time that a name takes grows with the
+// square of its length if it is made for that; a table with many of those keeps its names.
+type demangler struct {
+	slow time.Duration // spent on names that took longer than slowName
+}
+
+const (
+	slowName    = 20 * time.Millisecond // an honest one takes microseconds
+	maxSlowTime = 2 * time.Second
+)
+
+func (d *demangler) name(s string) string {
+	if !mangled(s) || d.slow > maxSlowTime {
+		return cutVersion(s)
+	}
+	start := time.Now()
+	out := demangled(s)
+	if took := time.Since(start); took > slowName {
+		d.slow += took
+	}
+	return out
+}
+
 // demangled is the name for people of a symbol's name: C++ and Rust demangled without
 // parameters, hashes and clone suffixes; of other names the symbol version is cut off.
 func demangled(name string) (out string) {
 	if !mangled(name) {
 		return cutVersion(name)
 	}
-	if len(name) >= maxName {
-		return name // it was cut
+	if len(name) >= maxName || strings.Count(name, "cv") > maxCasts {
+		return name // it was cut, or is not meant to be demangled
 	}
 	defer func() {
 		if recover() != nil {

@@ -27,6 +27,7 @@ type perfTable struct {
 	names        []byte
 	lines        map[uint32][]Line // by name offset
 	held         int64             // bytes of lines
+	demangle     demangler
 
 	off      int64 // what lies before is read
 	tail     []byte
@@ -216,7 +217,7 @@ func (t *perfTable) lookup(addr uint64) Result {
 		lines := t.lines[rows[i].name]
 		if lines == nil {
 			name := string(t.name(rows[i].name))
-			lines = []Line{{Function: demangled(name), SystemName: name}}
+			lines = []Line{{Function: t.demangle.name(name), SystemName: name}}
 			if t.held > maxHeldNames {
 				clear(t.lines)
 				t.held = 0

@@ -40,6 +40,8 @@ type symTable struct {
 	lines  map[rowID][]Line // of the functions seen
 	names  int64            // bytes of lines
 	buf    []byte
+
+	demangle demangler
 }
 
 type symPart struct {
@@ -341,7 +343,7 @@ func (t *symTable) lookup(addr uint64) ([]Line, error) {
 	if best == "" {
 		return nil, nil
 	}
-	lines := []Line{{Function: demangled(best), SystemName: best}}
+	lines := []Line{{Function: t.demangle.name(best), SystemName: best}}
 	if t.names > maxHeldNames {
 		clear(t.lines)
 		t.names = 0
