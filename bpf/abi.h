@@ -102,7 +102,6 @@ struct hf_task {
 struct hf_accounting {
 	__u64 counted_ns;
 	__u64 kernel_ns;
-	__u64 tasks;
 };
 
 /* What a block request does. Names and rules: bpf/block.go. */

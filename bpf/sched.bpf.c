@@ -50,13 +50,12 @@ struct {
 /* Makes the storage of a task, or finds it. What the kernel booked before stays out. */
 static __always_inline struct hf_task *know(struct task_struct *task)
 {
-	struct hf_task first = {
-		/* In this order: an arrival in between then shows as a missing one. */
-		.arrivals = *(volatile unsigned long *)&task->sched_info.pcount,
-		.run_delay_ns = task->sched_info.run_delay,
-		.fresh = true,
-	};
+	struct hf_task first = { .fresh = true };
 
+	/* In this order: an arrival in between then shows as a missing one. */
+	first.arrivals = task->sched_info.pcount;
+	barrier();
+	first.run_delay_ns = task->sched_info.run_delay;
 	first.known_ns = first.run_delay_ns;
 	return bpf_task_storage_get(&hf_tasks, task, &first, BPF_LOCAL_STORAGE_GET_F_CREATE);
 }
@@ -87,7 +86,8 @@ static __always_inline void handle_switch_in(struct task_struct *task, __u64 kti
 	grown = run_delay - t->run_delay_ns;
 
 	if (missed) {
-		/* Part of what grew are the waits of switch-ins that were not seen. */
+		/* What grew are the waits of the switch-ins that were not seen, too, and
+		 * queued_ns can be older than they. */
 		wait = now - queued;
 	} else if (t->queued_ns) {
 		/* Our own stamp, because the clock can be late at the switch-out too, and
@@ -199,7 +199,6 @@ int hf_task_iter(struct bpf_iter__task *ctx)
 		run_delay = t->run_delay_ns;
 	sum->counted_ns += t->run_delay_ns - t->known_ns;
 	sum->kernel_ns += run_delay - t->known_ns;
-	sum->tasks++;
 	return 0;
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 
 	"github.com/hostflame/hostflame/internal/histogram"
 )
@@ -23,7 +24,9 @@ var ErrNoSchedInfo = errors.New("kernel keeps no sched_info")
 
 // SchedConfig configures the scheduler hooks.
 type SchedConfig struct {
-	CgroupV1 bool // the cpu controller is on a v1 hierarchy (see CPUControllerV1)
+	// CgroupV1 says that the cpu controller is on a v1 hierarchy (see CPUControllerV1).
+	// The counters of the host are the same either way.
+	CgroupV1 bool
 }
 
 // Sched measures the run-queue latency of every switch-in of every thread; the idle
@@ -32,8 +35,10 @@ type SchedConfig struct {
 // other CPUs are part of it, and so is throttling by a CPU quota. A thread that waits
 // when the hooks are attached counts with its whole wait.
 //
-// A thread that is not in the PID namespace of the caller, if it was born before NewSched,
-// is not measured: its switch-ins are drops (DropNoStorage).
+// A switch-in that is not recorded is a drop: of a thread that was born before NewSched in
+// a PID namespace that the caller does not see (DropNoStorage), one that emitted no
+// sched_switch (DropSwitchUnseen), and one after a sleep that the kernel took for a wait,
+// because it delayed the dequeue and moved the sleeper (DropDelayed, Linux 6.12).
 //
 // All methods may be called from several goroutines.
 type Sched struct {
@@ -47,12 +52,14 @@ type Sched struct {
 // SchedCells are the counters of the scheduler hooks, cumulative since NewSched.
 type SchedCells struct {
 	Latency       histogram.Snapshot // wait of each switch-in in ns, partition histogram.Time
-	RunDelayNanos uint64             // growth of the kernel's own run_delay, as seen by the hook
+	// RunDelayNanos is the growth of the kernel's own run_delay, as the hook saw it. It holds
+	// what DropDelayed keeps out of Latency, and each wait as late clocks show it.
+	RunDelayNanos uint64
 }
 
 // NewSched loads the programs, attaches them, and measures from then on. It needs
-// CAP_PERFMON and CAP_BPF, and Linux 5.14 with BTF; ErrNoSchedInfo says that the kernel
-// is built without what it reads.
+// CAP_PERFMON and CAP_BPF, and Linux 6.1 with BTF; ErrNoSchedInfo says that the kernel is
+// built without what it reads.
 func NewSched(SchedConfig) (*Sched, error) {
 	s, err := openSched()
 	if err != nil {
@@ -170,10 +177,16 @@ func (s *Sched) walk() error {
 		return fmt.Errorf("walk tasks: %w", err)
 	}
 	defer r.Close()
-	if _, err := io.Copy(io.Discard, r); err != nil {
-		return fmt.Errorf("walk tasks: %w", err)
+	for {
+		_, err := io.Copy(io.Discard, r)
+		if err == nil {
+			return nil
+		}
+		// A read ends so after a million threads (MAX_ITER_OBJECTS); the next goes on.
+		if !errors.Is(err, unix.EAGAIN) {
+			return fmt.Errorf("walk tasks: %w", err)
+		}
 	}
-	return nil
 }
 
 // Read returns the counters, summed over the possible CPUs: they keep what was measured

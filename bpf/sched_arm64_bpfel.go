@@ -17,7 +17,6 @@ type schedHfAccounting struct {
 	_         structs.HostLayout
 	CountedNs uint64
 	KernelNs  uint64
-	Tasks     uint64
 }
 
 type schedHfRunqueue struct {

@@ -244,8 +244,8 @@ func TestSchedDelayedDequeue(t *testing.T) {
 		ours, stamps := above(t, d.Latency, 100_000_000), above(t, d.wait, 100_000_000)
 		t.Logf("%v dropped, run_delay grew by %v, %d waits longer than 0.1 s, by time stamps %d",
 			d.dropped, time.Duration(d.RunDelayNanos), ours, stamps)
-		if ours > stamps {
-			t.Errorf("%d waits longer than 0.1 s, by time stamps %d", ours, stamps)
+		if ours > stamps+d.unknown {
+			t.Errorf("%d waits longer than 0.1 s, by time stamps %d and up to %d", ours, stamps, d.unknown)
 		}
 		if d.dropped[DropDelayed] > 0 {
 			return
