@@ -51,7 +51,7 @@ type Sched struct {
 
 // SchedCells are the counters of the scheduler hooks, cumulative since NewSched.
 type SchedCells struct {
-	Latency       histogram.Snapshot // wait of each switch-in in ns, partition histogram.Time
+	Latency histogram.Snapshot // wait of each switch-in in ns, partition histogram.Time
 	// RunDelayNanos is the growth of the kernel's own run_delay, as the hook saw it. It holds
 	// what DropDelayed keeps out of Latency, and each wait as late clocks show it.
 	RunDelayNanos uint64
