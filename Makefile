@@ -27,8 +27,8 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 # What runs under the race detector: all but what measures or promises times, such as the
 # end within 5 s, because it slows everything down tenfold.
-MEASURING := ./bpf/... ./cmd/... ./test/...
-RACING := ./exporter/... ./internal/... ./profiler/... ./symbolizer/...
+MEASURING := ./bpf/... ./cmd/... ./exporter/otlp/... ./test/...
+RACING := ./exporter ./internal/... ./profiler/... ./symbolizer/...
 
 .PHONY: help
 help: ## List the targets
@@ -51,12 +51,12 @@ packages:
 	.ci/packages
 
 .PHONY: test-race
-test-race: ## Run the tests of all packages but bpf, cmd and test, with the race detector
+test-race: ## Run the tests that promise no times, with the race detector
 	$(GO) test -race -p 1 -count 1 -timeout 15m $(RACING)
 
 # -p 1: these load the machine and measure, so one package at a time.
 .PHONY: test-kernel
-test-kernel: build ## Run the tests of the BPF programs, of the command and end to end
+test-kernel: build ## Run the tests of the BPF programs, the command, OTLP, and end to end
 	$(GO) test -p 1 -count 1 -timeout 30m $(MEASURING)
 
 .PHONY: bench
