@@ -143,6 +143,21 @@ func TestAggregateOverflow(t *testing.T) {
 	}
 }
 
+func TestTracesDiffer(t *testing.T) {
+	table, all := testTable(t), newTraces()
+	samples := testSamples()
+	// Those in between have the stack of the first.
+	samples = append(samples[:1], samples[6:]...)
+	for i := range samples {
+		tr := all.insert(table.lookup(&samples[i]), &samples[i])
+		for j := range samples {
+			if got := tr.equal(table.lookup(&samples[j]), &samples[j]); got != (i == j) {
+				t.Errorf("samples %d and %d have one stack: %v", i, j, got)
+			}
+		}
+	}
+}
+
 // Different stacks whose hashes are equal stay different.
 func TestTracesCollide(t *testing.T) {
 	table, all := testTable(t), newTraces()

@@ -523,9 +523,10 @@ func TestCaptureBeforeRun(t *testing.T) {
 	}
 }
 
-// A capture over many windows keeps one row for one stack.
+// A capture over many windows keeps one row for one stack, also when some windows have
+// nothing of it.
 func TestCaptureOverWindows(t *testing.T) {
-	r := run(t, func(c *Config) { c.Window = 50 * time.Millisecond }, nil)
+	r := run(t, func(c *Config) { c.Window = 30 * time.Millisecond }, nil)
 	s := ownSample(t)
 	stop := make(chan struct{})
 	go func() {
@@ -533,17 +534,17 @@ func TestCaptureOverWindows(t *testing.T) {
 			select {
 			case <-stop:
 				return
-			case <-time.After(5 * time.Millisecond):
+			case <-time.After(200 * time.Millisecond):
 				r.source.put(s)
 			}
 		}
 	}()
-	p, err := r.Capture(context.Background(), Request{Duration: time.Second})
+	p, err := r.Capture(context.Background(), Request{Duration: 1500 * time.Millisecond})
 	close(stop)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(p.Sample) != 1 || total(p) < 20 {
+	if len(p.Sample) != 1 || total(p) < 3 {
 		t.Errorf("%d rows of %d samples, want one of many", len(p.Sample), total(p))
 	}
 }

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package profiler
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hostflame/hostflame/symbolizer"
+)
+
+// What is not there in time is left out, said, and there the next time.
+func TestSymbolsDeadline(t *testing.T) {
+	s := symbolizer.New(symbolizer.Config{})
+	defer s.Close()
+	table := newProcessTable(newProcfs("/proc"), s, 10)
+	sample := ownSample(t)
+	agg := aggregated(table, 10, sample)
+	rows := agg.snapshot()
+	symbols := newSymbols(s)
+
+	start := time.Now()
+	found, late := symbols.lookup(rows, start.Add(-time.Second))
+	if late != 1 {
+		t.Errorf("%d binaries late, want this test's", late)
+	}
+	if r := found.of(rows[0].stack[0]); len(r.Lines) != 0 {
+		t.Errorf("names after the deadline: %v", r)
+	}
+	if got := (meta{frequency: 1, late: late}).comments(); !strings.Contains(got[len(got)-1], "symbols: 1 binaries") {
+		t.Errorf("comments %q", got)
+	}
+	found, late = symbols.lookup(rows, time.Time{})
+	if r := found.of(rows[0].stack[0]); late != 0 || len(r.Lines) != 1 || !strings.HasSuffix(r.Lines[0].Function, ".leafFunction") {
+		t.Errorf("%d late, %v", late, r)
+	}
+	// Now it is known without asking.
+	found, late = symbols.lookup(rows, start.Add(-time.Second))
+	if r := found.of(rows[0].stack[0]); late != 0 || len(r.Lines) != 1 {
+		t.Errorf("%d late, %v", late, r)
+	}
+}
+
+func TestSymbolsAreBounded(t *testing.T) {
+	s := newSymbols(nil)
+	o := new(symbolizer.Object)
+	for addr := range uint64(3 * maxCachedSymbols) {
+		s.put(symbolKey{o, addr}, symbolizer.Result{})
+	}
+	if n := len(s.young) + len(s.old); n > 2*maxCachedSymbols {
+		t.Errorf("%d results are kept", n)
+	}
+	last := symbolKey{o, 2*maxCachedSymbols - 1}
+	if _, ok := s.get(last); !ok {
+		t.Error("a result of the generation before is forgotten")
+	}
+}
