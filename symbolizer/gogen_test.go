@@ -12,9 +12,10 @@ import (
 type goSpec struct {
 	magic     uint32
 	ptrSize   int
-	relocated bool // addresses in moduledata are left to relocations
-	noModule  bool // text is only in the header
-	sections  bool // pclntab has a section
+	quantum   uint32 // 1 if 0
+	relocated bool   // addresses in moduledata are left to relocations
+	noModule  bool   // text is only in the header
+	sections  bool   // pclntab has a section
 }
 
 // pcRange is a value that holds until a pc, which is from the function's entry.
@@ -24,13 +25,13 @@ type pcRange struct {
 }
 
 // pcTable encodes a pc-value table.
-func pcTable(ranges ...pcRange) []byte {
+func pcTable(quantum uint32, ranges ...pcRange) []byte {
 	var b []byte
 	value, pc := int32(-1), uint32(0)
 	for _, r := range ranges {
 		delta := r.value - value
 		b = binary.AppendUvarint(b, uint64(uint32(delta<<1^delta>>31)))
-		b = binary.AppendUvarint(b, uint64(r.end-pc))
+		b = binary.AppendUvarint(b, uint64((r.end-pc)/quantum))
 		value, pc = r.value, r.end
 	}
 	return append(b, 0)
@@ -45,7 +46,7 @@ const (
 // bytes makes a binary with main.outer at text+0x100, into which main.middle[...] and, in
 // that, main.inner are inlined from 0x10 to 0x20, and main.second at text+0x180.
 func (g goSpec) bytes() []byte {
-	is120 := g.magic == goMagic120
+	is120, quantum := g.magic == goMagic120, max(g.quantum, 1)
 	names := []byte("main.outer\x00main.middle[go.shape.int]\x00main.inner\x00main.second\x00")
 	const nameMiddle, nameInner, nameSecond = 11, 11 + 26, 11 + 26 + 11
 	files := []byte("outer.go\x00inner.go\x00")
@@ -56,12 +57,12 @@ func (g goSpec) bytes() []byte {
 	pctab := []byte{0}
 	table := func(ranges ...pcRange) uint32 {
 		at := uint32(len(pctab))
-		pctab = append(pctab, pcTable(ranges...)...)
+		pctab = append(pctab, pcTable(quantum, ranges...)...)
 		return at
 	}
 	pcfile := table(pcRange{1, 0x10}, pcRange{0, 0x20}, pcRange{1, 0x80})
-	pcln := table(pcRange{10, 0x10}, pcRange{55, 0x20}, pcRange{12, 0x30}, pcRange{31, 0x31}, pcRange{11, 0x80})
-	pcinl := table(pcRange{-1, 0x10}, pcRange{1, 0x20}, pcRange{-1, 0x30}, pcRange{0, 0x31}, pcRange{-1, 0x80})
+	pcln := table(pcRange{10, 0x10}, pcRange{55, 0x20}, pcRange{12, 0x30}, pcRange{31, 0x34}, pcRange{11, 0x80})
+	pcinl := table(pcRange{-1, 0x10}, pcRange{1, 0x20}, pcRange{-1, 0x30}, pcRange{0, 0x34}, pcRange{-1, 0x80})
 	one := table(pcRange{1, 0x40})
 	bad := table(pcRange{2, 0x40})
 
@@ -111,7 +112,7 @@ func (g goSpec) bytes() []byte {
 	h := words{is32: is32}
 	h.u32(g.magic)
 	h.u16(0)
-	h.u8(1)
+	h.u8(uint8(quantum))
 	h.u8(uint8(g.ptrSize))
 	h.word(nfunc)
 	h.word(2)
@@ -194,6 +195,7 @@ var goSpecs = map[string]goSpec{
 	"1.18 32 bits":            {magic: goMagic118, ptrSize: 4, sections: true},
 	"1.20 32 bits":            {magic: goMagic120, ptrSize: 4},
 	"1.18 without a section":  {magic: goMagic118, ptrSize: 8},
+	"1.20 arm64":              {magic: goMagic120, ptrSize: 8, quantum: 4},
 	"1.20 relocated":          {magic: goMagic120, ptrSize: 8, relocated: true},
 	"1.20 without moduledata": {magic: goMagic120, ptrSize: 8, noModule: true, sections: true},
 }
@@ -222,7 +224,7 @@ func TestGoFormats(t *testing.T) {
 				0x11f: {inner, middle, outer(12)},
 				0x120: {outer(12)},
 				0x130: {middle, outer(12)},
-				0x131: {outer(11)},
+				0x134: {outer(11)},
 				0x180: {{"main.second", "main.second", "", 0, start(70)}},
 				0x1bf: {{"main.second", "main.second", "", 0, start(70)}},
 				0x1c0: nil,

@@ -319,7 +319,7 @@ func selfAddress(t testing.TB, o *Object, addr uint64) uint64 {
 	return 0
 }
 
-var goReleases = flag.Bool("go-releases", false, "build with each Go release in the module cache")
+var goReleases = flag.Bool("go-releases", false, "build with each Go release in the module cache, and for arm64")
 
 // TestGoReleases builds with each Go release whose toolchain module is in the module
 // cache (GOTOOLCHAIN=go1.20.14 go version puts it there). It takes minutes.
@@ -335,6 +335,9 @@ func TestGoReleases(t *testing.T) {
 	if len(roots) == 0 {
 		t.Fatal("no other Go releases in the module cache")
 	}
+	arm64 := build(t, "main.go", goSource, []string{"GO111MODULE=off", "GOFLAGS=", "GOARCH=arm64", "CGO_ENABLED=0"},
+		"go", "build", "-o", "OUT", "SRC")
+	t.Run("arm64", func(t *testing.T) { compareWithDWARF(t, arm64, arm64) })
 	for _, root := range roots {
 		t.Run(filepath.Base(root), func(t *testing.T) {
 			env := []string{"GOROOT=" + root, "GOTOOLCHAIN=local", "GO111MODULE=off", "GOFLAGS=", "CGO_ENABLED=0"}

@@ -104,7 +104,6 @@ func compiledSeeds(t testing.TB) map[string][]byte {
 	for name, path := range map[string]string{
 		"bare":     buildC(t, bareSource, "-O1", "-nostdlib", "-static", "-Wl,-z,noseparate-code"),
 		"shared":   buildC(t, bareSource, "-O1", "-nostdlib", "-shared", "-fPIC", "-Wl,-z,noseparate-code"),
-		"bare 32":  buildC(t, bareSource, "-O1", "-m32", "-nostdlib", "-static", "-Wl,-z,noseparate-code"),
 		"stripped": stripped(t, buildC(t, bareSource, "-O1", "-nostdlib", "-shared", "-fPIC", "-Wl,-z,noseparate-code")),
 	} {
 		b, err := os.ReadFile(path)

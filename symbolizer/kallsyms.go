@@ -20,7 +20,7 @@ type kernelTable struct {
 	parts   []kernelPart
 	rows    []kernelRow
 	names   string
-	modules []kernelModule // the first is the kernel itself, ""
+	modules []string // as Line.File has them; the first is the kernel itself
 	runs    []kernelRun
 	symbols int // rows with a name
 }
@@ -42,11 +42,6 @@ type kernelRun struct {
 	module uint16
 }
 
-type kernelModule struct {
-	name string
-	file string // as it is shown in Line.File
-}
-
 const (
 	kernelFile       = "[kernel.kallsyms]"
 	noName           = ^uint32(0)      // a row where text ends
@@ -65,7 +60,7 @@ type kallsymsParser struct {
 	symbols []kernelSymbol
 	names   []byte
 	lastAt  int // where in names the last one starts
-	modules []kernelModule
+	modules []string
 	byName  map[string]uint16
 	hidden  int // symbols with address zero
 }
@@ -82,7 +77,7 @@ func parseKallsyms(r io.Reader, expect int) (*kernelTable, error) {
 	p := &kallsymsParser{
 		symbols: make([]kernelSymbol, 0, expect),
 		names:   make([]byte, 0, expect*expectName),
-		modules: []kernelModule{{file: kernelFile}},
+		modules: []string{kernelFile},
 		byName:  map[string]uint16{},
 	}
 	buf := make([]byte, 64<<10)
@@ -189,9 +184,8 @@ func (p *kallsymsParser) module(b []byte) (uint16, bool) {
 	if len(p.modules) > maxKernelModules {
 		return 0, false
 	}
-	name := cleanName(string(b))
 	m := uint16(len(p.modules))
-	p.modules = append(p.modules, kernelModule{name: name, file: "[" + name + "]"})
+	p.modules = append(p.modules, "["+cleanName(string(b))+"]")
 	p.byName[string(b)] = m
 	return m, true
 }

@@ -96,7 +96,7 @@ func (k *kernel) answer(addrs []uint64, results []Result) (moving bool) {
 		if lines == nil {
 			// A copy, so that a profile that keeps the name does not keep the table.
 			name := strings.Clone(k.table.name(k.table.rows[row].name))
-			lines = []Line{{Function: demangled(name), SystemName: name, File: k.table.modules[module].file}}
+			lines = []Line{{Function: demangled(name), SystemName: name, File: k.table.modules[module]}}
 			k.lines[row] = lines
 		}
 		results[i] = Result{Lines: lines}
