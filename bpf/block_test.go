@@ -46,6 +46,7 @@ func output(t *testing.T, name string, args ...string) string {
 // so that a truncated file is an error and not a page of zeros.
 func loopDevice(t *testing.T) (device, file string) {
 	t.Helper()
+	kerneltest.Require(t)
 	file = filepath.Join(t.TempDir(), "disk")
 	f, err := os.Create(file)
 	if err != nil {
@@ -55,8 +56,8 @@ func loopDevice(t *testing.T) (device, file string) {
 	if err := f.Truncate(64 << 20); err != nil {
 		t.Fatal(err)
 	}
-	device = output(t, "losetup", "--find", "--show", file)
-	t.Cleanup(func() { exec.Command("losetup", "--detach", device).Run() })
+	device = attachLoop(t, file)
+	t.Cleanup(func() { detachLoop(device) })
 	return device, file
 }
 
@@ -225,6 +226,7 @@ func TestBlockEqualsDiskstats(t *testing.T) {
 }
 
 func TestBlockLatencyAgreesWithFio(t *testing.T) {
+	kerneltest.RequireTool(t, "fio", "chrt")
 	b := newTestBlock(t)
 	kerneltest.MeasureLock(t)
 	dir, err := os.MkdirTemp("/var/tmp", "hostflame-fio")
@@ -356,7 +358,9 @@ func TestBlockDevicesComeAndGo(t *testing.T) {
 	if first.requests["read"] < 23 {
 		t.Errorf("%d reads of a device that came later, want at least 23", first.requests["read"])
 	}
-	output(t, "losetup", "--detach", device)
+	if err := detachLoop(device); err != nil {
+		t.Fatal(err)
+	}
 	gone := countsOf(t, b, device)
 	if gone.requests["read"] < first.requests["read"] {
 		t.Errorf("reads went from %d to %d when the device left", first.requests["read"], gone.requests["read"])
@@ -365,7 +369,9 @@ func TestBlockDevicesComeAndGo(t *testing.T) {
 	if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	output(t, "losetup", device, file)
+	if err := configureLoop(device, file); err != nil {
+		t.Fatal(err)
+	}
 	quiesce(t, device)
 	read(29)
 	if n := countsOf(t, b, device).requests["read"]; n < gone.requests["read"]+29 {

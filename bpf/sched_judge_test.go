@@ -8,8 +8,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"path/filepath"
-	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -232,17 +230,6 @@ func threads(t *testing.T, pid int) (tids []int) {
 		tids = append(tids, tid)
 	}
 	return tids
-}
-
-// compileC builds a program of testdata.
-func compileC(t *testing.T, source string) string {
-	t.Helper()
-	bin := filepath.Join(t.TempDir(), strings.TrimSuffix(source, ".c"))
-	out, err := exec.Command("cc", "-O2", "-Wall", "-Werror", "-pthread", "-o", bin, filepath.Join("testdata", source)).CombinedOutput()
-	if err != nil {
-		t.Fatalf("compile %s: %v\n%s", source, err, out)
-	}
-	return bin
 }
 
 // workload is a running program of testdata. It ends when its standard input closes.

@@ -24,9 +24,10 @@ import (
 // schedstat, by time stamps of every wakeup and switch, and by runqlat of libbpf-tools.
 func TestSchedLoadedMinute(t *testing.T) {
 	kerneltest.Require(t)
+	kerneltest.RequireTool(t, "runqlat", "stdbuf")
 	kerneltest.MeasureLock(t)
 	hurry(t)
-	l := startWorkload(t, compileC(t, "waiters.c"))
+	l := startWorkload(t, kerneltest.BuildProgram(t, "waiters"))
 	s, j := newSched(t), newJudge(t)
 	lat := startRunqlat(t, 60)
 	before, countedBefore, bookedBefore := observe(t, s, j), counted(t, s, l), booked(t, l)

@@ -50,7 +50,7 @@ func lastCPU(t *testing.T) string {
 func TestSchedCountsEverySwitchIn(t *testing.T) {
 	kerneltest.Require(t)
 	kerneltest.MeasureLock(t)
-	known := compileC(t, "known.c")
+	known := kerneltest.BuildProgram(t, "known")
 	hidden := hiddenArrivals(t)
 	s, j := newSched(t), newJudge(t)
 	for _, tt := range []struct {
@@ -91,7 +91,7 @@ func TestSchedCountsEverySwitchIn(t *testing.T) {
 func TestSchedKnownWaits(t *testing.T) {
 	kerneltest.Require(t)
 	kerneltest.MeasureLock(t)
-	known := compileC(t, "known.c")
+	known := kerneltest.BuildProgram(t, "known")
 	s, j := newSched(t), newJudge(t)
 	before := observe(t, s, j)
 	l := startWorkload(t, known, lastCPU(t), "wait", "23", "51")
@@ -116,7 +116,7 @@ func TestSchedLateClock(t *testing.T) {
 	kerneltest.Require(t)
 	kerneltest.MeasureLock(t)
 	cpu := lastCPU(t)
-	known := compileC(t, "known.c")
+	known := kerneltest.BuildProgram(t, "known")
 	s, j := newSched(t), newJudge(t)
 	l := startWorkload(t, known, cpu, "alarm", "307")
 	before := observe(t, s, j)
@@ -168,7 +168,7 @@ func occupy(j *judge, cpu string, d time.Duration, stop chan struct{}) error {
 func TestSchedWaitingAtStart(t *testing.T) {
 	kerneltest.Require(t)
 	kerneltest.MeasureLock(t)
-	l := startWorkload(t, compileC(t, "known.c"), lastCPU(t), "wait", "1", "3001")
+	l := startWorkload(t, kerneltest.BuildProgram(t, "known"), lastCPU(t), "wait", "1", "3001")
 	time.Sleep(300 * time.Millisecond)
 	s := newSched(t)
 	l.expect(t, "done")
@@ -189,7 +189,7 @@ func TestSchedWaitingAtStart(t *testing.T) {
 func TestSchedStartUnderLoad(t *testing.T) {
 	kerneltest.Require(t)
 	kerneltest.MeasureLock(t)
-	startWorkload(t, compileC(t, "waiters.c"))
+	startWorkload(t, kerneltest.BuildProgram(t, "waiters"))
 	j := newJudge(t)
 	s, err := openSched()
 	if err != nil {
@@ -231,7 +231,7 @@ func TestSchedDelayedDequeue(t *testing.T) {
 	if cpu := lastCPU(t); cpu == "0" {
 		t.Skip("needs two CPUs to move a thread")
 	}
-	known := compileC(t, "known.c")
+	known := kerneltest.BuildProgram(t, "known")
 	s, j := newSched(t), newJudge(t)
 	// The kernel delays the dequeue of those only that have run more than their share: on a
 	// machine that is busy otherwise it can be none.
@@ -259,7 +259,7 @@ func TestSchedDelayedDequeue(t *testing.T) {
 func TestSchedAccounting(t *testing.T) {
 	kerneltest.Require(t)
 	kerneltest.MeasureLock(t)
-	l := startWorkload(t, compileC(t, "waiters.c"))
+	l := startWorkload(t, kerneltest.BuildProgram(t, "waiters"))
 	s := newSched(t)
 	time.Sleep(2 * time.Second)
 	start := time.Now()
@@ -300,7 +300,7 @@ func TestSchedHotplug(t *testing.T) {
 		t.Skip("needs two CPUs to take one away")
 	}
 	online := "/sys/devices/system/cpu/cpu" + cpu + "/online"
-	known := compileC(t, "known.c")
+	known := kerneltest.BuildProgram(t, "known")
 	s := newSched(t)
 	var last SchedCells
 	read := func() (grown uint64) {
