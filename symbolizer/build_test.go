@@ -20,6 +20,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 var workDir string
@@ -175,7 +177,7 @@ func nmText(t testing.TB, path string, flags ...string) []nmSymbol {
 // covering are the names that may be given to addr: of the symbols with a size that cover
 // it, those that start last; if none does, the last one before it in its section where
 // that has no size.
-func covering(syms []nmSymbol, secs []extent, addr uint64) map[string]bool {
+func covering(syms []nmSymbol, secs []elffile.Extent, addr uint64) map[string]bool {
 	names := map[string]bool{}
 	i, _ := slices.BinarySearchFunc(syms, addr+1, func(s nmSymbol, a uint64) int { return int(int64(s.addr) - int64(a)) })
 	start := uint64(0)
@@ -188,8 +190,8 @@ func covering(syms []nmSymbol, secs []extent, addr uint64) map[string]bool {
 		return names
 	}
 	last := syms[i-1].addr
-	if !slices.ContainsFunc(secs, func(s extent) bool {
-		return last >= s.off && last-s.off < s.size && addr >= s.off && addr-s.off < s.size
+	if !slices.ContainsFunc(secs, func(s elffile.Extent) bool {
+		return last >= s.Off && last-s.Off < s.Size && addr >= s.Off && addr-s.Off < s.Size
 	}) {
 		return names
 	}
@@ -202,9 +204,9 @@ func covering(syms []nmSymbol, secs []extent, addr uint64) map[string]bool {
 }
 
 // executableSections are the address ranges that are code, by readelf.
-func executableSections(t testing.TB, path string) []extent {
+func executableSections(t testing.TB, path string) []elffile.Extent {
 	t.Helper()
-	var secs []extent
+	var secs []elffile.Extent
 	for line := range strings.Lines(string(run(t, ".", nil, "readelf", "-SW", path))) {
 		// "  [15] .text  PROGBITS  0000000000402300 002300 09e9e4 00  AX  0   0 64"
 		_, rest, ok := strings.Cut(line, "]")
@@ -215,7 +217,7 @@ func executableSections(t testing.TB, path string) []extent {
 		addr, err1 := strconv.ParseUint(f[2], 16, 64)
 		size, err2 := strconv.ParseUint(f[4], 16, 64)
 		if err1 == nil && err2 == nil && size > 0 {
-			secs = append(secs, extent{addr, size})
+			secs = append(secs, elffile.Extent{Off: addr, Size: size})
 		}
 	}
 	if len(secs) == 0 {
@@ -230,7 +232,7 @@ func sampleAddrs(t testing.TB, path string, syms []nmSymbol, n int) []uint64 {
 	t.Helper()
 	secs := executableSections(t, path)
 	inCode := func(a uint64) bool {
-		return slices.ContainsFunc(secs, func(s extent) bool { return a >= s.off && a-s.off < s.size })
+		return slices.ContainsFunc(secs, func(s elffile.Extent) bool { return a >= s.Off && a-s.Off < s.Size })
 	}
 	set := map[uint64]bool{}
 	for _, s := range syms {
@@ -243,7 +245,7 @@ func sampleAddrs(t testing.TB, path string, syms []nmSymbol, n int) []uint64 {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	for range n {
 		s := secs[rnd.IntN(len(secs))]
-		set[s.off+rnd.Uint64N(s.size)] = true
+		set[s.Off+rnd.Uint64N(s.Size)] = true
 	}
 	return slices.Sorted(maps.Keys(set))
 }

@@ -3,40 +3,12 @@
 package symbolizer
 
 import (
-	"bytes"
 	"container/list"
 	"errors"
-	"io"
 	"os"
 	"sync"
 	"time"
 )
-
-// content is the bytes of one ELF image.
-type content interface {
-	io.ReaderAt
-	Size() int64
-}
-
-// memoryImage is an image that was read as a whole.
-func memoryImage(b []byte) content { return bytes.NewReader(b) }
-
-// readAt fills p from off. That the range lies within the image is checked here, so that
-// callers need not guard against overflow.
-func readAt(c content, p []byte, off uint64) error {
-	size := uint64(c.Size())
-	if off > size || uint64(len(p)) > size-off {
-		return errorf(ReasonMalformed, "%d bytes at %#x are beyond the end, %#x", len(p), off, size)
-	}
-	n, err := c.ReadAt(p, int64(off))
-	if n == len(p) {
-		return nil
-	}
-	if err == nil || errors.Is(err, io.EOF) {
-		return errorf(ReasonChanged, "file is shorter than it was")
-	}
-	return err
-}
 
 const (
 	// recheckAfter is how long a file is trusted to be unchanged.

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 // copies writes n files with a function of their own each, at 0x1100.
@@ -25,7 +27,7 @@ func copies(t testing.TB, n int) (paths, names []string) {
 	for i := range n {
 		names = append(names, fmt.Sprintf("function_%d", i))
 		paths = append(paths, filepath.Join(dir, fmt.Sprintf("lib%d.so", i)))
-		spec := symbolSpec(false, shtSymtab, specSymbol{names[i], 0x1100, 0x100, globalFunc, 1},
+		spec := symbolSpec(false, elffile.SHTSymtab, specSymbol{names[i], 0x1100, 0x100, globalFunc, 1},
 			specSymbol{names[i] + "_second", 0x1200, 0x100, globalFunc, 1})
 		writeFile(t, paths[i], string(spec.bytes()))
 	}
@@ -116,7 +118,7 @@ func TestIdleDescriptorsAreClosed(t *testing.T) {
 	s := newSymbolizer(t, Config{})
 	a, b := openObject(t, s, paths[0]), openObject(t, s, paths[1])
 	s.files.mu.Lock()
-	a.content.(*openFile).used = time.Now().Add(-closeIdleAfter)
+	a.image.Content.(*openFile).used = time.Now().Add(-closeIdleAfter)
 	s.files.mu.Unlock()
 	openObject(t, s, paths[2])
 	if n := s.Stats().OpenFiles; n != 2 {
@@ -170,11 +172,11 @@ func TestFilesThatAreNone(t *testing.T) {
 	if err := unix.Mkfifo(fifo, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	big := symbolSpec(false, shtSymtab).bytes()
+	big := symbolSpec(false, elffile.SHTSymtab).bytes()
 	big[5] = 2
 	bigEndian := filepath.Join(dir, "big")
 	writeFile(t, bigEndian, string(big))
-	big[5], big[16] = 1, elfTypeRel
+	big[5], big[16] = 1, elffile.TypeRel
 	object := filepath.Join(dir, "object.o")
 	writeFile(t, object, string(big))
 	s := newSymbolizer(t, Config{})
@@ -223,7 +225,7 @@ func TestFileChangesUnderUs(t *testing.T) {
 			switch how {
 			case "overwrite":
 				time.Sleep(20 * time.Millisecond) // the granularity of mtime
-				other := symbolSpec(false, shtSymtab, specSymbol{"wrong", 0x1000, 0x1000, globalFunc, 1}).bytes()
+				other := symbolSpec(false, elffile.SHTSymtab, specSymbol{"wrong", 0x1000, 0x1000, globalFunc, 1}).bytes()
 				writeFile(t, paths[0], string(other))
 			case "truncate":
 				if err := os.Truncate(paths[0], 100); err != nil {
@@ -239,7 +241,7 @@ func TestFileChangesUnderUs(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			f := o.content.(*openFile)
+			f := o.image.Content.(*openFile)
 			s.files.mu.Lock()
 			f.checked = time.Time{}
 			s.files.mu.Unlock()

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 const cSource = `
@@ -315,8 +317,8 @@ func TestVDSO(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	image := make([]byte, o.Size())
-	if err := readAt(o.content, image, 0); err != nil {
+	image := make([]byte, o.image.Size())
+	if err := elffile.ReadAt(o.image.Content, image, 0); err != nil {
 		t.Fatal(err)
 	}
 	path := workDir + "/vdso.so"

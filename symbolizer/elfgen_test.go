@@ -5,6 +5,8 @@ package symbolizer
 import (
 	"bytes"
 	"encoding/binary"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 // elfSpec describes an ELF file to be made: what compilers do not make on request.
@@ -91,12 +93,12 @@ func symbols(is32 bool, syms ...specSymbol) (tab, strtab []byte) {
 
 // bytes lays the file out: headers, sections' data, section headers.
 func (e *elfSpec) bytes() []byte {
-	m := image{is64: !e.is32}
+	m := elffile.Image{Is64: !e.is32}
 	headers := uint64(64)
 	if e.is32 {
 		headers = 52
 	}
-	off := headers + uint64(len(e.segments))*m.phdrSize()
+	off := headers + uint64(len(e.segments))*m.PhdrSize()
 	names := []byte{0}
 	sections := append([]specSection{{}}, e.sections...)
 	sections = append(sections, specSection{name: ".shstrtab", typ: 3})
@@ -117,12 +119,12 @@ func (e *elfSpec) bytes() []byte {
 	shoff := off + uint64(body.Len())
 
 	w := words{is32: e.is32}
-	class := byte(elfClass64)
+	class := byte(elffile.Class64)
 	if e.is32 {
-		class = elfClass32
+		class = elffile.Class32
 	}
-	w.Write(append([]byte("\x7fELF"), class, elfDataLSB, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0))
-	w.u16(elfTypeDyn)
+	w.Write(append([]byte("\x7fELF"), class, elffile.DataLSB, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0))
+	w.u16(elffile.TypeDyn)
 	w.u16(e.machine)
 	w.u32(1)
 	w.word(0)
@@ -130,9 +132,9 @@ func (e *elfSpec) bytes() []byte {
 	w.word(shoff)
 	w.u32(0)
 	w.u16(uint16(headers))
-	w.u16(uint16(m.phdrSize()))
+	w.u16(uint16(m.PhdrSize()))
 	w.u16(uint16(len(e.segments)))
-	w.u16(uint16(m.shdrSize()))
+	w.u16(uint16(m.ShdrSize()))
 	w.u16(uint16(len(sections)))
 	w.u16(uint16(len(sections) - 1))
 	for _, s := range e.segments {
@@ -174,7 +176,7 @@ func (e *elfSpec) bytes() []byte {
 
 // memoryObject is an object whose file is b.
 func memoryObject(s *Symbolizer, b []byte) (*Object, error) {
-	img, err := parseImage(memoryImage(b))
+	img, err := elffile.Parse(elffile.FromBytes(b))
 	if err != nil {
 		return nil, err
 	}
@@ -188,28 +190,28 @@ func symbolSpec(is32 bool, typ uint32, syms ...specSymbol) *elfSpec {
 	if is32 {
 		entsize = 16
 	}
-	const code = shfAlloc | shfExecInstr
+	const code = elffile.SHFAlloc | elffile.SHFExecInstr
 	e := &elfSpec{
 		is32: is32,
 		segments: []specSegment{
-			{typ: ptLoad, flags: 4, vaddr: 0, memsz: 0x1000, filesize: 0x1000},
-			{typ: ptLoad, flags: pfExec | 4, vaddr: 0x1000, memsz: 0x3000, off: 0x1000, filesize: 0x3000},
-			{typ: ptLoad, flags: pfWrite | 4, vaddr: 0x5000, memsz: 0x1000, off: 0x4000, filesize: 0x1000},
+			{typ: elffile.PTLoad, flags: 4, vaddr: 0, memsz: 0x1000, filesize: 0x1000},
+			{typ: elffile.PTLoad, flags: elffile.PFExec | 4, vaddr: 0x1000, memsz: 0x3000, off: 0x1000, filesize: 0x3000},
+			{typ: elffile.PTLoad, flags: elffile.PFWrite | 4, vaddr: 0x5000, memsz: 0x1000, off: 0x4000, filesize: 0x1000},
 		},
 		sections: []specSection{
 			{name: ".text", typ: 1, flags: code, addr: 0x1000, size: 0x1000},
 			{name: ".elsewhere", typ: 1, flags: code, addr: 0x3000, size: 0x100},
-			{name: ".data", typ: 1, flags: shfAlloc, addr: 0x5000, size: 0x1000},
+			{name: ".data", typ: 1, flags: elffile.SHFAlloc, addr: 0x5000, size: 0x1000},
 			{name: ".far", typ: 1, flags: code, addr: 0x7f0000000000, size: 0x1000},
 			{name: ".symtab", typ: typ, data: tab, link: 6, entsize: entsize},
 			{name: ".strtab", typ: 3, data: strs},
 		},
 	}
 	if is32 {
-		e.machine = elfMachineARM
+		e.machine = elffile.MachineARM
 		e.sections[3].addr = 0x7f000000
 	} else {
-		e.segments = append(e.segments, specSegment{typ: ptLoad, flags: pfExec | 4, vaddr: 0x7f0000000000, memsz: 0x1000, off: 0x1_8000_0000, filesize: 0x1000})
+		e.segments = append(e.segments, specSegment{typ: elffile.PTLoad, flags: elffile.PFExec | 4, vaddr: 0x7f0000000000, memsz: 0x1000, off: 0x1_8000_0000, filesize: 0x1000})
 	}
 	return e
 }

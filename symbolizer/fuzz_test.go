@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 func FuzzELF(f *testing.F) {
@@ -23,11 +25,11 @@ func FuzzPclntab(f *testing.F) {
 		f.Add(spec.bytes())
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		m, err := parseImage(memoryImage(b))
+		m, err := elffile.Parse(elffile.FromBytes(b))
 		if err != nil {
 			return
 		}
-		secs, err := m.sections()
+		secs, err := m.Sections()
 		if err != nil {
 			return
 		}
@@ -36,8 +38,8 @@ func FuzzPclntab(f *testing.F) {
 			return
 		}
 		for range 2 {
-			for off := uint64(0); off < min(g.textEnd+2, 0x400); off++ {
-				lines, err := g.lookup(g.text + off)
+			for off := uint64(0); off < min(g.TextEnd+2, 0x400); off++ {
+				lines, err := g.lookup(g.Text + off)
 				if len(lines) > maxInlineDepth+1 || err != nil && lines != nil {
 					t.Fatalf("%d lines, error %v", len(lines), err)
 				}
@@ -121,8 +123,8 @@ func FuzzBuildIDs(f *testing.F) {
 	f.Add([]byte("\x04\x00\x00\x00\x05\x00\x00\x00\x04\x00\x00\x00Go\x00\x00a/b/c"))
 	f.Add([]byte("\x01\x00\x00\x00\xff\xff\xff\xff\x03\x00\x00\x00A\x00\x00\x00"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		gnu, goID := parseBuildIDs(b)
-		if len(gnu) > 2*maxBuildID || strings.Trim(gnu, "0123456789abcdef") != "" {
+		gnu, goID := elffile.ParseBuildIDs(b)
+		if len(gnu) > 2*elffile.MaxBuildID || strings.Trim(gnu, "0123456789abcdef") != "" {
 			t.Errorf("GNU build id %q", gnu)
 		}
 		if cleanName(goID) != goID {

@@ -6,6 +6,9 @@ import (
 	"encoding/binary"
 	"reflect"
 	"testing"
+
+	"github.com/hostflame/hostflame/internal/elffile"
+	"github.com/hostflame/hostflame/internal/pclntab"
 )
 
 // goSpec describes a Go binary to be made, of any release.
@@ -46,12 +49,12 @@ const (
 // bytes makes a binary with main.outer at text+0x100, into which main.middle[...] and, in
 // that, main.inner are inlined from 0x10 to 0x20, and main.second at text+0x180.
 func (g goSpec) bytes() []byte {
-	is120, quantum := g.magic == goMagic120, max(g.quantum, 1)
+	is120, quantum := g.magic == pclntab.Magic120, max(g.quantum, 1)
 	names := []byte("main.outer\x00main.middle[go.shape.int]\x00main.inner\x00main.second\x00")
 	const nameMiddle, nameInner, nameSecond = 11, 11 + 26, 11 + 26 + 11
 	files := []byte("outer.go\x00inner.go\x00")
 	cutab := words{}
-	for _, off := range []uint32{9, 0, goNone} {
+	for _, off := range []uint32{9, 0, pclntab.None} {
 		cutab.u32(off)
 	}
 	pctab := []byte{0}
@@ -100,12 +103,12 @@ func (g goSpec) bytes() []byte {
 			records.u32(start)
 		}
 		records.u32(4 << 24) // funcID, flag, padding, nfuncdata
-		for _, v := range []uint32{0, 0, inl, goNone, goNone, goNone, tree} {
+		for _, v := range []uint32{0, 0, inl, pclntab.None, pclntab.None, pclntab.None, tree} {
 			records.u32(v)
 		}
 	}
 	function(0x100, 0, pcfile, pcln, pcinl, 16, 9)
-	function(0x180, nameSecond, bad, one, 0, goNone, 70)
+	function(0x180, nameSecond, bad, one, 0, pclntab.None, 70)
 	ftab.u32(0x1c0)
 
 	is32 := g.ptrSize == 4
@@ -137,17 +140,17 @@ func (g goSpec) bytes() []byte {
 	for rodata.Len()%32 != 0 {
 		rodata.u8(0)
 	}
-	pclntab := goRodata + uint64(rodata.Len())
+	tabAt := goRodata + uint64(rodata.Len())
 	rodata.Write(h.Bytes())
 	rodata.Write(body.Bytes())
 
-	module := make([]uint64, moduleWords)
-	module[0], module[moduleNames] = pclntab, pclntab+at
-	module[moduleText], module[moduleEtext] = goTextAddr, goTextAddr+0x1c0
+	module := make([]uint64, pclntab.ModuleWords)
+	module[0], module[pclntab.ModuleNames] = tabAt, tabAt+at
+	module[pclntab.ModuleText], module[pclntab.ModuleEtext] = goTextAddr, goTextAddr+0x1c0
 	if is120 {
-		module[moduleGofunc120] = goRodata + 64
+		module[pclntab.ModuleGofunc120] = goRodata + 64
 	} else {
-		module[moduleGofunc118] = goRodata + 64
+		module[pclntab.ModuleGofunc118] = goRodata + 64
 	}
 	data, rela := words{is32: is32}, words{}
 	data.Write(make([]byte, 40))
@@ -165,39 +168,39 @@ func (g goSpec) bytes() []byte {
 	e := &elfSpec{
 		is32: is32,
 		segments: []specSegment{
-			{typ: ptLoad, flags: pfExec, vaddr: 0x400000, memsz: 0x2000, filesize: 0x2000},
-			{typ: ptLoad, flags: 4, section: ".rodata"},
-			{typ: ptLoad, flags: 4 | pfWrite, section: ".noptrdata"},
+			{typ: elffile.PTLoad, flags: elffile.PFExec, vaddr: 0x400000, memsz: 0x2000, filesize: 0x2000},
+			{typ: elffile.PTLoad, flags: 4, section: ".rodata"},
+			{typ: elffile.PTLoad, flags: 4 | elffile.PFWrite, section: ".noptrdata"},
 		},
 		sections: []specSection{
-			{name: ".rodata", typ: 1, flags: shfAlloc, addr: goRodata, data: rodata.Bytes()},
-			{name: ".noptrdata", typ: 1, flags: shfAlloc, addr: goDataAddr, data: data.Bytes()},
-			{name: ".rela", typ: shtRela, flags: shfAlloc, data: rela.Bytes(), entsize: 24},
+			{name: ".rodata", typ: 1, flags: elffile.SHFAlloc, addr: goRodata, data: rodata.Bytes()},
+			{name: ".noptrdata", typ: 1, flags: elffile.SHFAlloc, addr: goDataAddr, data: data.Bytes()},
+			{name: ".rela", typ: elffile.SHTRela, flags: elffile.SHFAlloc, data: rela.Bytes(), entsize: 24},
 			{name: ".go.buildinfo", typ: 1},
 		},
 	}
 	if g.sections {
 		// One section of the whole of .rodata would not start with the header.
 		e.sections[0].name = ".elsewhere"
-		e.sections[0].data = rodata.Bytes()[:pclntab-goRodata]
+		e.sections[0].data = rodata.Bytes()[:tabAt-goRodata]
 		e.sections = append(e.sections, specSection{
-			name: ".gopclntab", typ: 1, flags: shfAlloc, addr: pclntab, data: rodata.Bytes()[pclntab-goRodata:],
+			name: ".gopclntab", typ: 1, flags: elffile.SHFAlloc, addr: tabAt, data: rodata.Bytes()[tabAt-goRodata:],
 		})
-		e.segments[1] = specSegment{typ: ptLoad, flags: 4, section: ".elsewhere"}
-		e.segments = append(e.segments, specSegment{typ: ptLoad, flags: 4, section: ".gopclntab"})
+		e.segments[1] = specSegment{typ: elffile.PTLoad, flags: 4, section: ".elsewhere"}
+		e.segments = append(e.segments, specSegment{typ: elffile.PTLoad, flags: 4, section: ".gopclntab"})
 	}
 	return e.bytes()
 }
 
 var goSpecs = map[string]goSpec{
-	"1.18":                    {magic: goMagic118, ptrSize: 8, sections: true},
-	"1.20":                    {magic: goMagic120, ptrSize: 8, sections: true},
-	"1.18 32 bits":            {magic: goMagic118, ptrSize: 4, sections: true},
-	"1.20 32 bits":            {magic: goMagic120, ptrSize: 4},
-	"1.18 without a section":  {magic: goMagic118, ptrSize: 8},
-	"1.20 arm64":              {magic: goMagic120, ptrSize: 8, quantum: 4},
-	"1.20 relocated":          {magic: goMagic120, ptrSize: 8, relocated: true},
-	"1.20 without moduledata": {magic: goMagic120, ptrSize: 8, noModule: true, sections: true},
+	"1.18":                    {magic: pclntab.Magic118, ptrSize: 8, sections: true},
+	"1.20":                    {magic: pclntab.Magic120, ptrSize: 8, sections: true},
+	"1.18 32 bits":            {magic: pclntab.Magic118, ptrSize: 4, sections: true},
+	"1.20 32 bits":            {magic: pclntab.Magic120, ptrSize: 4},
+	"1.18 without a section":  {magic: pclntab.Magic118, ptrSize: 8},
+	"1.20 arm64":              {magic: pclntab.Magic120, ptrSize: 8, quantum: 4},
+	"1.20 relocated":          {magic: pclntab.Magic120, ptrSize: 8, relocated: true},
+	"1.20 without moduledata": {magic: pclntab.Magic120, ptrSize: 8, noModule: true, sections: true},
 }
 
 func TestGoFormats(t *testing.T) {
@@ -208,7 +211,7 @@ func TestGoFormats(t *testing.T) {
 				t.Fatal(err)
 			}
 			start := func(line int64) int64 {
-				if spec.magic == goMagic118 {
+				if spec.magic == pclntab.Magic118 {
 					return 0
 				}
 				return line

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 	"unicode/utf8"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 // exercise does with an image all that can be done with one, and checks what must hold of
@@ -27,7 +29,7 @@ func exercise(t testing.TB, b []byte) int {
 		}
 		return 0
 	}
-	if id := o.BuildID(); !isClean(id) || len(id) > maxGoBuildID {
+	if id := o.BuildID(); !isClean(id) || len(id) > elffile.MaxGoBuildID {
 		t.Errorf("build id %q", id)
 	}
 	addrs := []uint64{0, ^uint64(0), 1 << 63}
@@ -86,10 +88,10 @@ func within(t testing.TB, d time.Duration, what string, f func()) {
 func hostileSeeds(t testing.TB) map[string][]byte {
 	t.Helper()
 	seeds := map[string][]byte{
-		"symbols": symbolSpec(false, shtSymtab,
+		"symbols": symbolSpec(false, elffile.SHTSymtab,
 			specSymbol{"f", 0x1100, 0x100, globalFunc, 1}, specSymbol{"g", 0x1180, 0x100, weakFunc, 1},
 			specSymbol{"l", 0x1400, 0, globalFunc, 1}, specSymbol{"_Z1hv", 0x1100, 0x100, globalFunc, 1}).bytes(),
-		"32 bits": symbolSpec(true, shtDynsym, specSymbol{"f", 0x1101, 0x100, globalFunc, 1}).bytes(),
+		"32 bits": symbolSpec(true, elffile.SHTDynsym, specSymbol{"f", 0x1101, 0x100, globalFunc, 1}).bytes(),
 	}
 	for name, spec := range goSpecs {
 		seeds["go "+name] = spec.bytes()
@@ -139,7 +141,7 @@ func TestDamagedFiles(t *testing.T) {
 					exercise(t, b[:n])
 				}
 				shoff := int(binary.LittleEndian.Uint64(b[0x28:]))
-				if b[4] == elfClass32 {
+				if b[4] == elffile.Class32 {
 					shoff = int(binary.LittleEndian.Uint32(b[0x20:]))
 				}
 				rnd := rand.New(rand.NewPCG(1, uint64(len(b))))
@@ -173,7 +175,7 @@ func TestDamagedFiles(t *testing.T) {
 }
 
 func TestReadsStayInside(t *testing.T) {
-	c := memoryImage(make([]byte, 100))
+	c := elffile.FromBytes(make([]byte, 100))
 	for _, tt := range []struct {
 		off  uint64
 		n    int
@@ -182,13 +184,13 @@ func TestReadsStayInside(t *testing.T) {
 		{0, 100, ""}, {99, 1, ""}, {100, 0, ""}, {100, 1, ReasonMalformed}, {99, 2, ReasonMalformed},
 		{1 << 63, 1, ReasonMalformed}, {^uint64(0), 8, ReasonMalformed},
 	} {
-		if got := ReasonOf(readAt(c, make([]byte, tt.n), tt.off)); got != tt.want {
+		if got := ReasonOf(elffile.ReadAt(c, make([]byte, tt.n), tt.off)); got != tt.want {
 			t.Errorf("%d bytes at %#x: %q, want %q", tt.n, tt.off, got, tt.want)
 		}
 	}
-	e := symbolSpec(false, shtSymtab)
-	e.segments[0] = specSegment{typ: ptLoad, flags: pfExec, vaddr: ^uint64(0) - 5, memsz: 100, filesize: 100}
-	e.segments[2] = specSegment{typ: ptLoad, flags: pfExec, off: ^uint64(0) - 5, memsz: 100, filesize: 100}
+	e := symbolSpec(false, elffile.SHTSymtab)
+	e.segments[0] = specSegment{typ: elffile.PTLoad, flags: elffile.PFExec, vaddr: ^uint64(0) - 5, memsz: 100, filesize: 100}
+	e.segments[2] = specSegment{typ: elffile.PTLoad, flags: elffile.PFExec, off: ^uint64(0) - 5, memsz: 100, filesize: 100}
 	o, err := memoryObject(newSymbolizer(t, Config{}), e.bytes())
 	if err != nil {
 		t.Fatal(err)
@@ -201,7 +203,7 @@ func TestReadsStayInside(t *testing.T) {
 // TestHostileCounts: what a file claims does not make us reserve memory or work for long.
 func TestHostileCounts(t *testing.T) {
 	huge := func(change func(e *elfSpec)) []byte {
-		e := symbolSpec(false, shtSymtab, specSymbol{"f", 0x1100, 0x100, globalFunc, 1})
+		e := symbolSpec(false, elffile.SHTSymtab, specSymbol{"f", 0x1100, 0x100, globalFunc, 1})
 		change(e)
 		return e.bytes()
 	}
@@ -216,18 +218,18 @@ func TestHostileCounts(t *testing.T) {
 		"symbol table without end": huge(func(e *elfSpec) { e.sections[4].size = 1 << 62 }),
 		"strings without end":      huge(func(e *elfSpec) { e.sections[5].size = 1 << 40 }),
 		"notes without end": huge(func(e *elfSpec) {
-			e.segments = append(e.segments, specSegment{typ: ptNote, filesize: 1 << 50, memsz: 1 << 50})
+			e.segments = append(e.segments, specSegment{typ: elffile.PTNote, filesize: 1 << 50, memsz: 1 << 50})
 		}),
 		"segments that wrap": huge(func(e *elfSpec) {
-			e.segments[1] = specSegment{typ: ptLoad, flags: pfExec, vaddr: ^uint64(0) - 5, memsz: 100, off: ^uint64(0), filesize: 100}
+			e.segments[1] = specSegment{typ: elffile.PTLoad, flags: elffile.PFExec, vaddr: ^uint64(0) - 5, memsz: 100, off: ^uint64(0), filesize: 100}
 		}),
 		"a segment of everything": huge(func(e *elfSpec) {
-			e.segments[1] = specSegment{typ: ptLoad, flags: pfExec, vaddr: 0, memsz: ^uint64(0), filesize: ^uint64(0)}
+			e.segments[1] = specSegment{typ: elffile.PTLoad, flags: elffile.PFExec, vaddr: 0, memsz: ^uint64(0), filesize: ^uint64(0)}
 		}),
-		"nested symbols":   symbolSpec(false, shtSymtab, nested...).bytes(),
-		"aliases":          symbolSpec(false, shtSymtab, aliases...).bytes(),
-		"demangler's bomb": symbolSpec(false, shtSymtab, specSymbol{"_Z1f" + bomb, 0x1100, 0x100, globalFunc, 1}).bytes(),
-		"demangler's depth": symbolSpec(false, shtSymtab,
+		"nested symbols":   symbolSpec(false, elffile.SHTSymtab, nested...).bytes(),
+		"aliases":          symbolSpec(false, elffile.SHTSymtab, aliases...).bytes(),
+		"demangler's bomb": symbolSpec(false, elffile.SHTSymtab, specSymbol{"_Z1f" + bomb, 0x1100, 0x100, globalFunc, 1}).bytes(),
+		"demangler's depth": symbolSpec(false, elffile.SHTSymtab,
 			specSymbol{"_Z1f" + strings.Repeat("P", 2*maxName), 0x1000, 0x800, globalFunc, 1},
 			specSymbol{"_Z1f" + strings.Repeat("P", maxName-20) + "i", 0x1800, 0x800, globalFunc, 1}).bytes(),
 	} {

@@ -7,13 +7,15 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 // Object is one version of an ELF file, whatever it is mapped by. It stays usable for as
 // long as it is held, also after the caches have forgotten it.
 type Object struct {
-	sym *Symbolizer
-	*image
+	sym   *Symbolizer
+	image *elffile.Image
 
 	mu     sync.Mutex
 	tables atomic.Pointer[tables] // nil before the first use and after an eviction
@@ -21,14 +23,14 @@ type Object struct {
 }
 
 // BuildID is the GNU build id in hex, else Go's build id, else empty.
-func (o *Object) BuildID() string { return o.image.buildID }
+func (o *Object) BuildID() string { return o.image.BuildID }
 
 // Segments returns the PT_LOAD segments in the order of the program headers.
-func (o *Object) Segments() []Segment { return slices.Clone(o.image.loads) }
+func (o *Object) Segments() []Segment { return slices.Clone(o.image.Loads) }
 
 // Address is the ELF virtual address of the byte at a file offset, by the executable
 // segment that maps it. It is false where none does.
-func (o *Object) Address(fileOffset uint64) (uint64, bool) { return o.image.address(fileOffset) }
+func (o *Object) Address(fileOffset uint64) (uint64, bool) { return o.image.Address(fileOffset) }
 
 // The tables of an object, in the order in which they are asked. Each is read when those
 // before it do not know an address.
@@ -90,7 +92,7 @@ func (o *Object) Symbolize(addrs []uint64) []Result {
 }
 
 func (o *Object) lookup(t *tables, addr uint64) Result {
-	if _, ok := o.executable(addr); !ok {
+	if _, ok := o.image.ExecutableAt(addr); !ok {
 		return Result{Reason: ReasonNotFound}
 	}
 	reason, broken := ReasonNoSymbols, Reason("")
@@ -138,37 +140,37 @@ func (o *Object) load(t *tables, kind tableKind) Reason {
 }
 
 func (o *Object) read(kind tableKind) (table, error) {
-	secs, err := o.sections()
+	secs, err := o.image.Sections()
 	if kind == tableDynsym && len(secs) == 0 {
-		if tab, strtab, ok := o.dynamicSymbols(); ok {
+		if tab, strtab, ok := o.image.DynamicSymbols(); ok {
 			return o.readSymbols(nil, tab, strtab, true)
 		}
 	}
 	if err != nil {
 		return nil, err
 	}
-	want := uint32(shtSymtab)
+	want := uint32(elffile.SHTSymtab)
 	switch kind {
 	case tableGo:
 		return loadGoTable(o.image, secs)
 	case tableDynsym:
-		want = shtDynsym
+		want = elffile.SHTDynsym
 	}
 	for _, s := range secs {
-		if s.typ != want {
+		if s.Type != want {
 			continue
 		}
-		if s.entsize != o.symSize() || s.flags&shfCompressed != 0 || uint64(s.link) >= uint64(len(secs)) {
-			return nil, errorf(ReasonMalformed, "symbol table of entries of %d bytes, strings in section %d", s.entsize, s.link)
+		if s.EntSize != o.image.SymSize() || s.Flags&elffile.SHFCompressed != 0 || uint64(s.Link) >= uint64(len(secs)) {
+			return nil, errorf(ReasonMalformed, "symbol table of entries of %d bytes, strings in section %d", s.EntSize, s.Link)
 		}
-		return o.readSymbols(secs, s.extent, secs[s.link].extent, kind == tableDynsym)
+		return o.readSymbols(secs, s.Extent, secs[s.Link].Extent, kind == tableDynsym)
 	}
 	return nil, errorf(ReasonNoSymbols, "no symbol table")
 }
 
-func (o *Object) readSymbols(secs []section, tab, strtab extent, dynamic bool) (table, error) {
+func (o *Object) readSymbols(secs []elffile.Section, tab, strtab elffile.Extent, dynamic bool) (table, error) {
 	const big = 4 << 20
-	if tab.size >= big {
+	if tab.Size >= big {
 		// One at a time: while a table is read it takes twice what it takes later.
 		o.sym.bigTable.Lock()
 		defer o.sym.bigTable.Unlock()

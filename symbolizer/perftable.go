@@ -7,6 +7,8 @@ import (
 	"cmp"
 	"io"
 	"slices"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 const (
@@ -201,7 +203,7 @@ func (t *perfTable) compact() {
 }
 
 func (t *perfTable) name(off uint32) []byte {
-	s, _ := cstring(t.names[off:])
+	s, _ := elffile.CString(t.names[off:])
 	return s
 }
 

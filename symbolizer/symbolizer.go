@@ -22,6 +22,8 @@ import (
 	"path/filepath"
 	"sync"
 	"syscall"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 // Line is one function at an address. Function is demangled, without parameters;
@@ -44,7 +46,7 @@ type Result struct {
 }
 
 // Reason says why there is no line. The values are fit to be metric labels.
-type Reason string
+type Reason = elffile.Reason
 
 // The reasons.
 const (
@@ -64,19 +66,9 @@ const (
 )
 
 // Error is why a file is of no use. It carries the Reason that its frames get.
-type Error struct {
-	Reason Reason
-	Err    error
-}
+type Error = elffile.Error
 
-func (e *Error) Error() string { return e.Err.Error() }
-
-// Unwrap returns the cause.
-func (e *Error) Unwrap() error { return e.Err }
-
-func errorf(r Reason, format string, args ...any) *Error {
-	return &Error{Reason: r, Err: fmt.Errorf(format, args...)}
-}
+func errorf(r Reason, format string, args ...any) *Error { return elffile.Errorf(r, format, args...) }
 
 // ReasonOf is the Reason that err carries, else ReasonNoPermission for an access error and
 // ReasonUnreadable for any other. It is empty for nil.
@@ -104,10 +96,7 @@ type File struct {
 }
 
 // Segment is one PT_LOAD of an ELF file.
-type Segment struct {
-	Vaddr, Memsz, Offset, Filesz uint64
-	Executable                   bool
-}
+type Segment = elffile.Segment
 
 // Config holds the limits. The zero value of a field stands for its default.
 type Config struct {
@@ -215,7 +204,7 @@ func (s *Symbolizer) Object(f File) (*Object, error) {
 	}
 	if e, err := s.known(id); err != nil || e != nil {
 		if err == nil && e.err == nil {
-			e.object.content.(*openFile).adopt(f.Open, file)
+			e.object.image.Content.(*openFile).adopt(f.Open, file)
 			return e.object, nil
 		}
 		file.Close()
@@ -227,7 +216,7 @@ func (s *Symbolizer) Object(f File) (*Object, error) {
 	content := &openFile{cache: &s.files, id: id, open: f.Open}
 	content.adopt(f.Open, file)
 	e := &entry{id: id}
-	if img, err := parseImage(content); err != nil {
+	if img, err := elffile.Parse(content); err != nil {
 		e.err = fmt.Errorf("parse %s: %w", f.Path, err)
 	} else {
 		e.object = &Object{sym: s, image: img}
@@ -276,7 +265,7 @@ func (s *Symbolizer) remember(e *entry) *entry {
 	// A dropped object still works for those who hold it: it opens its file again.
 	for _, d := range dropped {
 		if d.object != nil && d.object != e.object {
-			d.object.content.(*openFile).close()
+			d.object.image.Content.(*openFile).close()
 		}
 	}
 	return e

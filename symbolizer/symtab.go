@@ -6,6 +6,8 @@ import (
 	"bytes"
 	"cmp"
 	"slices"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 // ELF symbol types and bindings (gABI, "Symbol Table"; 10 to 12 are GNU's).
@@ -33,8 +35,8 @@ const (
 //
 // Mapping symbols ($x, $d) and local labels (.L) are no symbols.
 type symTable struct {
-	image  *image
-	strtab extent
+	image  *elffile.Image
+	strtab elffile.Extent
 	parts  []symPart
 	rows   int
 	lines  map[rowID][]Line // of the functions seen
@@ -68,12 +70,12 @@ const (
 
 // symBuilder collects the symbols of a table.
 type symBuilder struct {
-	image    *image
-	sections []section
+	image    *elffile.Image
+	sections []elffile.Section
 	parts    []Segment
 	dynamic  bool // .dynsym
-	strtab   extent
-	names    pager // of the whole file; for untyped symbols
+	strtab   elffile.Extent
+	names    elffile.Pager // of the whole file; for untyped symbols
 	limit    int
 	spans    []span
 	labels   map[uint32]bool // untyped symbols, by name offset: to be kept
@@ -81,17 +83,17 @@ type symBuilder struct {
 
 // loadSymTable reads the symbols of tab, whose names are in strtab. limit is the largest
 // number of symbols.
-func loadSymTable(m *image, secs []section, tab, strtab extent, dynamic bool, limit int) (*symTable, error) {
-	if strtab.size > maxStrtab {
-		return nil, errorf(ReasonTooLarge, "string table of %d bytes", strtab.size)
+func loadSymTable(m *elffile.Image, secs []elffile.Section, tab, strtab elffile.Extent, dynamic bool, limit int) (*symTable, error) {
+	if strtab.Size > maxStrtab {
+		return nil, errorf(ReasonTooLarge, "string table of %d bytes", strtab.Size)
 	}
 	size := uint64(m.Size())
-	if tab.off > size || tab.size > size-tab.off || strtab.off > size || strtab.size > size-strtab.off {
+	if tab.Off > size || tab.Size > size-tab.Off || strtab.Off > size || strtab.Size > size-strtab.Off {
 		return nil, errorf(ReasonMalformed, "symbol table lies beyond the end of the file")
 	}
 	b := &symBuilder{
-		image: m, sections: secs, parts: m.executableParts(), dynamic: dynamic, strtab: strtab,
-		names: pager{content: m}, limit: limit, labels: map[uint32]bool{},
+		image: m, sections: secs, parts: m.ExecutableParts(), dynamic: dynamic, strtab: strtab,
+		names: elffile.Pager{Content: m}, limit: limit, labels: map[uint32]bool{},
 	}
 	if err := b.read(tab); err != nil {
 		return nil, err
@@ -104,13 +106,13 @@ func loadSymTable(m *image, secs []section, tab, strtab extent, dynamic bool, li
 	return t, nil
 }
 
-func (b *symBuilder) read(tab extent) error {
-	size := b.image.symSize()
+func (b *symBuilder) read(tab elffile.Extent) error {
+	size := b.image.SymSize()
 	const atOnce = 64 << 10
-	buf := make([]byte, min(tab.size/size*size, atOnce/size*size))
-	for n := tab.size / size; n > 0; {
+	buf := make([]byte, min(tab.Size/size*size, atOnce/size*size))
+	for n := tab.Size / size; n > 0; {
 		buf = buf[:min(uint64(len(buf)), n*size)]
-		if err := readAt(b.image, buf, tab.off); err != nil {
+		if err := elffile.ReadAt(b.image, buf, tab.Off); err != nil {
 			return err
 		}
 		for at := 0; at < len(buf); at += int(size) {
@@ -118,7 +120,7 @@ func (b *symBuilder) read(tab extent) error {
 				return err
 			}
 		}
-		tab.off += uint64(len(buf))
+		tab.Off += uint64(len(buf))
 		n -= uint64(len(buf)) / size
 	}
 	return nil
@@ -126,26 +128,26 @@ func (b *symBuilder) read(tab extent) error {
 
 // add takes one symbol if it names code.
 func (b *symBuilder) add(sym []byte) error {
-	d := decoder{b: sym, is64: b.image.is64}
+	d := elffile.Decoder{B: sym, Is64: b.image.Is64}
 	var value, size uint64
 	var info uint8
 	var shndx uint16
-	name := d.u32()
-	if b.image.is64 {
-		info, _, shndx = d.u8(), d.u8(), d.u16()
-		value, size = d.word(), d.word()
+	name := d.U32()
+	if b.image.Is64 {
+		info, _, shndx = d.U8(), d.U8(), d.U16()
+		value, size = d.Word(), d.Word()
 	} else {
-		value, size = d.word(), d.word()
-		info, _, shndx = d.u8(), d.u8(), d.u16()
+		value, size = d.Word(), d.Word()
+		info, _, shndx = d.U8(), d.U8(), d.U16()
 	}
 	typ := info & 0xf
 	if typ != sttFunc && typ != sttGNUIFunc && typ != sttNoType {
 		return nil
 	}
-	if name == 0 || uint64(name) >= b.strtab.size || shndx == shnUndef || shndx >= shnLoReserve && shndx != shnXIndex {
+	if name == 0 || uint64(name) >= b.strtab.Size || shndx == elffile.SHNUndef || shndx >= elffile.SHNLoReserve && shndx != elffile.SHNXIndex {
 		return nil
 	}
-	if b.image.machine == elfMachineARM {
+	if b.image.Machine == elffile.MachineARM {
 		value &^= 1 // Thumb
 	}
 	end, ok := b.limitOf(value, shndx, typ != sttNoType)
@@ -205,17 +207,17 @@ func (b *symBuilder) limitOf(addr uint64, shndx uint16, function bool) (uint64, 
 		return 0, false
 	}
 	end := b.parts[i].Vaddr + b.parts[i].Memsz
-	if int(shndx) >= len(b.sections) || shndx == shnXIndex {
+	if int(shndx) >= len(b.sections) || shndx == elffile.SHNXIndex {
 		return end, function
 	}
 	s := &b.sections[shndx]
-	if !s.executable() {
+	if !s.Executable() {
 		return 0, false
 	}
-	if addr < s.addr || addr-s.addr >= s.size {
+	if addr < s.Addr || addr-s.Addr >= s.Size {
 		return end, function
 	}
-	return min(end, s.addr+s.size), true
+	return min(end, s.Addr+s.Size), true
 }
 
 // keepLabel is whether an untyped symbol names code, by its name.
@@ -224,8 +226,8 @@ func (b *symBuilder) keepLabel(name uint32) (bool, error) {
 		return keep, nil
 	}
 	const enough = 4
-	off := b.strtab.off + uint64(name)
-	s, err := b.names.cstring(off, min(off+enough, b.strtab.off+b.strtab.size))
+	off := b.strtab.Off + uint64(name)
+	s, err := b.names.CString(off, min(off+enough, b.strtab.Off+b.strtab.Size), enough)
 	if err != nil {
 		return false, err
 	}
@@ -380,18 +382,18 @@ func (t *symTable) find(addr uint64) (rowID, bool) {
 // name reads a name from the string table.
 func (t *symTable) name(off uint32) (string, error) {
 	for n := uint64(256); ; n = maxName {
-		n = min(n, t.strtab.size-uint64(off))
+		n = min(n, t.strtab.Size-uint64(off))
 		if uint64(cap(t.buf)) < n {
 			t.buf = make([]byte, n)
 		}
 		b := t.buf[:n]
-		if err := readAt(t.image, b, t.strtab.off+uint64(off)); err != nil {
+		if err := elffile.ReadAt(t.image, b, t.strtab.Off+uint64(off)); err != nil {
 			return "", err
 		}
 		if i := bytes.IndexByte(b, 0); i >= 0 {
 			return cleanName(string(b[:i])), nil
 		}
-		if n == maxName || n == t.strtab.size-uint64(off) {
+		if n == maxName || n == t.strtab.Size-uint64(off) {
 			return cleanName(string(b)), nil
 		}
 	}

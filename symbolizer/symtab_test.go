@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 // TestSymbolRules has one case for each rule in symTable's comment.
@@ -15,7 +17,7 @@ func TestSymbolRules(t *testing.T) {
 	label := func(name string, addr uint64) specSymbol {
 		return specSymbol{name, addr, 0, stbGlobal<<4 | sttNoType, 1}
 	}
-	spec := symbolSpec(false, shtSymtab,
+	spec := symbolSpec(false, elffile.SHTSymtab,
 		specSymbol{"outer", 0x1000, 0x100, localFunc, 1},
 		specSymbol{"nested", 0x1040, 0x20, localFunc, 1},
 		label("inside", 0x1010), label("inside_at_the_end", 0x10f0),
@@ -99,7 +101,7 @@ func TestSymbolRules(t *testing.T) {
 
 func TestSymbolsOf32Bits(t *testing.T) {
 	s := newSymbolizer(t, Config{})
-	o, err := memoryObject(s, symbolSpec(true, shtSymtab,
+	o, err := memoryObject(s, symbolSpec(true, elffile.SHTSymtab,
 		specSymbol{"thumb", 0x1101, 0x10, globalFunc, 1},
 		specSymbol{"$t", 0x1104, 0, sttNoType, 1},
 		specSymbol{"arm", 0x1200, 0x10, globalFunc, 1},
@@ -116,7 +118,7 @@ func TestSymbolsOf32Bits(t *testing.T) {
 
 func TestDynsymLabels(t *testing.T) {
 	s := newSymbolizer(t, Config{})
-	o, err := memoryObject(s, symbolSpec(false, shtDynsym,
+	o, err := memoryObject(s, symbolSpec(false, elffile.SHTDynsym,
 		specSymbol{"entry", 0x1100, 0, globalFunc, 1},
 		specSymbol{"sized", 0x1200, 0x10, globalFunc, 1},
 	).bytes())
@@ -131,11 +133,11 @@ func TestDynsymLabels(t *testing.T) {
 }
 
 func TestSymtabBeforeDynsym(t *testing.T) {
-	spec := symbolSpec(false, shtSymtab, specSymbol{"from_symtab", 0x1100, 0x10, localFunc, 1})
+	spec := symbolSpec(false, elffile.SHTSymtab, specSymbol{"from_symtab", 0x1100, 0x10, localFunc, 1})
 	tab, strs := symbols(false,
 		specSymbol{"exported", 0x1100, 0x10, globalFunc, 1}, specSymbol{"only_dynamic", 0x1200, 0x10, globalFunc, 1})
 	spec.sections = append(spec.sections,
-		specSection{name: ".dynsym", typ: shtDynsym, data: tab, link: 8, entsize: 24},
+		specSection{name: ".dynsym", typ: elffile.SHTDynsym, data: tab, link: 8, entsize: 24},
 		specSection{name: ".dynstr", typ: 3, data: strs})
 	s := newSymbolizer(t, Config{})
 	o, err := memoryObject(s, spec.bytes())
@@ -176,7 +178,7 @@ func TestTooManySymbols(t *testing.T) {
 		syms = append(syms, specSymbol{fmt.Sprintf("f%d", i), 0x1000 + uint64(i)*16, 16, globalFunc, 1})
 	}
 	s := newSymbolizer(t, Config{MaxTableBytes: 50 * symRowSize})
-	o, err := memoryObject(s, symbolSpec(false, shtSymtab, syms...).bytes())
+	o, err := memoryObject(s, symbolSpec(false, elffile.SHTSymtab, syms...).bytes())
 	if err != nil {
 		t.Fatal(err)
 	}

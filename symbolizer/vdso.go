@@ -8,6 +8,8 @@ import (
 	"io"
 	"os"
 	"strings"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 const maxVDSO = 1 << 20 // bytes; it is two pages
@@ -27,7 +29,7 @@ func (s *Symbolizer) VDSO() (*Object, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read vDSO: %w", err)
 	}
-	img, err := parseImage(memoryImage(b))
+	img, err := elffile.Parse(elffile.FromBytes(b))
 	if err != nil {
 		return nil, fmt.Errorf("parse vDSO: %w", err)
 	}

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package symbolizer
+package elffile
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/binary"
 	"encoding/hex"
@@ -14,24 +15,24 @@ const (
 
 	maxNotes      = 64 << 10 // bytes read of one range of notes
 	maxNoteRanges = 64
-	maxBuildID    = 64  // bytes; linkers write 8 (fast), 16 (md5, uuid) or 20 (sha1)
-	maxGoBuildID  = 256 // bytes; the go command writes four hashes, 83
+	MaxBuildID    = 64  // bytes; linkers write 8 (fast), 16 (md5, uuid) or 20 (sha1)
+	MaxGoBuildID  = 256 // bytes; the go command writes four hashes, 83
 )
 
 // findBuildID returns the GNU build id in hex, else Go's, else "". The segments' notes
 // come first: the kernel sees only those. The Go linker writes a GNU build id that only
 // the section headers lead to.
-func (m *image) findBuildID() string {
-	gnu, goID := m.buildIDs(m.notes)
+func (m *Image) findBuildID() string {
+	gnu, goID := m.buildIDs(m.Notes)
 	if gnu == "" {
-		secs, err := m.sections()
+		secs, err := m.Sections()
 		if err != nil {
 			return goID
 		}
-		var notes []extent
+		var notes []Extent
 		for _, s := range secs {
-			if s.typ == shtNote {
-				notes = append(notes, s.extent)
+			if s.Type == SHTNote {
+				notes = append(notes, s.Extent)
 			}
 		}
 		more, moreGo := m.buildIDs(notes)
@@ -40,22 +41,22 @@ func (m *image) findBuildID() string {
 	return cmp.Or(gnu, goID)
 }
 
-func (m *image) buildIDs(ranges []extent) (gnu, goID string) {
+func (m *Image) buildIDs(ranges []Extent) (gnu, goID string) {
 	for _, r := range ranges[:min(len(ranges), maxNoteRanges)] {
-		b := make([]byte, min(r.size, maxNotes, uint64(m.Size())))
-		if readAt(m, b, r.off) != nil {
+		b := make([]byte, min(r.Size, maxNotes, uint64(m.Size())))
+		if ReadAt(m, b, r.Off) != nil {
 			continue
 		}
-		g, o := parseBuildIDs(b)
+		g, o := ParseBuildIDs(b)
 		gnu, goID = cmp.Or(gnu, g), cmp.Or(goID, o)
 	}
 	return gnu, goID
 }
 
-// parseBuildIDs reads a range of notes. Each is three 32-bit words (name size, descriptor
+// ParseBuildIDs reads a range of notes. Each is three 32-bit words (name size, descriptor
 // size, type), name and descriptor, both padded to 4 bytes. Ranges aligned to 8 pad to 8
 // and hold properties, never build ids (gABI, "Note Section"; .note.gnu.property).
-func parseBuildIDs(b []byte) (gnu, goID string) {
+func ParseBuildIDs(b []byte) (gnu, goID string) {
 	for len(b) >= 12 {
 		namesz := uint64(binary.LittleEndian.Uint32(b))
 		descsz := uint64(binary.LittleEndian.Uint32(b[4:]))
@@ -72,13 +73,13 @@ func parseBuildIDs(b []byte) (gnu, goID string) {
 		}
 		b = rest
 		switch {
-		case typ == noteGNUBuildID && string(name) == "GNU\x00" && len(desc) > 0 && len(desc) <= maxBuildID:
+		case typ == noteGNUBuildID && string(name) == "GNU\x00" && len(desc) > 0 && len(desc) <= MaxBuildID:
 			if gnu == "" {
 				gnu = hex.EncodeToString(desc)
 			}
-		case typ == noteGoBuildID && string(name) == "Go\x00\x00" && len(desc) > 0 && len(desc) <= maxGoBuildID:
+		case typ == noteGoBuildID && string(name) == "Go\x00\x00" && len(desc) > 0 && len(desc) <= MaxGoBuildID && printable(desc):
 			if goID == "" {
-				goID = cleanName(string(desc))
+				goID = string(desc)
 			}
 		}
 	}
@@ -91,4 +92,8 @@ func cutPadded(b []byte, n uint64) (head, rest []byte, ok bool) {
 		return nil, nil, false
 	}
 	return b[:n], b[min((n+3)&^3, uint64(len(b))):], true
+}
+
+func printable(b []byte) bool {
+	return !bytes.ContainsFunc(b, func(r rune) bool { return r <= ' ' || r >= 0x7f })
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package symbolizer
+package elffile
+
+import ()
 
 import "encoding/binary"
 
@@ -19,17 +21,17 @@ const (
 	maxChain   = 1 << 16  // symbols in its last bucket
 )
 
-// dynamicSymbols finds .dynsym and its strings as the dynamic linker does, by PT_DYNAMIC:
+// DynamicSymbols finds .dynsym and its strings as the dynamic linker does, by PT_DYNAMIC:
 // for files whose section headers were cut off. ok is false where there are none.
-func (m *image) dynamicSymbols() (tab, strtab extent, ok bool) {
-	b := make([]byte, min(m.dynamic.size, maxDynamic, uint64(m.Size())))
-	if len(b) == 0 || readAt(m, b, m.dynamic.off) != nil {
+func (m *Image) DynamicSymbols() (tab, strtab Extent, ok bool) {
+	b := make([]byte, min(m.Dynamic.Size, maxDynamic, uint64(m.Size())))
+	if len(b) == 0 || ReadAt(m, b, m.Dynamic.Off) != nil {
 		return tab, strtab, false
 	}
 	var symAddr, strAddr, strSize, symEnt, hash, gnuHash uint64
-	d := decoder{b: b, is64: m.is64}
-	for len(d.b) > 0 {
-		tag, value := d.word(), d.word()
+	d := Decoder{B: b, Is64: m.Is64}
+	for len(d.B) > 0 {
+		tag, value := d.Word(), d.Word()
 		if tag == dtNull {
 			break
 		}
@@ -48,27 +50,27 @@ func (m *image) dynamicSymbols() (tab, strtab extent, ok bool) {
 			symEnt = value
 		}
 	}
-	tab, ok1 := m.fileOffset(symAddr)
-	strtab, ok2 := m.fileOffset(strAddr)
-	if !ok1 || !ok2 || symEnt != m.symSize() {
+	tab, ok1 := m.FileOffset(symAddr)
+	strtab, ok2 := m.FileOffset(strAddr)
+	if !ok1 || !ok2 || symEnt != m.SymSize() {
 		return tab, strtab, false
 	}
-	strtab.size = min(strtab.size, strSize)
+	strtab.Size = min(strtab.Size, strSize)
 	// The table itself has no length; the hash tables know the number of symbols.
 	var n uint64
-	if at, found := m.fileOffset(hash); hash != 0 && found {
+	if at, found := m.FileOffset(hash); hash != 0 && found {
 		n = m.hashSymbols(at)
-	} else if at, found := m.fileOffset(gnuHash); gnuHash != 0 && found {
+	} else if at, found := m.FileOffset(gnuHash); gnuHash != 0 && found {
 		n = m.gnuHashSymbols(at)
 	}
-	tab.size = min(tab.size/m.symSize(), n) * m.symSize()
+	tab.Size = min(tab.Size/m.SymSize(), n) * m.SymSize()
 	return tab, strtab, n > 0
 }
 
 // hashSymbols is the number of symbols by DT_HASH: its second word.
-func (m *image) hashSymbols(at extent) uint64 {
+func (m *Image) hashSymbols(at Extent) uint64 {
 	var b [8]byte
-	if readAt(m, b[:], at.off) != nil {
+	if ReadAt(m, b[:], at.Off) != nil {
 		return 0
 	}
 	return uint64(binary.LittleEndian.Uint32(b[4:]))
@@ -76,25 +78,25 @@ func (m *image) hashSymbols(at extent) uint64 {
 
 // gnuHashSymbols is the number of symbols by DT_GNU_HASH: the last symbol is at the end of
 // the chain that the highest bucket begins. A chain ends with a hash whose lowest bit is set.
-func (m *image) gnuHashSymbols(at extent) uint64 {
-	p := pager{content: m}
-	buckets, err0 := p.u32(at.off)
-	first, err1 := p.u32(at.off + 4)
-	blooms, err2 := p.u32(at.off + 8)
+func (m *Image) gnuHashSymbols(at Extent) uint64 {
+	p := Pager{Content: m}
+	buckets, err0 := p.U32(at.Off)
+	first, err1 := p.U32(at.Off + 4)
+	blooms, err2 := p.U32(at.Off + 8)
 	if err0 != nil || err1 != nil || err2 != nil {
 		return 0
 	}
 	word := uint64(4)
-	if m.is64 {
+	if m.Is64 {
 		word = 8
 	}
-	table := at.off + 16 + uint64(blooms)*word
+	table := at.Off + 16 + uint64(blooms)*word
 	if buckets > maxBuckets {
 		return 0
 	}
 	highest := uint32(0)
 	for i := range uint64(buckets) {
-		b, err := p.u32(table + i*4)
+		b, err := p.U32(table + i*4)
 		if err != nil {
 			return 0
 		}
@@ -105,7 +107,7 @@ func (m *image) gnuHashSymbols(at extent) uint64 {
 	}
 	chains := table + uint64(buckets)*4
 	for i := uint64(highest); i < uint64(highest)+maxChain; i++ {
-		h, err := p.u32(chains + (i-uint64(first))*4)
+		h, err := p.U32(chains + (i-uint64(first))*4)
 		if err != nil {
 			return 0
 		}

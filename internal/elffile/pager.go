@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package symbolizer
+package elffile
 
 import (
 	"bytes"
@@ -12,11 +12,11 @@ const (
 	pageSlots = 32
 )
 
-// pager reads an image by pages and keeps the last of them, at most 128 KiB, so that a
+// Pager reads an image by pages and keeps the last of them, at most 128 KiB, so that a
 // table that is walked again and again costs neither memory nor a system call a step.
 // What it returns is valid until the next call. It is for one goroutine.
-type pager struct {
-	content content
+type Pager struct {
+	Content Content
 	slots   [pageSlots]*page
 	scratch []byte
 	pages   int
@@ -28,18 +28,18 @@ type page struct {
 	data   [pageSize]byte
 }
 
-// bytes is the memory that the pager holds.
-func (p *pager) bytes() int64 { return int64(p.pages)*(pageSize+16) + int64(len(p.slots)*8) }
+// Bytes is the memory that the Pager holds.
+func (p *Pager) Bytes() int64 { return int64(p.pages)*(pageSize+16) + int64(len(p.slots)*8) }
 
-func (p *pager) page(number uint64) (*page, error) {
+func (p *Pager) page(number uint64) (*page, error) {
 	slot := &p.slots[number%pageSlots]
 	if *slot != nil && (*slot).number == number {
 		return *slot, nil
 	}
-	size := uint64(p.content.Size())
+	size := uint64(p.Content.Size())
 	off := number * pageSize
 	if off >= size {
-		return nil, errorf(ReasonMalformed, "page at %#x is beyond the end, %#x", off, size)
+		return nil, Errorf(Malformed, "page at %#x is beyond the end, %#x", off, size)
 	}
 	pg := *slot
 	if pg == nil {
@@ -48,7 +48,7 @@ func (p *pager) page(number uint64) (*page, error) {
 	}
 	*slot = nil // in case the read fails half way
 	pg.number, pg.n = number, int(min(pageSize, size-off))
-	if err := readAt(p.content, pg.data[:pg.n], off); err != nil {
+	if err := ReadAt(p.Content, pg.data[:pg.n], off); err != nil {
 		p.pages--
 		return nil, err
 	}
@@ -56,8 +56,8 @@ func (p *pager) page(number uint64) (*page, error) {
 	return pg, nil
 }
 
-// chunk is what the page that holds off has from there on, at least a byte.
-func (p *pager) chunk(off uint64) ([]byte, error) {
+// Chunk is what the page that holds off has from there on, at least a byte.
+func (p *Pager) Chunk(off uint64) ([]byte, error) {
 	pg, err := p.page(off / pageSize)
 	if err != nil {
 		return nil, err
@@ -65,12 +65,12 @@ func (p *pager) chunk(off uint64) ([]byte, error) {
 	if i := int(off % pageSize); i < pg.n {
 		return pg.data[i:pg.n], nil
 	}
-	return nil, errorf(ReasonMalformed, "offset %#x is beyond the end", off)
+	return nil, Errorf(Malformed, "offset %#x is beyond the end", off)
 }
 
-// slice is the n bytes at off.
-func (p *pager) slice(off uint64, n int) ([]byte, error) {
-	b, err := p.chunk(off)
+// Slice is the n bytes at off.
+func (p *Pager) Slice(off uint64, n int) ([]byte, error) {
+	b, err := p.Chunk(off)
 	if err != nil {
 		return nil, err
 	}
@@ -83,29 +83,29 @@ func (p *pager) slice(off uint64, n int) ([]byte, error) {
 		if len(p.scratch) == n {
 			return p.scratch, nil
 		}
-		if b, err = p.chunk(off + uint64(len(p.scratch))); err != nil {
+		if b, err = p.Chunk(off + uint64(len(p.scratch))); err != nil {
 			return nil, err
 		}
 	}
 }
 
-func (p *pager) u32(off uint64) (uint32, error) {
-	b, err := p.slice(off, 4)
+func (p *Pager) U32(off uint64) (uint32, error) {
+	b, err := p.Slice(off, 4)
 	if err != nil {
 		return 0, err
 	}
 	return binary.LittleEndian.Uint32(b), nil
 }
 
-// cstring is the string at off, which ends with a NUL, at end or after maxName bytes.
-func (p *pager) cstring(off, end uint64) (string, error) {
+// CString is the string at off, which ends with a NUL, at end or after limit bytes.
+func (p *Pager) CString(off, end uint64, limit int) (string, error) {
 	p.scratch = p.scratch[:0]
-	for off < end && len(p.scratch) < maxName {
-		b, err := p.chunk(off)
+	for off < end && len(p.scratch) < limit {
+		b, err := p.Chunk(off)
 		if err != nil {
 			return "", err
 		}
-		b = b[:min(uint64(len(b)), end-off, uint64(maxName-len(p.scratch)))]
+		b = b[:min(uint64(len(b)), end-off, uint64(limit-len(p.scratch)))]
 		i := bytes.IndexByte(b, 0)
 		if i >= 0 && len(p.scratch) == 0 {
 			return string(b[:i]), nil
