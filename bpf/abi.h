@@ -4,11 +4,17 @@
 #ifndef HF_ABI_H
 #define HF_ABI_H
 
+#include "unwind.h"
 #include <linux/types.h>
 
 #define HF_COMM_LEN 16
 /* kernel.perf_event_max_stack is 127 by default; bpf_get_stack cuts there. */
-#define HF_MAX_FRAMES 127
+#define HF_MAX_KERNEL_FRAMES 127
+#define HF_MAX_USER_FRAMES 512
+/* Mappings that the addresses of one user stack may lie in. */
+#define HF_MAX_AREAS 32
+/* Bytes of a user stack that are kept where the walk needs a table that is not there yet. */
+#define HF_STACK_COPY 16384
 /* Cells of a time histogram, padded: internal/histogram has 233. */
 #define HF_TIME_CELLS 240
 #define HF_SIZE_CELLS 24
@@ -23,11 +29,17 @@ enum hf_profile {
 
 /* How the walk of one stack ended. */
 enum hf_outcome {
-	HF_OUTCOME_NONE = 0,      /* there is no such stack: kernel thread, or user mode */
-	HF_OUTCOME_COMPLETE = 1,  /* walked until the walker found an end */
-	HF_OUTCOME_TRUNCATED = 2, /* HF_MAX_FRAMES reached */
-	HF_OUTCOME_FAILED = 3,    /* the helper returned an error */
-	HF_OUTCOME_EXITING = 4,   /* the address space is already gone */
+	HF_OUTCOME_NONE = 0,        /* there is no such stack: kernel thread, or user mode */
+	HF_OUTCOME_COMPLETE = 1,    /* the outermost frame was reached */
+	HF_OUTCOME_TRUNCATED = 2,   /* the limit of frames was reached */
+	HF_OUTCOME_FAILED = 3,      /* kernel stacks: the helper returned an error */
+	HF_OUTCOME_EXITING = 4,     /* the address space is already gone */
+	HF_OUTCOME_EXEC = 5,        /* in execve: the address space is being replaced */
+	HF_OUTCOME_NO_TABLE = 6,    /* the unwind table of the last frame is not there yet */
+	HF_OUTCOME_NO_RULE = 7,     /* no unwind information, and no frame pointer that holds */
+	HF_OUTCOME_BAD_STACK = 8,   /* stack memory could not be read */
+	HF_OUTCOME_BAD_ADDRESS = 9, /* the last frame is not in executable memory */
+	HF_OUTCOME_REGISTER = 10,   /* the rule needs a register that is not known any more */
 };
 
 /* Why something that was due was not delivered. One enum for all programs, one
@@ -45,9 +57,32 @@ enum hf_drop {
 	HF_DROP_REASONS = 9,
 };
 
-/* Header of a sample; kernel_frames then user_frames addresses (u64, leaf first) follow.
+/* An executable mapping that frames of a sample lie in, as it was at that moment. */
+struct hf_area {
+	__u64 start, end;
+	__u64 offset; /* of start, in the file */
+	struct hf_file file;
+};
+
+/* Where a walk stands: the registers of the frame that is next. */
+struct hf_frame {
+	__u64 ip;
+	__u64 sp;
+	__u64 fp;     /* rbp, x29 */
+	__u64 second; /* rbx; x30, the return address, while it is in there */
+	__u8 exact;   /* ip is an instruction that was interrupted, not a return address */
+	__u8 leaf;    /* registers has what it stands for */
+	__u8 pad[6];
+	__u64 registers[32]; /* all of the leaf's, by DWARF number; 0 elsewhere */
+};
+
+/* Header of a sample. After it come, in this order and as many as it says: the addresses of
+ * kernel_frames and user_frames (u64, leaf first), areas (struct hf_area), and, where
+ * stack_bytes is not 0, a struct hf_frame and so much of the stack from its sp on.
+ * HF_EXACT is set in the user addresses that are no return addresses.
  * start_ns and exec_id together with pid name one program image: an id that was reused
  * has another start, an execve another exec_id. */
+#define HF_EXACT (1ULL << 63)
 struct hf_sample {
 	__u64 time_ns;   /* boot clock (bpf_ktime_get_boot_ns) */
 	__u64 cgroup_id; /* kernfs id; cpu hierarchy on v1 and hybrid hosts */
@@ -60,14 +95,17 @@ struct hf_sample {
 	__u32 weight;        /* how many observations this one stands for */
 	__u16 kernel_frames;
 	__u16 user_frames;
+	__u16 areas;
+	__u16 stack_bytes;
 	__u8 profile;        /* enum hf_profile */
 	__u8 kernel_outcome; /* enum hf_outcome */
 	__u8 user_outcome;   /* enum hf_outcome */
 	__u8 user_mode;      /* 1 when the CPU was in user mode */
+	__u8 pad[4];
 	char comm[HF_COMM_LEN];   /* of the thread group leader */
 	char thread[HF_COMM_LEN]; /* of the thread */
 };
-_Static_assert(sizeof(struct hf_sample) == 96, "hf_sample is packed by hand");
+_Static_assert(sizeof(struct hf_sample) == 104, "hf_sample is packed by hand");
 _Static_assert(sizeof(struct hf_sample) % 8 == 0, "frames follow, aligned");
 
 /* A time histogram of one series on one CPU. The count is the sum of the cells. */
@@ -146,6 +184,11 @@ struct hf_block_device {
 #define HF_EXPORT_ENUMS                                                        \
 	enum hf_profile *hf_export_profile __attribute__((unused));            \
 	enum hf_outcome *hf_export_outcome __attribute__((unused));            \
+	enum hf_unwind_size *hf_export_unwind_size __attribute__((unused));    \
+	enum hf_rule_kind *hf_export_rule_kind __attribute__((unused));        \
+	enum hf_saved *hf_export_saved __attribute__((unused));                \
+	struct hf_frame *hf_export_frame __attribute__((unused));              \
+	struct hf_area *hf_export_area __attribute__((unused));                \
 	enum hf_drop *hf_export_drop __attribute__((unused))
 
 #endif

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/bits"
 	"os"
 	"strconv"
 	"strings"
@@ -33,6 +34,11 @@ type CPUConfig struct {
 	Event     Event // EventCPUClock if empty
 	Frequency int   // Hz a CPU, 1 to 10,000
 	CgroupV1  bool  // the cpu controller is on a v1 hierarchy (see CPUControllerV1)
+	// Tables are what user stacks are walked by; every stack ends at its leaf without.
+	// They are the caller's to close, after the CPU.
+	Tables *Tables
+	// CopyStacks makes every user stack come with Stop, the leaf then, and Stack. For tests.
+	CopyStacks bool
 }
 
 // CPU samples on-CPU stacks: a perf event on each online CPU, the idle task excluded.
@@ -89,11 +95,13 @@ func NewCPU(cfg CPUConfig) (_ *CPU, err error) {
 	}
 	size := ringSize(cfg.Frequency)
 	if err := setVariables(spec, map[string]any{
-		cpuVarHfPeriodNs:  period,
-		cpuVarHfTimer:     attr.Type == unix.PERF_TYPE_SOFTWARE,
-		cpuVarHfCgroupV1:  cfg.CgroupV1,
-		cpuVarHfRingHalf:  uint64(size / 2),
-		cpuVarHfMaxFrames: maxFrames(),
+		cpuVarHfPeriodNs:    period,
+		cpuVarHfTimer:       attr.Type == unix.PERF_TYPE_SOFTWARE,
+		cpuVarHfCgroupV1:    cfg.CgroupV1,
+		cpuVarHfRingHalf:    uint64(size / 2),
+		cpuVarHfMaxFrames:   maxFrames(),
+		cpuVarHfCopyStacks:  cfg.CopyStacks,
+		cpuVarHfAddressMask: addressMask(),
 	}); err != nil {
 		return nil, err
 	}
@@ -102,7 +110,11 @@ func NewCPU(cfg CPUConfig) (_ *CPU, err error) {
 		return nil, fmt.Errorf("count CPUs: %w", err)
 	}
 	spec.Maps[cpuMapHfRings].MaxEntries = uint32(cpus)
-	coll, err := ebpf.NewCollection(spec)
+	var opts ebpf.CollectionOptions
+	if cfg.Tables != nil {
+		opts.MapReplacements = cfg.Tables.replace(spec)
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, opts)
 	if err != nil {
 		return nil, fmt.Errorf("load cpu object: %w", err)
 	}
@@ -245,13 +257,28 @@ func (c *CPU) Close() error {
 func maxFrames() uint32 {
 	b, err := os.ReadFile("/proc/sys/kernel/perf_event_max_stack")
 	if err != nil {
-		return MaxFrames
+		return MaxKernelFrames
 	}
 	n, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 32)
-	if err != nil || n < 1 || n > MaxFrames {
-		return MaxFrames
+	if err != nil || n < 1 || n > MaxKernelFrames {
+		return MaxKernelFrames
 	}
 	return uint32(n)
+}
+
+// addressMask has the bits that user addresses use; pointer authentication takes those
+// above. The stack lies at the end of the address space.
+func addressMask() uint64 {
+	n := 48
+	maps, _ := os.ReadFile("/proc/self/maps") // without it, what is usual
+	for line := range strings.Lines(string(maps)) {
+		area, _, _ := strings.Cut(line, " ")
+		_, end, _ := strings.Cut(area, "-")
+		if limit, err := strconv.ParseUint(end, 16, 64); err == nil && strings.HasSuffix(line, "[stack]\n") {
+			n = bits.Len64(limit - 1)
+		}
+	}
+	return 1<<n - 1
 }
 
 // setVariables sets load-time constants. A name that the object lacks is a defect here.

@@ -13,6 +13,20 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type cpuHfArea struct {
+	_      structs.HostLayout
+	Start  uint64
+	End    uint64
+	Offset uint64
+	File   struct {
+		_       structs.HostLayout
+		Inode   uint64
+		MtimeNs uint64
+		Device  uint32
+		Pad     uint32
+	}
+}
+
 type cpuHfCounters struct {
 	_         structs.HostLayout
 	Dropped   [9]uint64
@@ -35,14 +49,32 @@ const (
 	cpuHfDropHF_DROP_REASONS       cpuHfDrop = 9
 )
 
+type cpuHfFrame struct {
+	_         structs.HostLayout
+	Ip        uint64
+	Sp        uint64
+	Fp        uint64
+	Second    uint64
+	Exact     uint8
+	Leaf      uint8
+	Pad       [6]uint8
+	Registers [32]uint64
+}
+
 type cpuHfOutcome uint32
 
 const (
-	cpuHfOutcomeHF_OUTCOME_NONE      cpuHfOutcome = 0
-	cpuHfOutcomeHF_OUTCOME_COMPLETE  cpuHfOutcome = 1
-	cpuHfOutcomeHF_OUTCOME_TRUNCATED cpuHfOutcome = 2
-	cpuHfOutcomeHF_OUTCOME_FAILED    cpuHfOutcome = 3
-	cpuHfOutcomeHF_OUTCOME_EXITING   cpuHfOutcome = 4
+	cpuHfOutcomeHF_OUTCOME_NONE        cpuHfOutcome = 0
+	cpuHfOutcomeHF_OUTCOME_COMPLETE    cpuHfOutcome = 1
+	cpuHfOutcomeHF_OUTCOME_TRUNCATED   cpuHfOutcome = 2
+	cpuHfOutcomeHF_OUTCOME_FAILED      cpuHfOutcome = 3
+	cpuHfOutcomeHF_OUTCOME_EXITING     cpuHfOutcome = 4
+	cpuHfOutcomeHF_OUTCOME_EXEC        cpuHfOutcome = 5
+	cpuHfOutcomeHF_OUTCOME_NO_TABLE    cpuHfOutcome = 6
+	cpuHfOutcomeHF_OUTCOME_NO_RULE     cpuHfOutcome = 7
+	cpuHfOutcomeHF_OUTCOME_BAD_STACK   cpuHfOutcome = 8
+	cpuHfOutcomeHF_OUTCOME_BAD_ADDRESS cpuHfOutcome = 9
+	cpuHfOutcomeHF_OUTCOME_REGISTER    cpuHfOutcome = 10
 )
 
 type cpuHfProfile uint32
@@ -52,6 +84,19 @@ const (
 	cpuHfProfileHF_PROFILE_RUNQUEUE cpuHfProfile = 1
 	cpuHfProfileHF_PROFILE_OFFCPU   cpuHfProfile = 2
 	cpuHfProfileHF_PROFILE_BLOCKIO  cpuHfProfile = 3
+)
+
+type cpuHfRuleKind uint32
+
+const (
+	cpuHfRuleKindHF_RULE_NONE   cpuHfRuleKind = 0
+	cpuHfRuleKindHF_RULE_SP     cpuHfRuleKind = 1
+	cpuHfRuleKindHF_RULE_FP     cpuHfRuleKind = 2
+	cpuHfRuleKindHF_RULE_END    cpuHfRuleKind = 3
+	cpuHfRuleKindHF_RULE_SIGNAL cpuHfRuleKind = 4
+	cpuHfRuleKindHF_RULE_PLT    cpuHfRuleKind = 5
+	cpuHfRuleKindHF_RULE_GO     cpuHfRuleKind = 6
+	cpuHfRuleKindHF_RULE_WIDE   cpuHfRuleKind = 7
 )
 
 type cpuHfSample struct {
@@ -67,31 +112,87 @@ type cpuHfSample struct {
 	Weight        uint32
 	KernelFrames  uint16
 	UserFrames    uint16
+	Areas         uint16
+	StackBytes    uint16
 	Profile       uint8
 	KernelOutcome uint8
 	UserOutcome   uint8
 	UserMode      uint8
+	Pad           [4]uint8
 	Comm          [16]int8
 	Thread        [16]int8
 }
+
+type cpuHfSaved uint32
+
+const (
+	cpuHfSavedHF_SAVED_NOT  cpuHfSaved = 0
+	cpuHfSavedHF_SAVED_CFA  cpuHfSaved = 1
+	cpuHfSavedHF_SAVED_FP   cpuHfSaved = 2
+	cpuHfSavedHF_SAVED_LOST cpuHfSaved = 3
+)
+
+type cpuHfTable struct {
+	_           structs.HostLayout
+	Chunk       uint32
+	Word        uint32
+	FirstBucket uint16
+	Buckets     uint16
+	Pad         uint32
+	UsedNs      uint64
+}
+
+type cpuHfTableKey struct {
+	_    structs.HostLayout
+	File struct {
+		_       structs.HostLayout
+		Inode   uint64
+		MtimeNs uint64
+		Device  uint32
+		Pad     uint32
+	}
+	Region uint32
+	Pad    uint32
+}
+
+type cpuHfUnwindSize uint32
+
+const (
+	cpuHfUnwindSizeHF_REGION_SHIFT   cpuHfUnwindSize = 18
+	cpuHfUnwindSizeHF_BUCKET_SHIFT   cpuHfUnwindSize = 9
+	cpuHfUnwindSizeHF_REGION_BUCKETS cpuHfUnwindSize = 512
+	cpuHfUnwindSizeHF_CHUNK_WORDS    cpuHfUnwindSize = 131072
+	cpuHfUnwindSizeHF_ROW_WORDS      cpuHfUnwindSize = 3
+)
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	cpuMapHfCount         = "hf_count"
-	cpuMapHfRings         = "hf_rings"
-	cpuMapHfScratch       = "hf_scratch"
-	cpuMapHfTimerState    = "hf_timer_state"
-	cpuProgHfCpu          = "hf_cpu"
-	cpuVarHfCgroupV1      = "hf_cgroup_v1"
-	cpuVarHfExportDrop    = "hf_export_drop"
-	cpuVarHfExportOutcome = "hf_export_outcome"
-	cpuVarHfExportProfile = "hf_export_profile"
-	cpuVarHfMaxFrames     = "hf_max_frames"
-	cpuVarHfPeriodNs      = "hf_period_ns"
-	cpuVarHfRingHalf      = "hf_ring_half"
-	cpuVarHfTimer         = "hf_timer"
+	cpuMapHfChunks           = "hf_chunks"
+	cpuMapHfCount            = "hf_count"
+	cpuMapHfMaple            = "hf_maple"
+	cpuMapHfRings            = "hf_rings"
+	cpuMapHfScratch          = "hf_scratch"
+	cpuMapHfTables           = "hf_tables"
+	cpuMapHfTimerState       = "hf_timer_state"
+	cpuMapHfWalks            = "hf_walks"
+	cpuProgHfCpu             = "hf_cpu"
+	cpuVarHfAddressMask      = "hf_address_mask"
+	cpuVarHfCgroupV1         = "hf_cgroup_v1"
+	cpuVarHfCopyStacks       = "hf_copy_stacks"
+	cpuVarHfExportArea       = "hf_export_area"
+	cpuVarHfExportDrop       = "hf_export_drop"
+	cpuVarHfExportFrame      = "hf_export_frame"
+	cpuVarHfExportOutcome    = "hf_export_outcome"
+	cpuVarHfExportProfile    = "hf_export_profile"
+	cpuVarHfExportRuleKind   = "hf_export_rule_kind"
+	cpuVarHfExportSaved      = "hf_export_saved"
+	cpuVarHfExportUnwindSize = "hf_export_unwind_size"
+	cpuVarHfMaxFrames        = "hf_max_frames"
+	cpuVarHfPeriodNs         = "hf_period_ns"
+	cpuVarHfRingHalf         = "hf_ring_half"
+	cpuVarHfTimer            = "hf_timer"
 )
 
 // loadCpu returns the embedded CollectionSpec for cpu.
@@ -143,24 +244,35 @@ type cpuProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type cpuMapSpecs struct {
+	HfChunks     *ebpf.MapSpec `ebpf:"hf_chunks"`
 	HfCount      *ebpf.MapSpec `ebpf:"hf_count"`
+	HfMaple      *ebpf.MapSpec `ebpf:"hf_maple"`
 	HfRings      *ebpf.MapSpec `ebpf:"hf_rings"`
 	HfScratch    *ebpf.MapSpec `ebpf:"hf_scratch"`
+	HfTables     *ebpf.MapSpec `ebpf:"hf_tables"`
 	HfTimerState *ebpf.MapSpec `ebpf:"hf_timer_state"`
+	HfWalks      *ebpf.MapSpec `ebpf:"hf_walks"`
 }
 
 // cpuVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type cpuVariableSpecs struct {
-	HfCgroupV1      *ebpf.VariableSpec `ebpf:"hf_cgroup_v1"`
-	HfExportDrop    *ebpf.VariableSpec `ebpf:"hf_export_drop"`
-	HfExportOutcome *ebpf.VariableSpec `ebpf:"hf_export_outcome"`
-	HfExportProfile *ebpf.VariableSpec `ebpf:"hf_export_profile"`
-	HfMaxFrames     *ebpf.VariableSpec `ebpf:"hf_max_frames"`
-	HfPeriodNs      *ebpf.VariableSpec `ebpf:"hf_period_ns"`
-	HfRingHalf      *ebpf.VariableSpec `ebpf:"hf_ring_half"`
-	HfTimer         *ebpf.VariableSpec `ebpf:"hf_timer"`
+	HfAddressMask      *ebpf.VariableSpec `ebpf:"hf_address_mask"`
+	HfCgroupV1         *ebpf.VariableSpec `ebpf:"hf_cgroup_v1"`
+	HfCopyStacks       *ebpf.VariableSpec `ebpf:"hf_copy_stacks"`
+	HfExportArea       *ebpf.VariableSpec `ebpf:"hf_export_area"`
+	HfExportDrop       *ebpf.VariableSpec `ebpf:"hf_export_drop"`
+	HfExportFrame      *ebpf.VariableSpec `ebpf:"hf_export_frame"`
+	HfExportOutcome    *ebpf.VariableSpec `ebpf:"hf_export_outcome"`
+	HfExportProfile    *ebpf.VariableSpec `ebpf:"hf_export_profile"`
+	HfExportRuleKind   *ebpf.VariableSpec `ebpf:"hf_export_rule_kind"`
+	HfExportSaved      *ebpf.VariableSpec `ebpf:"hf_export_saved"`
+	HfExportUnwindSize *ebpf.VariableSpec `ebpf:"hf_export_unwind_size"`
+	HfMaxFrames        *ebpf.VariableSpec `ebpf:"hf_max_frames"`
+	HfPeriodNs         *ebpf.VariableSpec `ebpf:"hf_period_ns"`
+	HfRingHalf         *ebpf.VariableSpec `ebpf:"hf_ring_half"`
+	HfTimer            *ebpf.VariableSpec `ebpf:"hf_timer"`
 }
 
 // cpuObjects contains all objects after they have been loaded into the kernel.
@@ -183,18 +295,26 @@ func (o *cpuObjects) Close() error {
 //
 // It can be passed to loadCpuObjects or ebpf.CollectionSpec.LoadAndAssign.
 type cpuMaps struct {
+	HfChunks     *ebpf.Map `ebpf:"hf_chunks"`
 	HfCount      *ebpf.Map `ebpf:"hf_count"`
+	HfMaple      *ebpf.Map `ebpf:"hf_maple"`
 	HfRings      *ebpf.Map `ebpf:"hf_rings"`
 	HfScratch    *ebpf.Map `ebpf:"hf_scratch"`
+	HfTables     *ebpf.Map `ebpf:"hf_tables"`
 	HfTimerState *ebpf.Map `ebpf:"hf_timer_state"`
+	HfWalks      *ebpf.Map `ebpf:"hf_walks"`
 }
 
 func (m *cpuMaps) Close() error {
 	return _CpuClose(
+		m.HfChunks,
 		m.HfCount,
+		m.HfMaple,
 		m.HfRings,
 		m.HfScratch,
+		m.HfTables,
 		m.HfTimerState,
+		m.HfWalks,
 	)
 }
 
@@ -202,14 +322,21 @@ func (m *cpuMaps) Close() error {
 //
 // It can be passed to loadCpuObjects or ebpf.CollectionSpec.LoadAndAssign.
 type cpuVariables struct {
-	HfCgroupV1      *ebpf.Variable `ebpf:"hf_cgroup_v1"`
-	HfExportDrop    *ebpf.Variable `ebpf:"hf_export_drop"`
-	HfExportOutcome *ebpf.Variable `ebpf:"hf_export_outcome"`
-	HfExportProfile *ebpf.Variable `ebpf:"hf_export_profile"`
-	HfMaxFrames     *ebpf.Variable `ebpf:"hf_max_frames"`
-	HfPeriodNs      *ebpf.Variable `ebpf:"hf_period_ns"`
-	HfRingHalf      *ebpf.Variable `ebpf:"hf_ring_half"`
-	HfTimer         *ebpf.Variable `ebpf:"hf_timer"`
+	HfAddressMask      *ebpf.Variable `ebpf:"hf_address_mask"`
+	HfCgroupV1         *ebpf.Variable `ebpf:"hf_cgroup_v1"`
+	HfCopyStacks       *ebpf.Variable `ebpf:"hf_copy_stacks"`
+	HfExportArea       *ebpf.Variable `ebpf:"hf_export_area"`
+	HfExportDrop       *ebpf.Variable `ebpf:"hf_export_drop"`
+	HfExportFrame      *ebpf.Variable `ebpf:"hf_export_frame"`
+	HfExportOutcome    *ebpf.Variable `ebpf:"hf_export_outcome"`
+	HfExportProfile    *ebpf.Variable `ebpf:"hf_export_profile"`
+	HfExportRuleKind   *ebpf.Variable `ebpf:"hf_export_rule_kind"`
+	HfExportSaved      *ebpf.Variable `ebpf:"hf_export_saved"`
+	HfExportUnwindSize *ebpf.Variable `ebpf:"hf_export_unwind_size"`
+	HfMaxFrames        *ebpf.Variable `ebpf:"hf_max_frames"`
+	HfPeriodNs         *ebpf.Variable `ebpf:"hf_period_ns"`
+	HfRingHalf         *ebpf.Variable `ebpf:"hf_ring_half"`
+	HfTimer            *ebpf.Variable `ebpf:"hf_timer"`
 }
 
 // cpuPrograms contains all programs after they have been loaded into the kernel.

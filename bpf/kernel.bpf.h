@@ -41,7 +41,55 @@ enum cgroup_subsys_id {
 	cpu_cgrp_id = 1,
 };
 
-struct mm_struct;
+struct maple_tree {
+	void *ma_root;
+};
+
+typedef struct {
+	void *vdso;
+} mm_context_t;
+
+struct mm_struct {
+	struct maple_tree mm_mt; /* since d4af56c5c7c6 (6.1) */
+	mm_context_t context;
+};
+
+struct super_block {
+	__u32 s_dev;
+};
+
+struct timespec64 {
+	__s64 tv_sec;
+	long tv_nsec;
+};
+
+struct inode {
+	struct super_block *i_sb;
+	unsigned long i_ino;
+	__s64 i_mtime_sec; /* since 3aa63a569c64 (6.11) */
+	__u32 i_mtime_nsec;
+};
+
+struct inode___6_7 {
+	struct timespec64 __i_mtime; /* since 12cd44023651 (6.7) */
+};
+
+struct inode___6_1 {
+	struct timespec64 i_mtime;
+};
+
+struct file {
+	struct inode *f_inode;
+};
+
+struct vm_area_struct {
+	unsigned long vm_start;
+	unsigned long vm_end;
+	struct mm_struct *vm_mm;
+	unsigned long vm_flags;
+	unsigned long vm_pgoff;
+	struct file *vm_file;
+};
 
 struct rq {
 	__u64 clock;
@@ -75,6 +123,7 @@ struct task_struct {
 	int pid;
 	int tgid;
 	unsigned int flags;
+	unsigned int in_execve : 1;
 	struct mm_struct *mm;
 	struct task_struct *group_leader;
 	__u64 start_boottime; /* since cf25e24db61c (5.5) */
@@ -174,6 +223,7 @@ enum rqf_flags {
 
 #pragma clang attribute pop
 
+#define VM_EXEC 0x00000004
 #define PF_EXITING 0x00000004
 #define PF_KTHREAD 0x00200000
 

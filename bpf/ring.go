@@ -133,13 +133,13 @@ func (r *rings) close() error {
 	return errors.Join(errs...)
 }
 
-// ringSize is the size in bytes of a ring: two drain intervals of the largest samples at
-// hz a second, so that half of it is never reached between two drains that are on time.
+// ringSize is the size in bytes of a ring: two drain intervals of the largest samples
+// without a stack copy at hz a second, so that half of it is never reached between two drains
+// that are on time; and room for some copies, which come when new programs start.
 func ringSize(hz int) int {
 	const recordHeader = 8
-	largest := recordHeader + sampleHeaderSize + 2*8*MaxFrames
-	need := 2 * largest * hz / 4
-	size := 64 << 10
+	need := 2 * (recordHeader + maxSampleSize - maxStackCopy) * hz / 4
+	size := 256 << 10
 	for size < need && size < 16<<20 {
 		size *= 2
 	}

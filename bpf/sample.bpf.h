@@ -6,6 +6,7 @@
 #include "abi.h"
 #include "kernel.bpf.h"
 #include "counters.bpf.h"
+#include "unwind.bpf.h"
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_helpers.h>
 
@@ -27,8 +28,10 @@ struct {
 
 struct hf_scratch {
 	struct hf_sample head;
-	__u64 frames[2 * HF_MAX_FRAMES + 2];
+	__u8 rest[8 * (HF_MAX_KERNEL_FRAMES + HF_MAX_USER_FRAMES) + sizeof(struct hf_area) * HF_MAX_AREAS +
+		  sizeof(struct hf_frame) + HF_STACK_COPY];
 };
+_Static_assert(sizeof(struct hf_scratch) + 8 <= 32768, "limit of a per-CPU map value");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -52,9 +55,12 @@ static __always_inline __u64 hf_cgroup_id(struct task_struct *task)
 	return BPF_CORE_READ(task, cgroups, dfl_cgrp, kn, id);
 }
 
-/* Where the walkers stop: HF_MAX_FRAMES, or what kernel.perf_event_max_stack allows if
- * that is less. */
-const volatile __u32 hf_max_frames = HF_MAX_FRAMES;
+/* Where the kernel's walker stops: HF_MAX_KERNEL_FRAMES, or what kernel.perf_event_max_stack
+ * allows if that is less. */
+const volatile __u32 hf_max_frames = HF_MAX_KERNEL_FRAMES;
+
+/* For tests: every user stack comes with the registers of its leaf and a copy. */
+const volatile bool hf_copy_stacks = false;
 
 static __always_inline __u8 hf_outcome_of(long bytes)
 {
@@ -65,11 +71,60 @@ static __always_inline __u8 hf_outcome_of(long bytes)
 	return HF_OUTCOME_COMPLETE;
 }
 
-/* Walks the user stack of the current task into frames, and returns the bytes written
- * or a negative errno. This is the seam where another unwinder than frame pointers fits. */
-static __always_inline long hf_walk_user(void *ctx, __u64 *frames)
+/* Appends size bytes, at most max, at used, where there is room for max at all times.
+ * Returns what is used then. */
+static __always_inline __u32 hf_append(struct hf_scratch *s, __u32 used, const void *from, __u32 size, __u32 max)
 {
-	return bpf_get_stack(ctx, frames, HF_MAX_FRAMES * 8, BPF_F_USER_STACK);
+	if (used > sizeof(s->rest) - max || size > max)
+		return used;
+	if (bpf_probe_read_kernel(s->rest + used, size, from))
+		return used;
+	return used + size;
+}
+
+/* Appends the frame at hand and the stack from its sp to the end of its mapping, or so
+ * much of that as there is room for. */
+static __always_inline __u32 hf_append_stack(struct hf_scratch *s, struct hf_walk *w, __u32 used)
+{
+	struct vm_area_struct *vma = (struct vm_area_struct *)hf_find_vma((__u64)w->mm, w->at.sp);
+	__u64 size = HF_STACK_COPY, end;
+	__u32 at;
+
+	s->head.stack_bytes = 0;
+	if (!vma || (__u64)vma & 3)
+		return used;
+	end = BPF_CORE_READ(vma, vm_end);
+	if (end - w->at.sp < size)
+		size = (end - w->at.sp) & ~7ULL;
+	at = hf_append(s, used, &w->at, sizeof(w->at), sizeof(w->at));
+	if (at == used || at > sizeof(s->rest) - HF_STACK_COPY || size > HF_STACK_COPY)
+		return used;
+	if (bpf_probe_read_user(s->rest + at, size, (void *)w->at.sp))
+		return used;
+	s->head.stack_bytes = size;
+	return at + size;
+}
+
+/* Walks the user stack of the current task; appends it, the areas that it lies in and, for
+ * user space to go on where a table was missing, the stack itself. */
+static __always_inline __u32 hf_append_user(struct hf_scratch *s, struct task_struct *task, __u32 used)
+{
+	struct hf_walk *w = hf_walk_state();
+
+	if (!w)
+		return used;
+	hf_walk_begin(w, task);
+	bpf_loop(HF_MAX_USER_FRAMES + 1, hf_step, NULL, 0);
+	s->head.user_outcome = w->outcome;
+	s->head.user_frames = w->frames;
+	s->head.areas = w->areas;
+	used = hf_append(s, used, w->ips, 8 * w->frames, sizeof(w->ips));
+	used = hf_append(s, used, w->area, sizeof(w->area[0]) * w->areas, sizeof(w->area));
+	if (hf_copy_stacks)
+		hf_walk_begin(w, task);
+	if (hf_copy_stacks || w->outcome == HF_OUTCOME_NO_TABLE)
+		used = hf_append_stack(s, w, used);
+	return used;
 }
 
 /* What a hook knows of the moment of its sample. */
@@ -86,8 +141,8 @@ static __always_inline int hf_emit(void *ctx, const struct hf_moment *at)
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
 	struct hf_counters *counters = hf_counters();
 	__u64 id = bpf_get_current_pid_tgid(), size, flags;
-	__u32 cpu = bpf_get_smp_processor_id(), zero = 0;
-	long kernel = 0, user = 0;
+	__u32 cpu = bpf_get_smp_processor_id(), zero = 0, used = 0;
+	long kernel;
 	struct hf_scratch *s;
 	void *ring;
 
@@ -101,32 +156,28 @@ static __always_inline int hf_emit(void *ctx, const struct hf_moment *at)
 	}
 
 	s->head.kernel_outcome = HF_OUTCOME_NONE;
+	s->head.kernel_frames = s->head.user_frames = s->head.areas = s->head.stack_bytes = 0;
 	if (!at->user_mode) {
-		kernel = bpf_get_stack(ctx, s->frames, HF_MAX_FRAMES * 8, 0);
+		kernel = bpf_get_stack(ctx, s->rest, HF_MAX_KERNEL_FRAMES * 8, 0);
 		s->head.kernel_outcome = hf_outcome_of(kernel);
 		if (kernel <= 0) {
-			s->frames[0] = at->ip;
+			*(__u64 *)s->rest = at->ip;
 			kernel = at->ip ? 8 : 0;
 		}
-		kernel &= 1023;
-		if (kernel > HF_MAX_FRAMES * 8)
-			kernel = HF_MAX_FRAMES * 8;
+		used = kernel & 1023;
+		if (used > HF_MAX_KERNEL_FRAMES * 8)
+			used = HF_MAX_KERNEL_FRAMES * 8;
+		s->head.kernel_frames = used / 8;
 	}
 
-	if (task->flags & PF_KTHREAD) {
+	if (task->flags & PF_KTHREAD)
 		s->head.user_outcome = HF_OUTCOME_NONE;
-	} else if (!task->mm) {
+	else if (!task->mm)
 		s->head.user_outcome = HF_OUTCOME_EXITING;
-	} else {
-		user = hf_walk_user(ctx, (void *)s->frames + kernel);
-		s->head.user_outcome = hf_outcome_of(user);
-		if (user <= 0) {
-			/* In user mode kernel is 0. */
-			s->frames[0] = at->ip;
-			user = at->user_mode && at->ip ? 8 : 0;
-		}
-		user &= 1023;
-	}
+	else if (BPF_CORE_READ_BITFIELD(task, in_execve))
+		s->head.user_outcome = HF_OUTCOME_EXEC;
+	else
+		used = hf_append_user(s, task, used);
 
 	s->head.profile = at->profile;
 	s->head.time_ns = bpf_ktime_get_boot_ns();
@@ -138,13 +189,11 @@ static __always_inline int hf_emit(void *ctx, const struct hf_moment *at)
 	s->head.tid = (__u32)id;
 	s->head.cpu = cpu;
 	s->head.weight = at->weight;
-	s->head.kernel_frames = kernel / 8;
-	s->head.user_frames = user / 8;
 	s->head.user_mode = at->user_mode;
 	bpf_get_current_comm(s->head.thread, sizeof(s->head.thread));
 	BPF_CORE_READ_STR_INTO(&s->head.comm, task, group_leader, comm);
 
-	size = sizeof(s->head) + kernel + user;
+	size = sizeof(s->head) + used;
 	if (size > sizeof(*s))
 		size = sizeof(*s);
 	flags = bpf_ringbuf_query(ring, BPF_RB_AVAIL_DATA) + size > hf_ring_half ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;

@@ -11,6 +11,7 @@ package bpf
 import (
 	"bytes"
 	"fmt"
+	"slices"
 	"unsafe"
 )
 
@@ -30,31 +31,68 @@ type Outcome uint8
 
 // The outcomes of a walk.
 const (
-	OutcomeNone      = Outcome(cpuHfOutcomeHF_OUTCOME_NONE)      // no such stack: kernel thread, or the CPU was in user mode
-	OutcomeComplete  = Outcome(cpuHfOutcomeHF_OUTCOME_COMPLETE)  // walked until the walker found an end
-	OutcomeTruncated = Outcome(cpuHfOutcomeHF_OUTCOME_TRUNCATED) // longer than the limit of frames
-	OutcomeFailed    = Outcome(cpuHfOutcomeHF_OUTCOME_FAILED)    // the walker returned an error; at most the leaf is there
-	OutcomeExiting   = Outcome(cpuHfOutcomeHF_OUTCOME_EXITING)   // the address space was gone
+	OutcomeNone       = Outcome(cpuHfOutcomeHF_OUTCOME_NONE)        // no such stack: kernel thread, or the CPU was in user mode
+	OutcomeComplete   = Outcome(cpuHfOutcomeHF_OUTCOME_COMPLETE)    // the outermost frame was reached
+	OutcomeTruncated  = Outcome(cpuHfOutcomeHF_OUTCOME_TRUNCATED)   // longer than the limit of frames
+	OutcomeFailed     = Outcome(cpuHfOutcomeHF_OUTCOME_FAILED)      // of kernel stacks: the walker returned an error; at most the leaf is there
+	OutcomeExiting    = Outcome(cpuHfOutcomeHF_OUTCOME_EXITING)     // the address space was gone
+	OutcomeExec       = Outcome(cpuHfOutcomeHF_OUTCOME_EXEC)        // in execve: the address space was being replaced
+	OutcomeNoTable    = Outcome(cpuHfOutcomeHF_OUTCOME_NO_TABLE)    // the unwind table of the last frame was not there; Stop and Stack go on
+	OutcomeNoRule     = Outcome(cpuHfOutcomeHF_OUTCOME_NO_RULE)     // no unwind information at the last frame, and no frame pointer that holds
+	OutcomeBadStack   = Outcome(cpuHfOutcomeHF_OUTCOME_BAD_STACK)   // stack memory could not be read
+	OutcomeBadAddress = Outcome(cpuHfOutcomeHF_OUTCOME_BAD_ADDRESS) // the caller of the last frame is not in executable memory
+	OutcomeRegister   = Outcome(cpuHfOutcomeHF_OUTCOME_REGISTER)    // the rule of the last frame needs a register that is not known any more
+	outcomes          = int(OutcomeRegister) + 1
 )
 
+var outcomeNames = [outcomes]string{
+	OutcomeNone:       "none",
+	OutcomeComplete:   "complete",
+	OutcomeTruncated:  "truncated",
+	OutcomeFailed:     "failed",
+	OutcomeExiting:    "exiting",
+	OutcomeExec:       "exec",
+	OutcomeNoTable:    "no table",
+	OutcomeNoRule:     "no rule",
+	OutcomeBadStack:   "bad stack",
+	OutcomeBadAddress: "bad address",
+	OutcomeRegister:   "register",
+}
+
 func (o Outcome) String() string {
-	switch o {
-	case OutcomeNone:
-		return "none"
-	case OutcomeComplete:
-		return "complete"
-	case OutcomeTruncated:
-		return "truncated"
-	case OutcomeFailed:
-		return "failed"
-	case OutcomeExiting:
-		return "exiting"
+	if int(o) < outcomes {
+		return outcomeNames[o]
 	}
 	return fmt.Sprintf("outcome %d", uint8(o))
 }
 
-// MaxFrames is the largest number of frames of each of the two stacks.
-const MaxFrames = 127
+// The largest numbers of frames of the two stacks, and of the areas of one.
+const (
+	MaxKernelFrames = 127
+	MaxUserFrames   = 512
+	maxAreas        = 32
+)
+
+// ExactAddr is set in a user address that is no return address: of the leaf, and of a
+// frame that a signal interrupted.
+const ExactAddr = 1 << 63
+
+// Area is an executable mapping as it was when a sample was taken.
+type Area struct {
+	Start, End uint64
+	Offset     uint64 // of Start, in the file; 0 without one
+	File       File
+}
+
+// Frame is where a walk stopped: the registers of the frame whose rule is wanted next.
+type Frame struct {
+	IP, SP    uint64
+	FP        uint64     // rbp, x29
+	Second    uint64     // rbx; x30
+	Exact     bool       // IP is an instruction, not a return address
+	Leaf      bool       // Registers are those of this frame
+	Registers [32]uint64 // by DWARF number
+}
 
 // Comm is the name of a task as the kernel keeps it, padded with NUL. It compares equal
 // exactly when the names do.
@@ -86,7 +124,8 @@ func (c Comm) String() string {
 }
 
 // Sample is one observation as the kernel took it. Times are of the boot clock, in ns.
-// Addresses are raw: leaf first, a caller's address is its return address.
+// Addresses are raw: leaf first, a caller's address is its return address, and user
+// addresses that are exact have ExactAddr set.
 //
 // PID, Start and ExecID together name one program image: an id that was reused has
 // another start, and an execve changes the exec id.
@@ -107,29 +146,59 @@ type Sample struct {
 	Start         uint64 // when the thread group leader was born
 	ExecID        uint64
 	Kernel, User  []uint64
+	Areas         []Area // that the user addresses lie in
+	Stop          Frame  // with Stack: where the walk stopped
+	Stack         []byte // from Stop.SP on; empty unless UserOutcome is OutcomeNoTable
 }
 
-const sampleHeaderSize = int(unsafe.Sizeof(cpuHfSample{}))
+const (
+	sampleHeaderSize = int(unsafe.Sizeof(cpuHfSample{}))
+	areaSize         = int(unsafe.Sizeof(cpuHfArea{}))
+	frameSize        = int(unsafe.Sizeof(cpuHfFrame{}))
+	maxStackCopy     = 16 << 10
+	maxSampleSize    = sampleHeaderSize + 8*(MaxKernelFrames+MaxUserFrames) + areaSize*maxAreas + frameSize + maxStackCopy
+)
 
-// decode fills s from one record. The frames go to s.Kernel's old array where it is large
-// enough, so a sample that is decoded again and again allocates once.
+// decode fills s from one record. The frames, areas and stack go to s's old arrays where
+// they are large enough, so a sample that is decoded again and again allocates once.
 func (s *Sample) decode(record []byte) error {
 	if len(record) < sampleHeaderSize {
 		return fmt.Errorf("decode sample: %d bytes, want at least %d", len(record), sampleHeaderSize)
 	}
 	var h cpuHfSample
-	copy(unsafe.Slice((*byte)(unsafe.Pointer(&h)), sampleHeaderSize), record)
-	nk, nu := int(h.KernelFrames), int(h.UserFrames)
-	if want := sampleHeaderSize + 8*(nk+nu); len(record) < want || nk > MaxFrames || nu > MaxFrames {
-		return fmt.Errorf("decode sample: %d bytes, its header says %d + %d frames", len(record), nk, nu)
+	fill(&h, record)
+	nk, nu, na, ns := int(h.KernelFrames), int(h.UserFrames), int(h.Areas), int(h.StackBytes)
+	want := sampleHeaderSize + 8*(nk+nu) + areaSize*na
+	if ns > 0 {
+		want += frameSize + ns
 	}
+	if len(record) < want || nk > MaxKernelFrames || nu > MaxUserFrames || na > maxAreas {
+		return fmt.Errorf("decode sample: %d bytes, its header says %d + %d frames, %d areas and %d bytes of stack",
+			len(record), nk, nu, na, ns)
+	}
+	rest := record[sampleHeaderSize:]
 	frames := s.Kernel[:0]
-	if cap(frames) < 2*MaxFrames {
-		frames = make([]uint64, 0, 2*MaxFrames)
+	if cap(frames) < MaxKernelFrames+MaxUserFrames {
+		frames = make([]uint64, 0, MaxKernelFrames+MaxUserFrames)
 	}
 	frames = frames[:nk+nu]
 	if len(frames) > 0 {
-		copy(unsafe.Slice((*byte)(unsafe.Pointer(&frames[0])), 8*len(frames)), record[sampleHeaderSize:])
+		copy(unsafe.Slice((*byte)(unsafe.Pointer(&frames[0])), 8*len(frames)), rest)
+	}
+	rest = rest[8*len(frames):]
+	areas, stack := s.Areas[:0], s.Stack[:0]
+	for range na {
+		var a cpuHfArea
+		fill(&a, rest)
+		areas = append(areas, Area{a.Start, a.End, a.Offset, File{a.File.Inode, a.File.MtimeNs, a.File.Device}})
+		rest = rest[areaSize:]
+	}
+	var stop Frame
+	if ns > 0 {
+		var f cpuHfFrame
+		fill(&f, rest)
+		stop = Frame{f.Ip, f.Sp, f.Fp, f.Second, f.Exact != 0, f.Leaf != 0, f.Registers}
+		stack = append(stack, rest[frameSize:][:ns]...)
 	}
 	*s = Sample{
 		Profile:       Profile(h.Profile),
@@ -149,6 +218,24 @@ func (s *Sample) decode(record []byte) error {
 		ExecID:        h.ExecId,
 		Kernel:        frames[:nk],
 		User:          frames[nk:],
+		Areas:         areas,
+		Stop:          stop,
+		Stack:         stack,
 	}
 	return nil
+}
+
+// fill copies the first bytes of b, which has enough of them, into v.
+func fill[T any](v *T, b []byte) {
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(v)), unsafe.Sizeof(*v)), b)
+}
+
+// Clone returns a copy of s with memory of its own.
+func (s *Sample) Clone() *Sample {
+	c := *s
+	frames := append(append(make([]uint64, 0, len(s.Kernel)+len(s.User)), s.Kernel...), s.User...)
+	c.Kernel, c.User = frames[:len(s.Kernel):len(s.Kernel)], frames[len(s.Kernel):]
+	c.Areas = slices.Clone(s.Areas)
+	c.Stack = slices.Clone(s.Stack)
+	return &c
 }

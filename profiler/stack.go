@@ -115,8 +115,8 @@ func (t *processTable) complete(p *process, tr *trace, s *bpf.Sample) {
 		stack = append(stack, Location{Mapping: frameTruncated})
 		tr.outcome = outcomeTruncated
 	}
-	for i, addr := range s.User {
-		a := callAddr(addr, i)
+	for _, addr := range s.User {
+		a := userAddr(addr)
 		l, ok := t.location(p, a)
 		if !ok {
 			l = Location{frameUnknown, a}
@@ -141,7 +141,15 @@ func (t *processTable) complete(p *process, tr *trace, s *bpf.Sample) {
 	tr.stack = stack
 }
 
-// callAddr is an address inside the instruction that frame i of a walk is at.
+// userAddr is an address inside the instruction that a user frame is at.
+func userAddr(addr uint64) Addr {
+	if addr&bpf.ExactAddr != 0 || addr == 0 {
+		return Addr(addr &^ bpf.ExactAddr)
+	}
+	return Addr(addr - 1)
+}
+
+// callAddr is an address inside the instruction that frame i of a kernel stack is at.
 func callAddr(addr uint64, i int) Addr {
 	if i > 0 && addr > 0 {
 		addr--

@@ -1,0 +1,527 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Walks the user stack of the current task, by unwind tables (unwind.h), and by frame
+ * pointers where there are no rules. It needs nothing of user space but the tables: in
+ * which file an address lies is looked up at the task itself, so a process that nobody
+ * has heard of is walked like any other. */
+#ifndef HF_UNWIND_BPF_H
+#define HF_UNWIND_BPF_H
+
+#include "abi.h"
+#include "kernel.bpf.h"
+#include "regs.bpf.h"
+#include "vma.bpf.h"
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+
+#if defined(__TARGET_ARCH_x86)
+#define HF_DWARF_FP 6
+#define HF_DWARF_SP 7
+#define HF_DWARF_SECOND 3 /* rbx */
+#define HF_REGISTERS 16
+#elif defined(__TARGET_ARCH_arm64)
+#define HF_DWARF_FP 29
+#define HF_DWARF_SP 31
+#define HF_DWARF_SECOND 30 /* the link register */
+#define HF_REGISTERS 32
+#endif
+
+/* User addresses without the bits that pointer authentication and tags use. */
+const volatile __u64 hf_address_mask = (1ULL << 47) - 1;
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1); /* sized by user space */
+	__type(key, struct hf_table_key);
+	__type(value, struct hf_table);
+} hf_tables SEC(".maps");
+
+struct hf_chunk {
+	__u16 words[HF_CHUNK_WORDS];
+};
+
+struct hf_chunk_map {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__uint(value_size, sizeof(struct hf_chunk)); /* its BTF has no size: only pointers reach it */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1); /* sized by user space */
+	__type(key, __u32);
+	__array(values, struct hf_chunk_map);
+} hf_chunks SEC(".maps");
+
+/* Keeps the compiler from looking through the value, which the verifier has bounds of. */
+#define bpf_barrier(value) asm volatile("" : "+r"(value))
+
+/* Bytes of the stack that are read at once. */
+#define HF_WINDOW 2048
+
+/* The table of the region of a file that the walk was in last. */
+struct hf_table_ref {
+	__u32 region;
+	__u32 state; /* 0: not looked up, else enum hf_table_state */
+	__u32 chunk;
+	__u32 word;
+	__u16 first_bucket;
+	__u16 buckets;
+	__u32 pad;
+};
+
+enum hf_table_state {
+	HF_TABLE_FOUND = 1,
+	HF_TABLE_MISSING = 2,
+};
+
+struct hf_walk {
+	struct hf_frame at;
+	struct mm_struct *mm;
+	__u64 now;
+	__u32 frames; /* so far */
+	__u32 areas;
+	__u32 current; /* the area that the last frame was in */
+	__u32 outcome; /* enum hf_outcome; 0: goes on */
+	__u32 word;    /* bytes of an address: 4 for 32-bit programs, which have no tables */
+	__u32 pad;
+	struct hf_area area[HF_MAX_AREAS];
+	struct hf_table_ref ref[HF_MAX_AREAS];
+	__u64 window_at; /* address of window[0] */
+	__u64 window_size;
+	__u8 window[HF_WINDOW + 8];
+	__u64 ips[HF_MAX_USER_FRAMES];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct hf_walk);
+} hf_walks SEC(".maps");
+
+static __always_inline struct hf_walk *hf_walk_state(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&hf_walks, &zero);
+}
+
+/* Reads a word of the stack. What lies around it is read along, as the next frames will
+ * want it: the cache misses are the same, the calls are not. */
+static __always_inline bool hf_read(struct hf_walk *w, __u64 address, __u64 *value)
+{
+	__u64 at = address - w->window_at, size = HF_WINDOW;
+
+	if (at + 8 > w->window_size || at > HF_WINDOW) {
+		w->window_at = address;
+		/* From the frame's own end on, if that is near. */
+		if (address - w->at.sp < HF_WINDOW / 2)
+			w->window_at = w->at.sp;
+		w->window_size = HF_WINDOW;
+		if (bpf_probe_read_user(w->window, HF_WINDOW, (void *)w->window_at)) {
+			/* The stack ends, or was never touched, beyond this page. */
+			size = 4096 - (w->window_at & 4095);
+			if (size > HF_WINDOW)
+				size = HF_WINDOW;
+			w->window_size = size;
+			if (bpf_probe_read_user(w->window, size, (void *)w->window_at)) {
+				w->window_size = 0;
+				return false;
+			}
+		}
+		at = address - w->window_at;
+		if (at + 8 > w->window_size) {
+			w->window_size = 0;
+			return !bpf_probe_read_user(value, 8, (void *)address);
+		}
+	}
+	*value = *(__u64 *)(w->window + (at & (HF_WINDOW - 1)));
+	return true;
+}
+
+/* The rule for an offset, given as bucket of the table and low 16 bits: that of the last
+ * row that is not beyond it. 0, which is HF_RULE_NONE, where the table does not hold
+ * what it should. */
+__noinline __u64 hf_find_rule(__u32 chunk, __u32 word, __u32 buckets, __u32 bucket, __u32 offset)
+{
+	__u32 zero = 0, lo, hi, first, mid, row;
+	struct hf_chunk *c;
+	__u64 rule;
+	__u16 *at;
+	void *map;
+
+	map = bpf_map_lookup_elem(&hf_chunks, &chunk);
+	if (!map)
+		return 0;
+	c = bpf_map_lookup_elem(map, &zero);
+	row = word + bucket;
+	if (!c || bucket >= buckets || row >= HF_CHUNK_WORDS - 1)
+		return 0;
+	lo = c->words[row];
+	hi = c->words[row + 1];
+	first = word + buckets + 1;
+	for (int i = 0; i < 12; i++) {
+		if (lo >= hi)
+			break;
+		mid = (lo + hi) / 2;
+		row = first + HF_ROW_WORDS * mid;
+		if (row >= HF_CHUNK_WORDS)
+			return 0;
+		if (c->words[row] <= offset)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	/* lo is the first row beyond it. User space leaves the first words of a chunk free, so
+	 * that there is a row before every row. */
+	row = first + HF_ROW_WORDS * lo - 2 * HF_ROW_WORDS;
+	bpf_barrier(row);
+	if (!lo || row > HF_CHUNK_WORDS - 2 * HF_ROW_WORDS)
+		return 0;
+	at = &c->words[row];
+	rule = at[4] | (__u32)at[5] << 16;
+	if ((rule & 7) == HF_RULE_WIDE)
+		rule |= (__u64)(at[1] | (__u32)at[2] << 16) << 32;
+	return rule;
+}
+
+/* Finds the area that address lies in: one that the walk has been in, or the mapping
+ * itself. False where there is no executable memory. */
+static __always_inline bool hf_find_area(struct hf_walk *w, __u64 address)
+{
+	struct hf_area *a;
+	__u32 i = w->current;
+
+	if (i < HF_MAX_AREAS && i < w->areas) {
+		a = &w->area[i];
+		if (address >= a->start && address < a->end)
+			return true;
+	}
+	for (i = 0; i < HF_MAX_AREAS; i++) {
+		if (i >= w->areas)
+			break;
+		a = &w->area[i];
+		if (address >= a->start && address < a->end) {
+			w->current = i;
+			return true;
+		}
+	}
+	/* Where there are too many the last one is taken again; its frames have no area then. */
+	i = w->areas < HF_MAX_AREAS ? w->areas : HF_MAX_AREAS - 1;
+	if (i >= HF_MAX_AREAS)
+		return false;
+	if (!hf_vma_area(w->mm, address, &w->area[i]))
+		return false;
+	w->ref[i].state = 0;
+	w->current = i;
+	w->areas = i + 1;
+	return true;
+}
+
+/* The rule for address, which lies in the current area. */
+static __always_inline __u64 hf_rule(struct hf_walk *w, __u64 address)
+{
+	struct hf_table_key key = {};
+	struct hf_table_ref *ref;
+	struct hf_table *table;
+	struct hf_area *a;
+	__u32 i = w->current, bucket;
+	__u64 offset;
+
+	if (i >= HF_MAX_AREAS)
+		return HF_RULE_NONE;
+	a = &w->area[i];
+	ref = &w->ref[i];
+	if (!a->file.inode || w->word != 8)
+		return HF_RULE_NONE;
+	offset = address - a->start + a->offset;
+	key.region = offset >> HF_REGION_SHIFT;
+	if (!ref->state || ref->region != key.region) {
+		key.file = a->file;
+		ref->region = key.region;
+		table = bpf_map_lookup_elem(&hf_tables, &key);
+		if (!table) {
+			ref->state = HF_TABLE_MISSING;
+		} else {
+			ref->state = HF_TABLE_FOUND;
+			ref->chunk = table->chunk;
+			ref->word = table->word;
+			ref->first_bucket = table->first_bucket;
+			ref->buckets = table->buckets;
+			table->used_ns = w->now;
+		}
+	}
+	if (ref->state == HF_TABLE_MISSING) {
+		w->outcome = HF_OUTCOME_NO_TABLE;
+		return HF_RULE_NONE;
+	}
+	bucket = (offset & ((1 << HF_REGION_SHIFT) - 1)) >> HF_BUCKET_SHIFT;
+	if (bucket < ref->first_bucket)
+		return HF_RULE_NONE;
+	return hf_find_rule(ref->chunk, ref->word, ref->buckets, bucket - ref->first_bucket, offset & 0xffff);
+}
+
+/* Follows the frame pointer. Where nothing says that there is one, it must look like one. */
+static __always_inline void hf_step_pointer(struct hf_walk *w, bool checked)
+{
+	__u64 fp = w->at.fp, ip = 0, next = 0;
+
+	if (w->word == 4)
+		fp &= 0xffffffff;
+	if (!fp && w->frames > 1) {
+		w->outcome = HF_OUTCOME_COMPLETE; /* the ABI's mark of the outermost frame */
+		return;
+	}
+	if (checked && (fp < w->at.sp || fp & (w->word - 1) || fp - w->at.sp > (1 << 23))) {
+		w->outcome = HF_OUTCOME_NO_RULE;
+		return;
+	}
+	if (!hf_read(w, fp, &next) || !hf_read(w, fp + w->word, &ip)) {
+		w->outcome = HF_OUTCOME_NO_RULE;
+		return;
+	}
+	if (w->word == 4) {
+		ip &= 0xffffffff;
+		next &= 0xffffffff;
+	}
+	w->at.sp = fp + 2 * w->word;
+	w->at.fp = next;
+	w->at.ip = ip;
+	w->at.second = 0;
+	w->at.exact = w->at.leaf = false;
+}
+
+/* Takes all registers from the frame that the kernel made for a signal handler. */
+static __always_inline void hf_step_signal(struct hf_walk *w)
+{
+	__u64 sp = w->at.sp, ip = 0, fp = 0, second = 0, next = 0;
+#if defined(__TARGET_ARCH_x86)
+	/* struct ucontext: uc_mcontext after flags, link and stack; struct sigcontext_64 */
+	const __u64 regs = sp + 40, at_fp = 80, at_second = 88, at_sp = 120, at_ip = 128;
+#else
+	/* struct rt_sigframe: siginfo of 128 bytes, then struct ucontext with sigcontext at 176 */
+	const __u64 regs = sp + 128 + 176 + 8, at_fp = 232, at_second = 240, at_sp = 248, at_ip = 256;
+#endif
+	if (!hf_read(w, regs + at_ip, &ip) || !hf_read(w, regs + at_sp, &next) ||
+	    !hf_read(w, regs + at_fp, &fp) || !hf_read(w, regs + at_second, &second)) {
+		w->outcome = HF_OUTCOME_BAD_STACK;
+		return;
+	}
+	w->at.sp = next;
+	w->at.fp = fp;
+	w->at.second = second;
+	w->at.ip = ip;
+	w->at.exact = true;
+	w->at.leaf = false;
+}
+
+/* The value of a register of the frame, by DWARF number. */
+static __always_inline bool hf_register(struct hf_walk *w, __u32 number, __u64 *value)
+{
+	if (number == HF_DWARF_SP)
+		*value = w->at.sp;
+	else if (number == HF_DWARF_FP)
+		*value = w->at.fp;
+	else if (number == HF_DWARF_SECOND)
+		*value = w->at.second;
+	else if (w->at.leaf)
+		*value = w->at.registers[number & 31];
+	else
+		return false;
+	return true;
+}
+
+/* One register of the caller. kind is enum hf_saved. */
+static __always_inline bool hf_saved(struct hf_walk *w, __u32 kind, __u64 offset, __u64 cfa, __u64 fp, __u64 *value)
+{
+	if (kind == HF_SAVED_CFA)
+		return hf_read(w, cfa - 8 * offset, value);
+	if (kind == HF_SAVED_FP)
+		return hf_read(w, fp - 8 * offset, value);
+	if (kind == HF_SAVED_LOST)
+		*value = 0;
+	return true;
+}
+
+/* Goes to the caller by a rule that has a CFA. */
+static __always_inline void hf_step_rule(struct hf_walk *w, __u64 rule)
+{
+	__u32 kind = rule & 7, fp_kind, second_kind;
+	__u64 fp_offset, second_offset, cfa, fp = w->at.fp, second = w->at.second, ip = 0;
+
+	if (kind == HF_RULE_WIDE) {
+		__u64 base;
+
+		if (!hf_register(w, rule >> 3 & 31, &base)) {
+			w->outcome = HF_OUTCOME_REGISTER;
+			return;
+		}
+		cfa = base + 8 * ((__s64)(rule << 12) >> 44);
+		if (rule >> 8 & 1) {
+			if (!hf_read(w, cfa, &base)) {
+				w->outcome = HF_OUTCOME_BAD_STACK;
+				return;
+			}
+			cfa = base + 8 * (__s64)(signed char)(rule >> 13);
+		}
+		fp_kind = rule >> 9 & 3;
+		second_kind = rule >> 11 & 3;
+		fp_offset = rule >> 21 & 2047;
+		second_offset = rule >> 52;
+	} else {
+		cfa = 8 * (rule >> 3 & 0x7fff);
+		if (kind == HF_RULE_PLT)
+			cfa = w->at.sp + 8 + ((w->at.ip & 15) >= (rule >> 3 & 0x7fff) ? 8 : 0);
+		else if (kind == HF_RULE_FP)
+			cfa += w->at.fp;
+		else
+			cfa += w->at.sp;
+		fp_offset = rule >> 18 & 127;
+		second_offset = rule >> 25 & 127;
+		fp_kind = fp_offset ? HF_SAVED_CFA : HF_SAVED_NOT;
+		second_kind = second_offset ? HF_SAVED_CFA : HF_SAVED_NOT;
+	}
+	/* Callers lie higher; only a leaf of arm64 has no frame at all. */
+	if (cfa < w->at.sp || (cfa == w->at.sp && !w->at.exact)) {
+		w->outcome = HF_OUTCOME_BAD_STACK;
+		return;
+	}
+	if (!hf_saved(w, second_kind, second_offset, cfa, w->at.fp, &second) ||
+	    !hf_saved(w, fp_kind, fp_offset, cfa, w->at.fp, &fp)) {
+		w->outcome = HF_OUTCOME_BAD_STACK;
+		return;
+	}
+#if defined(__TARGET_ARCH_x86)
+	if (!hf_read(w, cfa - 8, &ip)) {
+		w->outcome = HF_OUTCOME_BAD_STACK;
+		return;
+	}
+	w->at.second = second;
+#else
+	/* A function that has called another has saved its return address. */
+	if (second_kind == HF_SAVED_NOT && !w->at.exact) {
+		w->outcome = HF_OUTCOME_REGISTER;
+		return;
+	}
+	ip = second;
+	w->at.second = 0;
+#endif
+	w->at.sp = cfa;
+	w->at.fp = fp;
+	w->at.ip = ip;
+	w->at.exact = w->at.leaf = false;
+}
+
+/* One frame: notes it and goes to its caller. Returns 1 when the walk has ended. */
+static long hf_step(__u32 i, void *unused)
+{
+	struct hf_walk *w = hf_walk_state();
+	__u64 ip, rule;
+	__u32 n;
+
+	if (!w)
+		return 1;
+	ip = w->at.ip;
+#if defined(__TARGET_ARCH_arm64)
+	ip &= hf_address_mask;
+	w->at.ip = ip;
+#endif
+	/* Zero where there is no caller, at the start of threads and programs without CFI. */
+	if (!ip && w->frames) {
+		w->outcome = HF_OUTCOME_COMPLETE;
+		return 1;
+	}
+	n = w->frames;
+	if (n >= HF_MAX_USER_FRAMES) {
+		w->outcome = HF_OUTCOME_TRUNCATED;
+		return 1;
+	}
+	if (!hf_find_area(w, w->at.exact ? ip : ip - 1)) {
+		w->outcome = HF_OUTCOME_BAD_ADDRESS;
+		/* That of a leaf is what the CPU was at; others are no addresses of code. */
+		if (!n) {
+			w->ips[0] = ip | HF_EXACT;
+			w->frames = 1;
+		}
+		return 1;
+	}
+	w->ips[n & (HF_MAX_USER_FRAMES - 1)] = w->at.exact ? ip | HF_EXACT : ip;
+	w->frames = n + 1;
+
+	rule = hf_rule(w, w->at.exact ? ip : ip - 1);
+	if (w->outcome)
+		return 1;
+	switch (rule & 7) {
+	case HF_RULE_END:
+		w->outcome = HF_OUTCOME_COMPLETE;
+		break;
+	case HF_RULE_NONE:
+		hf_step_pointer(w, true);
+		break;
+	case HF_RULE_GO:
+		hf_step_pointer(w, false);
+		break;
+	case HF_RULE_SIGNAL:
+		hf_step_signal(w);
+		break;
+	default:
+		hf_step_rule(w, rule);
+	}
+	return w->outcome != 0;
+}
+
+/* Fills the leaf from the registers with which the task entered the kernel. */
+static __always_inline void hf_walk_begin(struct hf_walk *w, struct task_struct *task)
+{
+	void *user = (void *)bpf_task_pt_regs(task);
+
+	w->mm = task->mm;
+	w->now = bpf_ktime_get_ns();
+	w->frames = w->areas = w->current = w->outcome = 0;
+	w->window_at = w->window_size = 0;
+	w->word = 8;
+	w->at.exact = w->at.leaf = true;
+#if defined(__TARGET_ARCH_x86)
+	struct hf_regs regs = {};
+
+	bpf_probe_read_kernel(&regs, sizeof(regs), user);
+	/* struct pt_regs: r15 ... */
+	w->at.registers[0] = regs.general[10];
+	w->at.registers[1] = regs.general[12];
+	w->at.registers[2] = regs.general[11];
+	w->at.registers[3] = regs.general[5];
+	w->at.registers[4] = regs.general[13];
+	w->at.registers[5] = regs.general[14];
+	w->at.registers[6] = regs.general[4];
+	w->at.registers[7] = regs.sp;
+	w->at.registers[8] = regs.general[9];
+	w->at.registers[9] = regs.general[8];
+	w->at.registers[10] = regs.general[7];
+	w->at.registers[11] = regs.general[6];
+	w->at.registers[12] = regs.general[3];
+	w->at.registers[13] = regs.general[2];
+	w->at.registers[14] = regs.general[1];
+	w->at.registers[15] = regs.general[0];
+	w->at.ip = regs.ip;
+	if (regs.cs == 0x23) /* __USER32_CS */
+		w->word = 4;
+#else
+	struct hf_regs *regs = (struct hf_regs *)w->window;
+
+	bpf_probe_read_kernel(regs, sizeof(*regs), user);
+	for (int i = 0; i < 31; i++)
+		w->at.registers[i] = regs->general[i];
+	w->at.registers[31] = regs->sp;
+	w->at.ip = regs->ip;
+	if (regs->pstate & 0x10) /* PSR_MODE32_BIT */
+		w->word = 4;
+#endif
+	w->at.sp = w->at.registers[HF_DWARF_SP];
+	w->at.fp = w->at.registers[HF_DWARF_FP];
+	w->at.second = w->at.registers[HF_DWARF_SECOND];
+}
+
+#endif
