@@ -57,7 +57,7 @@ type Image struct {
 	Loads   []Segment // PT_LOAD, in the order of the file
 	Dynamic Extent    // PT_DYNAMIC
 	Notes   []Extent  // PT_NOTE
-	EHFrame Extent    // PT_GNU_EH_FRAME
+	EHFrame Segment   // PT_GNU_EH_FRAME; Filesz is 0 where there is none
 
 	// BuildID is the GNU build id in hex, else Go's build id, else empty.
 	BuildID string
@@ -181,7 +181,7 @@ func (m *Image) parseSegments(phoff uint64, n int) error {
 		case PTDynamic:
 			m.Dynamic = Extent{off, filesz}
 		case PTGNUEHFrame:
-			m.EHFrame = Extent{off, filesz}
+			m.EHFrame = Segment{Vaddr: vaddr, Memsz: memsz, Offset: off, Filesz: filesz}
 		case PTNote:
 			m.Notes = append(m.Notes, Extent{off, filesz})
 		}

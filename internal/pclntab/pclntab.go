@@ -396,3 +396,21 @@ func (g *Table) Find(off uint32) (entry, record uint32, err error) {
 
 // Bytes is the memory that the table holds.
 func (g *Table) Bytes() int64 { return int64(len(g.index))*4 + g.Pager.Bytes() + 256 }
+
+// IndexOf is the number of the function at an offset from Text.
+func (g *Table) IndexOf(off uint32) (uint64, error) {
+	lo, hi := uint64(0), g.Len
+	for lo < hi {
+		mid := (lo + hi) / 2
+		e, _, err := g.Entry(mid)
+		if err != nil {
+			return 0, err
+		}
+		if e <= off {
+			lo = mid + 1
+		} else {
+			hi = mid
+		}
+	}
+	return max(lo, 1) - 1, nil
+}

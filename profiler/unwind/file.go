@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package unwind
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/hostflame/hostflame/internal/elffile"
+	"github.com/hostflame/hostflame/internal/pclntab"
+)
+
+// File is an ELF file of which tables are made. It is for one goroutine at a time, and
+// does not close what it reads from.
+type File struct {
+	image *elffile.Image
+	arch  *arch
+	open  DebugFunc
+
+	frames  *section // .eh_frame, or nil
+	index   index    // of frames; nil: not read yet, or none
+	sorted  bool     // index is .eh_frame_hdr's
+	lied    bool     // .eh_frame_hdr's is not to be believed
+	gotab   *pclntab.Table
+	goNames map[uint32]Rule // what functions of Go that switch stacks do, by name's offset
+
+	own      *section // .debug_frame, or nil
+	ownIndex index
+	separate bool // the separate debug file was looked for
+	once     map[Skip]int
+}
+
+// Open reads the headers of an ELF file, or of an image of one in memory (the vDSO).
+// debug may be nil.
+func Open(r io.ReaderAt, size int64, debug DebugFunc) (*File, error) {
+	m, err := elffile.Parse(sized{r, size})
+	if err != nil {
+		var e *elffile.Error
+		switch {
+		case errors.As(err, &e) && e.Reason == elffile.Unsupported:
+			return nil, fmt.Errorf("%w: %w", ErrUnsupported, err)
+		case errors.As(err, &e) && e.Reason == elffile.Malformed:
+			return nil, fmt.Errorf("%w: %w", ErrNotELF, err)
+		}
+		return nil, err
+	}
+	f := &File{image: m, arch: archOf(m.Machine), open: debug, once: map[Skip]int{}}
+	if f.arch == nil || !m.Is64 {
+		return nil, fmt.Errorf("%w: machine %d", ErrUnsupported, m.Machine)
+	}
+	secs, err := m.Sections()
+	if err != nil {
+		secs = nil // the loader needs none, and neither do we
+	}
+	f.openFrames(secs)
+	f.own = f.debugSection(m, secs)
+	if g, err := pclntab.Open(m, secs); err == nil {
+		f.gotab = g
+		f.goNames = map[uint32]Rule{}
+	}
+	return f, nil
+}
+
+// sized is a reader and the size of what it reads.
+type sized struct {
+	io.ReaderAt
+	size int64
+}
+
+func (s sized) Size() int64 { return s.size }
+
+// BuildID is the GNU build id in hex, else Go's build id, else empty.
+func (f *File) BuildID() string { return f.image.BuildID }
+
+func (f *File) openFrames(secs []elffile.Section) {
+	frame, hdr := openHdr(f.image)
+	s := &section{arch: f.arch, content: f.image}
+	for _, sec := range f.image.SectionsNamed(secs, ".eh_frame") {
+		if sec.Type != elffile.SHTNobits && sec.Flags&elffile.SHFCompressed == 0 && s.size == 0 {
+			s.off, s.addr, s.size = sec.Off, sec.Addr, sec.Size
+		}
+	}
+	if frame != 0 && (s.size == 0 || s.addr != frame) {
+		// Without section headers its end is not told: it is that of its segment.
+		if e, ok := f.image.FileOffset(frame); ok {
+			s.off, s.addr, s.size = e.Off, frame, e.Size
+		}
+	}
+	size := uint64(f.image.Size())
+	if s.off >= size || s.size == 0 {
+		return
+	}
+	s.size = min(s.size, size-s.off)
+	f.frames = s
+	if hdr != nil {
+		hdr.section = s
+		f.index, f.sorted = hdr, true
+	}
+}
+
+// debugSection is the .debug_frame of an image, or nil.
+func (f *File) debugSection(m *elffile.Image, secs []elffile.Section) *section {
+	for _, sec := range m.SectionsNamed(secs, ".debug_frame") {
+		if sec.Type == elffile.SHTNobits || sec.Size == 0 {
+			continue
+		}
+		s := &section{arch: f.arch, content: m, off: sec.Off, size: sec.Size, debug: true}
+		if sec.Flags&elffile.SHFCompressed != 0 {
+			b, err := decompress(m, sec)
+			if err != nil {
+				f.once[SkipDebugFile]++
+				return nil
+			}
+			s.content, s.off, s.size = elffile.FromBytes(b), 0, uint64(len(b))
+		}
+		if size := uint64(s.content.Size()); s.off >= size {
+			return nil
+		} else {
+			s.size = min(s.size, size-s.off)
+		}
+		return s
+	}
+	return nil
+}
+
+// openSeparate looks for the separate debug file, once.
+func (f *File) openSeparate() {
+	if f.separate || f.open == nil {
+		return
+	}
+	f.separate = true
+	link, crc := f.debugLink()
+	if link == "" && f.image.BuildID == "" {
+		return
+	}
+	r, size, err := f.open(f.image.BuildID, link, crc)
+	if err != nil {
+		return
+	}
+	m, err := elffile.Parse(sized{r, size})
+	if err != nil || m.Machine != f.arch.machine || !m.Is64 || m.BuildID != f.image.BuildID {
+		f.once[SkipDebugFile]++
+		return
+	}
+	secs, err := m.Sections()
+	if err != nil {
+		f.once[SkipDebugFile]++
+		return
+	}
+	f.own, f.ownIndex = f.debugSection(m, secs), nil
+}
+
+// debugLink reads .gnu_debuglink: a name, padded to four bytes, and a CRC.
+func (f *File) debugLink() (string, uint32) {
+	secs, err := f.image.Sections()
+	if err != nil {
+		return "", 0
+	}
+	for _, s := range f.image.SectionsNamed(secs, ".gnu_debuglink") {
+		const longest = 4096
+		if s.Type == elffile.SHTNobits || s.Size > longest {
+			continue
+		}
+		b := make([]byte, s.Size)
+		if elffile.ReadAt(f.image, b, s.Off) != nil {
+			continue
+		}
+		return parseDebugLink(b)
+	}
+	return "", 0
+}
+
+func parseDebugLink(b []byte) (string, uint32) {
+	i := bytes.IndexByte(b, 0)
+	if i <= 0 || bytes.IndexByte(b[:i], '/') >= 0 || string(b[:i]) == "." || string(b[:i]) == ".." {
+		return "", 0 // a path would lead elsewhere
+	}
+	d := cursor{b: b[min((i+4)&^3, len(b)):]}
+	crc := d.u32()
+	if d.bad {
+		return "", 0
+	}
+	return string(b[:i]), crc
+}
+
+// code is the lowest and the highest address that can be executed.
+func (f *File) code() (lo, hi uint64) {
+	lo = ^uint64(0)
+	for _, s := range f.image.Loads {
+		if s.Executable && s.Filesz > 0 {
+			lo, hi = min(lo, s.Vaddr), max(hi, s.Vaddr+s.Filesz)
+		}
+	}
+	return lo, hi
+}
+
+func (f *File) skipOnce(s Skip) { f.once[s]++ }
+
+// frameIndex is the index of .eh_frame, made now if there is none, or nil.
+func (f *File) frameIndex() index {
+	if f.index == nil && f.frames != nil {
+		lo, hi := f.code()
+		f.index = scan(f.frames, lo, hi, f.skipOnce)
+	}
+	return f.index
+}
+
+// distrust replaces a sorted table that is wrong.
+func (f *File) distrust() {
+	f.index, f.sorted, f.lied = nil, false, true
+	f.once[SkipIndex]++
+}
+
+// debugIndex is the index of .debug_frame, or nil.
+func (f *File) debugIndex() index {
+	if f.ownIndex == nil && f.own != nil {
+		lo, hi := f.code()
+		f.ownIndex = scan(f.own, lo, hi, f.skipOnce)
+	}
+	return f.ownIndex
+}
+
+// Regions returns the regions that hold executable code, in order.
+func (f *File) Regions() []uint32 {
+	const most = 1 << 16 // 16 GiB of code
+	var regions []uint32
+	seen := map[uint32]bool{}
+	size := uint64(f.image.Size())
+	for _, s := range f.image.Loads {
+		if !s.Executable || s.Filesz == 0 || s.Offset >= size {
+			continue
+		}
+		last := min(s.Offset+s.Filesz, size) - 1
+		for n := s.Offset >> RegionShift; n <= last>>RegionShift && len(regions) < most; n++ {
+			if r := uint32(n); uint64(r) == n && !seen[r] {
+				seen[r] = true
+				regions = append(regions, r)
+			}
+		}
+	}
+	return sortedRegions(regions)
+}
