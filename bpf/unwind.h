@@ -23,6 +23,10 @@
  *     bits  25-31   second register (amd64: rbx, arm64: the return address, x30): the same
  *
  * amd64 has the return address at CFA - 8 always.
+ *
+ * HF_RULE_GO that saves no frame pointer is arm64's asmcgocall, which has dropped it: g is
+ * at [sp], old = [g + 8] - [sp + 8], or without a g old = [sp + 8]; CFA = old + 8 * a, the
+ * return address as usual, the frame pointer in the word below it.
  */
 #ifndef HF_UNWIND_H
 #define HF_UNWIND_H
@@ -44,7 +48,7 @@ enum hf_rule_kind {
 	HF_RULE_END = 3,    /* the outermost frame */
 	HF_RULE_SIGNAL = 4, /* the kernel's signal frame is at sp */
 	HF_RULE_PLT = 5,    /* amd64: CFA = sp + 8 + ((ip & 15) >= a ? 8 : 0) */
-	HF_RULE_GO = 6,     /* Go's switch between stacks: frame pointers, without the checks of order */
+	HF_RULE_GO = 6,     /* Go's switch between stacks: as HF_RULE_FP, without the checks of order */
 	HF_RULE_WIDE = 7,   /* the row before, at the same offset, has 32 bits more */
 };
 
