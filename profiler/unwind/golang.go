@@ -22,6 +22,8 @@ import (
 // there, with the frame pointer still that of the stack they left: systemstack, asmcgocall,
 // cgocallback, the callers of the vDSO. Their frame is found by it (KindGo), which leads
 // from the system stack back to the goroutine's, and from Go that C called back to C.
+// arm64's asmcgocall alone drops it; there the goroutine's g is at sp, and at sp + 8 how
+// far its stack pointer was below g.stack.hi, the second word of g (asm_arm64.s).
 const (
 	goFrameWords = 2 // CFA - 16: the saved frame pointer on amd64
 
@@ -49,13 +51,12 @@ var goSwitches = map[string]Rule{
 	"_rt0_amd64":                    Rule(KindEnd),
 	"_rt0_amd64_linux":              Rule(KindEnd),
 	"_rt0_arm64_linux":              Rule(KindEnd),
-	"runtime.clone":                 Rule(KindEnd),
 	"runtime.sigtramp":              goBySP,
 	"runtime.sigprofNonGoWrapper":   goBySP,
 	"runtime.cgoSigtramp":           goBySP,
 	"runtime.asmcgocall":            goCgocall,
-	"runtime.asmcgocall.abi0":       goCgocall,
 	"runtime.cgocallback":           goBySwitch,
+	"crosscall2":                    goCrosscall2,
 	"runtime.asmcgocall_landingpad": goBySP,
 }
 
@@ -64,6 +65,7 @@ const (
 	goBySP     = Rule(1<<32 + iota) // the deltas are right whatever the flags say
 	goBySwitch                      // as of any function that writes SP
 	goCgocall
+	goCrosscall2
 )
 
 // golang appends the functions of Go in a part.
@@ -162,10 +164,10 @@ func (b *builder) goRules(fn *pclntab.Func, hi uint64, add func(addr uint64, r R
 			b.skipped[SkipGo]++
 			r = 0
 		case delta > 0 && switches:
-			set = narrow(KindGo, 0, 0, 0)
-			if special == goCgocall && a == &arm64 {
-				set = narrow(KindGo, int64(delta)/8, int64(delta)/8+1, int64(delta)/8)
-			}
+			set = goSwitchRule(a, int64(delta)/8, special)
+		case delta > 0 && special == goCrosscall2 && a == &arm64:
+			r = narrow(KindSP, int64(delta)/8, 2, 1) // it has a frame as C has
+			set = r
 		}
 		add(at, r)
 		if set != r && delta > 0 {
@@ -183,6 +185,19 @@ func (b *builder) goRules(fn *pclntab.Func, hi uint64, add func(addr uint64, r R
 	if err != nil {
 		b.skipped[SkipMalformed]++
 	}
+}
+
+// goSwitchRule is the rule of a frame of some words that is found by the frame pointer.
+func goSwitchRule(a *arch, words int64, special Rule) Rule {
+	switch {
+	case a == &amd64:
+		return narrow(KindGo, goFrameWords, goFrameWords, 0)
+	case words+1 > maxSlot:
+		return 0
+	case special == goCgocall:
+		return narrow(KindGo, words, 0, words)
+	}
+	return narrow(KindGo, words+1, words+1, words)
 }
 
 // goRule is the rule of a frame of delta bytes, before and after the frame pointer is set.

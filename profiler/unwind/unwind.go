@@ -27,7 +27,7 @@ const (
 	BucketSize  = 1 << BucketShift
 
 	rowWords = 3
-	maxWords = 1 << 17 // of a table: a chunk of the map
+	maxWords = 1<<17 - rowWords // of a table: a chunk of the map
 )
 
 // Skip is why something of a file has no rule. The values are fit to be metric labels.

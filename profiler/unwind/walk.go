@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package unwind
+
+import (
+	"debug/elf"
+	"encoding/binary"
+	"fmt"
+	"sort"
+
+	"github.com/hostflame/hostflame/bpf"
+)
+
+// Walker walks copies of stacks as the kernel side walks stacks (bpf/unwind.bpf.h): by the
+// same rows, looked up in the same way, with the same checks. It keeps nothing between
+// walks, and may be used from any goroutine if Lookup may.
+type Walker struct {
+	// Lookup finds the table of an address and the offset in the file that is mapped there.
+	// ok is false where no executable memory is mapped. Without a table (nil, or one without
+	// words: JIT code, a file without unwind information) frame pointers are followed.
+	Lookup func(addr uint64) (table *Region, offset uint64, ok bool)
+
+	// AddressMask has the bits of a user address; others hold a signature (arm64). 0: all.
+	AddressMask uint64
+
+	// MaxFrames is where a walk is truncated; 0: bpf.MaxUserFrames.
+	MaxFrames int
+
+	arch *arch
+}
+
+// NewWalker makes a Walker for a machine, amd64's or arm64's.
+func NewWalker(machine elf.Machine, lookup func(addr uint64) (table *Region, offset uint64, ok bool)) (*Walker, error) {
+	a := archOf(uint16(machine))
+	if a == nil {
+		return nil, fmt.Errorf("%w: %v", ErrUnsupported, machine)
+	}
+	return &Walker{Lookup: lookup, arch: a}, nil
+}
+
+// Rule is the rule for an offset in the file, which must be in the table's region.
+func (r *Region) Rule(offset uint64) Rule {
+	bucket := int(offset&(RegionSize-1))>>BucketShift - int(r.FirstBucket)
+	buckets := r.Buckets()
+	if bucket < 0 || bucket >= buckets {
+		return 0
+	}
+	rows := r.Words[buckets+1:]
+	lo, hi := int(r.Words[bucket]), int(r.Words[bucket+1])
+	at := lo + sort.Search(hi-lo, func(i int) bool { return rows[(lo+i)*rowWords] > uint16(offset) }) - 1
+	if at < 0 {
+		return 0
+	}
+	word := func(i int) Rule { return Rule(rows[i*rowWords+1]) | Rule(rows[i*rowWords+2])<<16 }
+	rule := word(at)
+	if rule.Kind() == KindWide && at > 0 {
+		rule |= word(at-1) << 32
+	}
+	return rule
+}
+
+// walk is the state of one.
+type walk struct {
+	*Walker
+	bpf.Frame
+	stack   []byte // from start on
+	start   uint64
+	frames  int // so far, those of the kernel's walk included
+	outcome bpf.Outcome
+	mask    uint64
+	addrs   []uint64
+}
+
+// Walk goes on from a frame with a copy of the stack that begins at address start. before
+// is how many frames lie below it. The first address is the frame's own. The addresses are
+// as in bpf.Sample.User; they are appended to addrs. OutcomeTruncated is also that of a
+// stack that goes on beyond its copy.
+func (w *Walker) Walk(addrs []uint64, from bpf.Frame, before int, stack []byte, start uint64) ([]uint64, bpf.Outcome) {
+	s := walk{Walker: w, Frame: from, stack: stack, start: start, frames: before, mask: w.AddressMask, addrs: addrs}
+	if s.mask == 0 {
+		s.mask = ^uint64(0)
+	}
+	limit := w.MaxFrames
+	if limit <= 0 {
+		limit = bpf.MaxUserFrames
+	}
+	for s.outcome == 0 {
+		s.step(limit)
+	}
+	return s.addrs, s.outcome
+}
+
+// lookup is the address by which the row of a frame is found: that of the call, where it
+// was one.
+func (w *walk) lookupAddr() uint64 {
+	if w.Exact {
+		return w.IP
+	}
+	return w.IP - 1
+}
+
+// step notes a frame and goes to its caller.
+func (w *walk) step(limit int) {
+	if w.arch == &arm64 {
+		w.IP &= w.mask
+	}
+	if w.IP == 0 && w.frames > 0 {
+		w.outcome = bpf.OutcomeComplete
+		return
+	}
+	if w.frames >= limit {
+		w.outcome = bpf.OutcomeTruncated
+		return
+	}
+	table, offset, ok := w.Lookup(w.lookupAddr())
+	addr := w.IP
+	if w.Exact {
+		addr |= bpf.ExactAddr
+	}
+	if !ok {
+		w.outcome = bpf.OutcomeBadAddress
+		if w.frames == 0 {
+			w.addrs = append(w.addrs, addr)
+		}
+		return
+	}
+	w.addrs = append(w.addrs, addr)
+	w.frames++
+	rule := Rule(0)
+	if table != nil {
+		rule = table.Rule(offset)
+	}
+	switch rule.Kind() {
+	case KindEnd:
+		w.outcome = bpf.OutcomeComplete
+	case KindNone:
+		w.pointer()
+	case KindSignal:
+		w.signal()
+	default:
+		w.rule(rule)
+	}
+}
+
+// read reads a word of the stack.
+func (w *walk) read(addr uint64) (uint64, bool) {
+	at := addr - w.start
+	if at >= uint64(len(w.stack)) || uint64(len(w.stack))-at < 8 {
+		w.outcome = bpf.OutcomeBadStack
+		if addr >= w.start {
+			w.outcome = bpf.OutcomeTruncated
+		}
+		return 0, false
+	}
+	return binary.LittleEndian.Uint64(w.stack[at:]), true
+}
+
+const maxPointer = 8 << 20 // from the stack pointer to a frame pointer that holds
+
+// pointer follows the frame pointer, which must look like one.
+func (w *walk) pointer() {
+	switch fp := w.FP; {
+	case fp == 0 && w.frames > 1:
+		w.outcome = bpf.OutcomeComplete // the ABI's mark of the outermost frame
+	case fp < w.SP || fp%8 != 0 || fp-w.SP > maxPointer:
+		w.outcome = bpf.OutcomeNoRule
+	default:
+		next, ok := w.read(fp)
+		ip, ok2 := w.read(fp + 8)
+		if !ok || !ok2 {
+			if w.outcome == bpf.OutcomeBadStack {
+				w.outcome = bpf.OutcomeNoRule
+			}
+			return
+		}
+		w.caller(ip, fp+16, next, 0)
+	}
+}
+
+func (w *walk) caller(ip, sp, fp, second uint64) {
+	w.IP, w.SP, w.FP, w.Second = ip, sp, fp, second
+	w.Exact, w.Leaf = false, false
+}
+
+// signal takes all registers from the frame that the kernel made for a signal handler.
+func (w *walk) signal() {
+	a := w.arch
+	at := func(n uint8) uint64 {
+		off, _ := a.signalReg(n)
+		return w.SP + off
+	}
+	ip, ok1 := w.read(w.SP + a.signalIP)
+	sp, ok2 := w.read(w.SP + a.signalSP)
+	fp, ok3 := w.read(at(a.fp))
+	second, ok4 := w.read(at(a.second))
+	if ok1 && ok2 && ok3 && ok4 {
+		w.caller(ip, sp, fp, second)
+		w.Exact = true
+	}
+}
+
+// register is the value of a register of this frame.
+func (w *walk) register(n uint8) (uint64, bool) {
+	switch {
+	case n == w.arch.sp:
+		return w.SP, true
+	case n == w.arch.fp:
+		return w.FP, true
+	case n == w.arch.second:
+		return w.Second, true
+	case w.Leaf && int(n) < len(w.Registers):
+		return w.Registers[n], true
+	}
+	return 0, false
+}
+
+// saved is the value of a caller's register.
+func (w *walk) saved(s slot, cfa, as uint64) (uint64, bool) {
+	switch s.saved {
+	case savedCFA:
+		return w.read(cfa - 8*uint64(s.words))
+	case savedFP:
+		return w.read(w.FP - 8*uint64(s.words))
+	case savedLost:
+		return 0, true
+	}
+	return as, true
+}
+
+// cfa is the CFA of a rule, and where it finds the registers.
+func (w *walk) cfa(r Rule) (cfa uint64, fp, second slot, ok bool) {
+	fp, second = narrowSlot(r.fp()), narrowSlot(r.second())
+	switch r.Kind() {
+	case KindSP:
+		return w.SP + 8*uint64(r.a()), fp, second, true
+	case KindPLT:
+		cfa = w.SP + 8
+		if w.IP&15 >= uint64(r.a()) {
+			cfa += 8
+		}
+		return cfa, slot{}, slot{}, true
+	case KindGo:
+		if fp.saved == savedNot {
+			old, ok := w.goStack()
+			return old + 8*uint64(r.a()), slot{savedCFA, second.words + 1}, second, ok
+		}
+		return w.FP + 8*uint64(r.a()), fp, second, true
+	case KindFP:
+		return w.FP + 8*uint64(r.a()), fp, second, true
+	}
+	wide := r.wide()
+	base, ok := w.register(wide.base)
+	if !ok {
+		w.outcome = bpf.OutcomeRegister
+		return 0, fp, second, false
+	}
+	cfa = base + 8*uint64(wide.offset)
+	if wide.deref {
+		if cfa, ok = w.read(cfa); !ok {
+			return 0, fp, second, false
+		}
+		cfa += 8 * uint64(wide.add)
+	}
+	return cfa, wide.fp, wide.second, true
+}
+
+// goStack is the stack pointer that arm64's asmcgocall had before it switched: see golang.go.
+func (w *walk) goStack() (uint64, bool) {
+	g, ok := w.read(w.SP)
+	depth, ok2 := w.read(w.SP + 8)
+	if !ok || !ok2 || g == 0 {
+		return depth, ok && ok2
+	}
+	high, ok := w.read(g + 8)
+	return high - depth, ok
+}
+
+// rule goes to the caller by a rule that has a CFA.
+func (w *walk) rule(r Rule) {
+	cfa, fpSlot, secondSlot, ok := w.cfa(r)
+	if !ok {
+		return
+	}
+	// Callers lie higher; only a leaf of arm64 has no frame at all. Go changes stacks.
+	if r.Kind() != KindGo && (cfa < w.SP || cfa == w.SP && !w.Exact) {
+		w.outcome = bpf.OutcomeBadStack
+		return
+	}
+	second, ok := w.saved(secondSlot, cfa, w.Second)
+	if !ok {
+		return
+	}
+	fp, ok := w.saved(fpSlot, cfa, w.FP)
+	if !ok {
+		return
+	}
+	if w.arch.ra != w.arch.second {
+		if ip, ok := w.read(cfa - 8); ok {
+			w.caller(ip, cfa, fp, second)
+		}
+		return
+	}
+	// A function that has called another has saved its return address.
+	if secondSlot.saved == savedNot && !w.Exact {
+		w.outcome = bpf.OutcomeRegister
+		return
+	}
+	w.caller(second, cfa, fp, 0)
+}
