@@ -3,6 +3,7 @@
 package bpf
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,9 +35,8 @@ type CPUConfig struct {
 	Event     Event // EventCPUClock if empty
 	Frequency int   // Hz a CPU, 1 to 10,000
 	CgroupV1  bool  // the cpu controller is on a v1 hierarchy (see CPUControllerV1)
-	// Tables are what user stacks are walked by; every stack ends at its leaf without.
-	// They are the caller's to close, after the CPU.
-	Tables *Tables
+	// TableMemory limits the unwind tables in the kernel, in bytes; DefaultTableMemory if 0.
+	TableMemory uint64
 	// CopyStacks makes every user stack come with Stop, the leaf then, and Stack. For tests.
 	CopyStacks bool
 }
@@ -48,9 +48,10 @@ type CPUConfig struct {
 // accounts to tasks. Drain and Wait are for one goroutine; Follow, Stats and Close may be called from others.
 type CPU struct {
 	object
-	rings *rings
-	prog  *ebpf.Program
-	attr  unix.PerfEventAttr
+	rings  *rings
+	prog   *ebpf.Program
+	attr   unix.PerfEventAttr
+	tables *Tables
 
 	mu     sync.Mutex
 	links  map[int]*perfLink // by CPU
@@ -101,7 +102,7 @@ func NewCPU(cfg CPUConfig) (_ *CPU, err error) {
 		cpuVarHfRingHalf:    uint64(size / 2),
 		cpuVarHfMaxFrames:   maxFrames(),
 		cpuVarHfCopyStacks:  cfg.CopyStacks,
-		cpuVarHfAddressMask: addressMask(),
+		cpuVarHfAddressMask: AddressMask(),
 	}); err != nil {
 		return nil, err
 	}
@@ -110,12 +111,13 @@ func NewCPU(cfg CPUConfig) (_ *CPU, err error) {
 		return nil, fmt.Errorf("count CPUs: %w", err)
 	}
 	spec.Maps[cpuMapHfRings].MaxEntries = uint32(cpus)
-	var opts ebpf.CollectionOptions
-	if cfg.Tables != nil {
-		opts.MapReplacements = cfg.Tables.replace(spec)
-	}
-	coll, err := ebpf.NewCollectionWithOptions(spec, opts)
+	tables, err := NewTables(cmp.Or(cfg.TableMemory, DefaultTableMemory))
 	if err != nil {
+		return nil, err
+	}
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: tables.replace(spec)})
+	if err != nil {
+		tables.Close()
 		return nil, fmt.Errorf("load cpu object: %w", err)
 	}
 	c := &CPU{
@@ -124,9 +126,10 @@ func NewCPU(cfg CPUConfig) (_ *CPU, err error) {
 			programs: []string{cpuProgHfCpu},
 			reasons:  []DropReason{DropRingFull, DropNoRing},
 		},
-		prog:  coll.Programs[cpuProgHfCpu],
-		attr:  attr,
-		links: map[int]*perfLink{},
+		prog:   coll.Programs[cpuProgHfCpu],
+		attr:   attr,
+		tables: tables,
+		links:  map[int]*perfLink{},
 	}
 	defer func() {
 		if err != nil {
@@ -225,7 +228,7 @@ func (c *CPU) Stats() (Stats, error) {
 			ring += b
 		}
 	}
-	s.Maps = append(s.Maps, MapStats{Name: "hf_ring", Memory: ring})
+	s.Maps = append(s.Maps, MapStats{Name: "hf_ring", Memory: ring}, MapStats{Name: "hf_chunk", Memory: c.tables.chunkMemory()})
 	return s, nil
 }
 
@@ -250,8 +253,12 @@ func (c *CPU) Close() error {
 		c.rings = nil
 	}
 	c.coll.Close()
-	return errors.Join(errs...)
+	return errors.Join(append(errs, c.tables.Close())...)
 }
+
+// Tables are the unwind tables by which the stacks are walked, empty at first. They end
+// with the CPU.
+func (c *CPU) Tables() *Tables { return c.tables }
 
 // maxFrames is where the kernel's stack walkers stop.
 func maxFrames() uint32 {
@@ -266,9 +273,9 @@ func maxFrames() uint32 {
 	return uint32(n)
 }
 
-// addressMask has the bits that user addresses use; pointer authentication takes those
+// AddressMask has the bits that user addresses use; pointer authentication takes those
 // above. The stack lies at the end of the address space.
-func addressMask() uint64 {
+func AddressMask() uint64 {
 	n := 48
 	maps, _ := os.ReadFile("/proc/self/maps") // without it, what is usual
 	for line := range strings.Lines(string(maps)) {

@@ -101,18 +101,9 @@ func load(t *testing.T, kind string) {
 	})
 }
 
-// ownTables are tables by which this program is walked by frame pointers, as Go has them.
-func ownTables(t *testing.T) *Tables {
+// fillOwnTables makes this program be walked by frame pointers, as Go has them.
+func fillOwnTables(t *testing.T, tables *Tables) {
 	t.Helper()
-	tables, err := NewTables(4 << 20)
-	if err != nil {
-		t.Fatalf("%+v", err)
-	}
-	t.Cleanup(func() {
-		if err := tables.Close(); err != nil {
-			t.Error(err)
-		}
-	})
 	var st unix.Stat_t
 	if err := unix.Stat("/proc/self/exe", &st); err != nil {
 		t.Fatal(err)
@@ -123,16 +114,16 @@ func ownTables(t *testing.T) *Tables {
 			t.Fatal(err)
 		}
 	}
-	return tables
 }
 
 func newCPU(t *testing.T, hz int) *CPU {
 	t.Helper()
 	kerneltest.Require(t)
-	c, err := NewCPU(CPUConfig{Frequency: hz, CgroupV1: CPUControllerV1(), Tables: ownTables(t)})
+	c, err := NewCPU(CPUConfig{Frequency: hz, CgroupV1: CPUControllerV1()})
 	if err != nil {
 		t.Fatalf("%+v", err)
 	}
+	fillOwnTables(t, c.Tables())
 	t.Cleanup(func() {
 		if err := c.Close(); err != nil {
 			t.Error(err)

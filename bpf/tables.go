@@ -68,6 +68,9 @@ func (t Table) check() error {
 	return nil
 }
 
+// DefaultTableMemory is the default limit of the unwind tables in the kernel, in bytes.
+const DefaultTableMemory = 32 << 20
+
 // ErrNoRoom says that a table does not fit into the memory limit, even alone.
 var ErrNoRoom = errors.New("no room for the unwind table")
 
@@ -442,7 +445,25 @@ func (t *Tables) Stats() TableStats {
 	return s
 }
 
-// Close frees the tables. Programs that are loaded with them keep their own hold.
+// chunkMemory is what the kernel accounts to the chunks, in bytes.
+func (t *Tables) chunkMemory() uint64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var n uint64
+	for _, c := range t.chunks {
+		if c == nil {
+			continue
+		}
+		if info, err := c.words.Info(); err == nil {
+			b, _ := info.Memlock()
+			n += b
+		}
+	}
+	return n
+}
+
+// Close frees the tables; Put has no room then. Programs that are loaded with them keep
+// their own hold. It is idempotent.
 func (t *Tables) Close() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -454,6 +475,6 @@ func (t *Tables) Close() error {
 		}
 	}
 	clear(t.placed)
-	t.retired = nil
+	t.retired, t.limit = nil, 0
 	return errors.Join(append(errs, t.index.Close(), t.outer.Close())...)
 }

@@ -264,8 +264,8 @@ static __always_inline __u64 hf_rule(struct hf_walk *w, __u64 address)
 	return hf_find_rule(ref->chunk, ref->word, ref->buckets, bucket - ref->first_bucket, offset & 0xffff);
 }
 
-/* Follows the frame pointer. Where nothing says that there is one, it must look like one. */
-static __always_inline void hf_step_pointer(struct hf_walk *w, bool checked)
+/* Follows the frame pointer. As nothing says that there is one, it must look like one. */
+static __always_inline void hf_step_pointer(struct hf_walk *w)
 {
 	__u64 fp = w->at.fp, ip = 0, next = 0;
 
@@ -275,7 +275,7 @@ static __always_inline void hf_step_pointer(struct hf_walk *w, bool checked)
 		w->outcome = HF_OUTCOME_COMPLETE; /* the ABI's mark of the outermost frame */
 		return;
 	}
-	if (checked && (fp < w->at.sp || fp & (w->word - 1) || fp - w->at.sp > (1 << 23))) {
+	if (fp < w->at.sp || fp & (w->word - 1) || fp - w->at.sp > (1 << 23)) {
 		w->outcome = HF_OUTCOME_NO_RULE;
 		return;
 	}
@@ -346,6 +346,23 @@ static __always_inline bool hf_saved(struct hf_walk *w, __u32 kind, __u64 offset
 	return true;
 }
 
+#if defined(__TARGET_ARCH_arm64)
+/* The stack pointer before Go's asmcgocall switched stacks: see unwind.h. */
+static __always_inline bool hf_go_stack(struct hf_walk *w, __u64 *old)
+{
+	__u64 g = 0, high = 0;
+
+	if (!hf_read(w, w->at.sp, &g) || !hf_read(w, w->at.sp + 8, old))
+		return false;
+	if (!g)
+		return true;
+	if (!hf_read(w, g + 8, &high))
+		return false;
+	*old = high - *old;
+	return true;
+}
+#endif
+
 /* Goes to the caller by a rule that has a CFA. */
 static __always_inline void hf_step_rule(struct hf_walk *w, __u64 rule)
 {
@@ -375,17 +392,27 @@ static __always_inline void hf_step_rule(struct hf_walk *w, __u64 rule)
 		cfa = 8 * (rule >> 3 & 0x7fff);
 		if (kind == HF_RULE_PLT)
 			cfa = w->at.sp + 8 + ((w->at.ip & 15) >= (rule >> 3 & 0x7fff) ? 8 : 0);
-		else if (kind == HF_RULE_FP)
-			cfa += w->at.fp;
-		else
+		else if (kind == HF_RULE_SP)
 			cfa += w->at.sp;
+		else
+			cfa += w->at.fp;
 		fp_offset = rule >> 18 & 127;
 		second_offset = rule >> 25 & 127;
+#if defined(__TARGET_ARCH_arm64)
+		if (kind == HF_RULE_GO && !fp_offset) {
+			if (!hf_go_stack(w, &cfa)) {
+				w->outcome = HF_OUTCOME_BAD_STACK;
+				return;
+			}
+			cfa += 8 * (rule >> 3 & 0x7fff);
+			fp_offset = second_offset + 1;
+		}
+#endif
 		fp_kind = fp_offset ? HF_SAVED_CFA : HF_SAVED_NOT;
 		second_kind = second_offset ? HF_SAVED_CFA : HF_SAVED_NOT;
 	}
-	/* Callers lie higher; only a leaf of arm64 has no frame at all. */
-	if (cfa < w->at.sp || (cfa == w->at.sp && !w->at.exact)) {
+	/* Callers lie higher; only a leaf of arm64 has no frame at all. Go changes stacks. */
+	if (kind != HF_RULE_GO && (cfa < w->at.sp || (cfa == w->at.sp && !w->at.exact))) {
 		w->outcome = HF_OUTCOME_BAD_STACK;
 		return;
 	}
@@ -459,10 +486,7 @@ static long hf_step(__u32 i, void *unused)
 		w->outcome = HF_OUTCOME_COMPLETE;
 		break;
 	case HF_RULE_NONE:
-		hf_step_pointer(w, true);
-		break;
-	case HF_RULE_GO:
-		hf_step_pointer(w, false);
+		hf_step_pointer(w);
 		break;
 	case HF_RULE_SIGNAL:
 		hf_step_signal(w);

@@ -45,13 +45,17 @@ func (t *traces) hash(p *process, s *bpf.Sample) uint64 {
 	h.WriteByte(byte(len(s.Kernel)))
 	h.Write(addrBytes(s.Kernel))
 	h.Write(addrBytes(s.User))
+	for _, a := range s.Areas {
+		maphash.WriteComparable(&h, a)
+	}
 	return h.Sum64()
 }
 
 func (t *trace) equal(p *process, s *bpf.Sample) bool {
 	return t.id == p.id &&
 		t.raw.KernelOutcome == s.KernelOutcome && t.raw.UserOutcome == s.UserOutcome &&
-		slices.Equal(t.raw.Kernel, s.Kernel) && slices.Equal(t.raw.User, s.User)
+		slices.Equal(t.raw.Kernel, s.Kernel) && slices.Equal(t.raw.User, s.User) &&
+		slices.Equal(t.raw.Areas, s.Areas)
 }
 
 // find returns the trace of s, nil if there is none.
@@ -67,10 +71,9 @@ func (t *traces) find(p *process, s *bpf.Sample) *trace {
 // insert makes the trace of s, which there is none of yet.
 func (t *traces) insert(p *process, s *bpf.Sample) *trace {
 	h := t.hash(p, s)
-	tr := &trace{next: t.byHash[h], id: p.id, raw: *s}
-	frames := make([]uint64, 0, len(s.Kernel)+len(s.User))
-	frames = append(append(frames, s.Kernel...), s.User...)
-	tr.raw.Kernel, tr.raw.User = frames[:len(s.Kernel):len(s.Kernel)], frames[len(s.Kernel):]
+	raw := *s
+	raw.Stack = nil
+	tr := &trace{next: t.byHash[h], id: p.id, raw: *raw.Clone()}
 	t.byHash[h] = tr
 	t.n++
 	return tr

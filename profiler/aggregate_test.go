@@ -64,7 +64,7 @@ func testSamples() []bpf.Sample {
 	base := bpf.Sample{
 		PID: 1, TID: 1, Start: 1, ExecID: 1, Comm: bpf.MakeComm("app"), Thread: bpf.MakeComm("main"), Weight: 1, Value: 10,
 		KernelOutcome: bpf.OutcomeComplete, UserOutcome: bpf.OutcomeComplete,
-		Kernel: []uint64{kernel, kernel + 0x10}, User: []uint64{0x1000, 0x1100},
+		Kernel: []uint64{kernel, kernel + 0x10}, User: []uint64{bpf.ExactAddr | 0x1000, 0x1100},
 	}
 	change := func(f func(*bpf.Sample)) bpf.Sample {
 		s := base
@@ -79,14 +79,14 @@ func testSamples() []bpf.Sample {
 		change(func(s *bpf.Sample) { s.Comm = bpf.MakeComm("renamed") }),
 		change(func(s *bpf.Sample) { s.Cgroup = 5 }),
 		change(func(s *bpf.Sample) { s.Kernel = []uint64{kernel, kernel + 0x20} }),
-		change(func(s *bpf.Sample) { s.User = []uint64{0x1000, 0x1200} }),
+		change(func(s *bpf.Sample) { s.User = []uint64{bpf.ExactAddr | 0x1000, 0x1200} }),
 		// The same addresses, divided otherwise.
 		change(func(s *bpf.Sample) {
-			s.Kernel, s.User = []uint64{kernel}, []uint64{kernel + 0x10, 0x1000, 0x1100}
+			s.Kernel, s.User = []uint64{kernel}, []uint64{bpf.ExactAddr | kernel + 0x10, 0x1000, 0x1100}
 		}),
 		change(func(s *bpf.Sample) { s.UserOutcome = bpf.OutcomeTruncated }),
 		change(func(s *bpf.Sample) { s.ExecID = 2 }),
-		change(func(s *bpf.Sample) { s.PID, s.TID, s.User = 2, 2, []uint64{0x1000} }),
+		change(func(s *bpf.Sample) { s.PID, s.TID, s.User = 2, 2, []uint64{bpf.ExactAddr | 0x1000} }),
 		{PID: 3, TID: 3, Comm: bpf.MakeComm("kworker/0:1"), Thread: bpf.MakeComm("kworker/0:1"), Weight: 1, Value: 10,
 			KernelOutcome: bpf.OutcomeComplete, Kernel: []uint64{kernel}},
 	}

@@ -129,6 +129,9 @@ func (p *Profiler) dropCapture(c *capture) {
 
 // endCaptures hands out those whose time is over.
 func (p *Profiler) endCaptures() {
+	if slices.ContainsFunc(p.captures, func(c *capture) bool { return bootTime() >= c.end() }) {
+		p.settle()
+	}
 	p.captures = slices.DeleteFunc(p.captures, func(c *capture) bool {
 		if bootTime() < c.end() {
 			return false

@@ -178,7 +178,7 @@ func sampling(t *testing.T, hz int, length time.Duration) (*Profiler, <-chan *Wi
 		t.Fatalf("%+v", err)
 	}
 	s := symbolizer.New(symbolizer.Config{})
-	p, err := New(Config{Source: cpu, Symbolizer: s, Frequency: hz, Window: length})
+	p, err := New(Config{Source: cpu, Symbolizer: s, Tables: cpu.Tables(), Frequency: hz, Window: length})
 	if err != nil {
 		t.Fatal(err)
 	}

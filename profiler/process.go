@@ -37,7 +37,8 @@ type imageID struct {
 type process struct {
 	id         imageID
 	comm       bpf.Comm
-	areas      []area // by address
+	areas      []area             // by address
+	sampled    map[bpf.Area]*area // those that samples have told of
 	absence    *absence
 	generation int
 	next       time.Time     // when the mappings may be read again
@@ -84,6 +85,7 @@ const (
 type processTable struct {
 	source  mappingSource
 	symbols *symbolizer.Symbolizer
+	files   *fileTable
 	now     func() time.Time
 	limit   int
 	byID    map[imageID]*list.Element // of *process
@@ -94,6 +96,7 @@ func newProcessTable(source mappingSource, symbols *symbolizer.Symbolizer, limit
 	return &processTable{
 		source:  source,
 		symbols: symbols,
+		files:   newFileTable(symbols),
 		now:     time.Now,
 		limit:   limit,
 		byID:    map[imageID]*list.Element{},
@@ -125,9 +128,13 @@ func (t *processTable) stale(p *process, tr *trace) bool {
 // update reads the mappings of p where an address of s lies in none of them, unless that
 // was done just before.
 func (t *processTable) update(p *process, s *bpf.Sample) {
-	if !p.misses(s) {
-		return
+	if t.misses(p, s) {
+		t.read(p, s)
 	}
+}
+
+// read reads the mappings of p, unless that was done just before.
+func (t *processTable) read(p *process, s *bpf.Sample) {
 	now := t.now()
 	if now.Before(p.next) {
 		return
@@ -144,12 +151,32 @@ func (t *processTable) update(p *process, s *bpf.Sample) {
 	p.generation++
 	p.absence = nil
 	p.areas = mergeAreas(p.areas, vmas)
-	if !p.misses(s) {
+	if !t.misses(p, s) {
 		p.backoff = 0
 		return
 	}
 	p.backoff = min(max(2*p.backoff, 2*minReadInterval), maxReadInterval)
 	p.next = now.Add(max(p.backoff, readShare*took))
+}
+
+// unfinished is s with what is known of the code of its process, read now if nothing is:
+// it may be gone when the stack is finished.
+func (t *processTable) unfinished(s *bpf.Sample) *unfinished {
+	p := t.lookup(s)
+	if p.generation == 0 {
+		t.read(p, s)
+	} else {
+		t.update(p, s)
+	}
+	u := &unfinished{sample: s, pid: p.id.pid, rest: p.areas}
+	for _, a := range s.Areas {
+		sa := sampledArea{Area: a}
+		if t.areaOf(p, a) != nil {
+			sa.program = t.files.find(a.File)
+		}
+		u.areas = append(u.areas, sa)
+	}
+	return u
 }
 
 func absenceOf(err error) *absence {
@@ -175,12 +202,29 @@ func mergeAreas(old []area, vmas []vma) []area {
 	return areas
 }
 
-// misses tells whether a user address of s, that could be one, is in no mapping of p.
-func (p *process) misses(s *bpf.Sample) bool {
+// misses tells whether something that s says of its user stack is not known yet: what one
+// of its areas is a mapping of, or, of an address in none, the mapping.
+func (t *processTable) misses(p *process, s *bpf.Sample) bool {
+	for _, a := range s.Areas {
+		if t.areaOf(p, a) == nil {
+			return true
+		}
+	}
 	return slices.ContainsFunc(s.User, func(addr uint64) bool {
 		const lowest = 4096
-		return addr >= lowest && addr < kernelHalf && p.find(addr) == nil
+		addr &^= bpf.ExactAddr
+		return addr >= lowest && addr < kernelHalf && areaIn(s, addr) == nil && p.find(addr) == nil
 	})
+}
+
+// areaIn returns the area of s that addr, which can be a return address, is in.
+func areaIn(s *bpf.Sample, addr uint64) *bpf.Area {
+	for i := range s.Areas {
+		if a := &s.Areas[i]; addr >= a.Start && addr <= a.End {
+			return a
+		}
+	}
+	return nil
 }
 
 // find returns the mapping that addr is in, nil if there is none. The end of a mapping is
@@ -197,17 +241,24 @@ func (p *process) find(addr uint64) *area {
 	return &p.areas[i]
 }
 
-// location returns where addr is, once the file of its mapping was looked at.
-func (t *processTable) location(p *process, addr Addr) (Location, bool) {
-	a := p.find(uint64(addr))
-	if a == nil || uint64(addr) >= a.end {
-		return Location{}, false
-	}
-	switch {
-	case a.mapping == nil,
-		!a.retry.IsZero() && !t.now().Before(a.retry),
-		a.mapping.perfMap != nil && a.mapping.perfMap != t.perfMap(p):
-		t.resolve(p, a)
+// location returns where addr, of a frame of s, is, once the file of its mapping was looked
+// at. What the sample itself says of its mappings holds before what is known of the process.
+func (t *processTable) location(p *process, s *bpf.Sample, addr Addr) (Location, bool) {
+	var a *area
+	if id := areaIn(s, uint64(addr)); id != nil && uint64(addr) < id.End {
+		if a = t.areaOf(p, *id); a == nil {
+			return Location{}, false
+		}
+	} else {
+		if a = p.find(uint64(addr)); a == nil || uint64(addr) >= a.end {
+			return Location{}, false
+		}
+		switch {
+		case a.mapping == nil,
+			!a.retry.IsZero() && !t.now().Before(a.retry),
+			a.mapping.perfMap != nil && a.mapping.perfMap != t.perfMap(p):
+			t.resolve(p, a)
+		}
 	}
 	mapping, slide := a.mapping, a.slide
 	// One area can span several segments of its file.
@@ -240,22 +291,13 @@ func (t *processTable) resolve(p *process, a *area) {
 		a.usePerfMap(t.perfMap(p), file)
 		return
 	}
-	pid, v := p.id.pid, a.vma
-	o, err := t.symbols.Object(symbolizer.File{
-		Path: file,
-		Open: func() (*os.File, error) { return t.source.open(pid, v) },
-	})
-	if err == nil && a.useObject(o, file) {
-		return
-	}
-	switch symbolizer.ReasonOf(err) {
-	case "", symbolizer.ReasonMalformed, symbolizer.ReasonUnsupported, symbolizer.ReasonNotRegular:
-		// Not a program: a JIT compiler can keep its code in a file or memfd too.
-		a.usePerfMap(t.perfMap(p), file)
-	default:
+	f, err := openFile(t.symbols, t.source, p.id.pid, a.vma)
+	if err != nil {
 		a.useRaw(file)
 		a.retry = t.now().Add(retryInterval)
+		return
 	}
+	a.use(f, t.perfMap(p))
 }
 
 func (t *processTable) perfMap(p *process) *symbolizer.PerfMap {

@@ -76,12 +76,12 @@ func TestAttribution(t *testing.T) {
 	}{
 		{
 			"leaf exact, callers less one",
-			bpf.Sample{PID: 1, UserMode: true, UserOutcome: bpf.OutcomeComplete, User: []uint64{0x1000, 0x2001, 0x3000, 0x4000}},
+			bpf.Sample{PID: 1, UserMode: true, UserOutcome: bpf.OutcomeComplete, User: []uint64{bpf.ExactAddr | 0x1000, 0x2001, 0x3000, 0x4000}},
 			[]string{"/bin/a [0x10000-0x12000 @0x10000] 0x10000", "/bin/a [0x10000-0x12000 @0x10000] 0x11000", "/bin/a [0x10000-0x12000 @0x10000] 0x11fff", "/lib/b [0x0-0x1000 @0x0] 0xfff"},
 			outcomeComplete,
 		}, {
 			"kernel before user, each with its leaf",
-			bpf.Sample{PID: 1, KernelOutcome: bpf.OutcomeComplete, UserOutcome: bpf.OutcomeComplete, Kernel: []uint64{kernel, kernel + 9}, User: []uint64{0x1000}},
+			bpf.Sample{PID: 1, KernelOutcome: bpf.OutcomeComplete, UserOutcome: bpf.OutcomeComplete, Kernel: []uint64{kernel, kernel + 9}, User: []uint64{bpf.ExactAddr | 0x1000}},
 			[]string{"[kernel.kallsyms] 0xffffffff81000000", "[kernel.kallsyms] 0xffffffff81000008", "/bin/a [0x10000-0x12000 @0x10000] 0x10000"},
 			outcomeComplete,
 		}, {
@@ -91,57 +91,57 @@ func TestAttribution(t *testing.T) {
 			outcomeComplete,
 		}, {
 			"anonymous memory",
-			bpf.Sample{PID: 1, UserOutcome: bpf.OutcomeComplete, User: []uint64{0x9000, 0xb001}},
+			bpf.Sample{PID: 1, UserOutcome: bpf.OutcomeComplete, User: []uint64{bpf.ExactAddr | 0x9000, 0xb001}},
 			[]string{"[anon] [0x9000-0xa000 @0x0] 0x9000", "[anon] [0xb000-0xc000 @0x0] 0xb000"},
 			outcomeComplete,
 		}, {
 			"unknown mapping",
-			bpf.Sample{PID: 1, UserOutcome: bpf.OutcomeComplete, User: []uint64{0x1000, 0x5001}},
+			bpf.Sample{PID: 1, UserOutcome: bpf.OutcomeComplete, User: []uint64{bpf.ExactAddr | 0x1000, 0x5001}},
 			[]string{"/bin/a [0x10000-0x12000 @0x10000] 0x10000", "[unknown mapping] 0x5000"},
 			outcomeUnknownMapping,
 		}, {
 			"address beyond the last mapping",
-			bpf.Sample{PID: 1, UserOutcome: bpf.OutcomeComplete, User: []uint64{0xc000}},
+			bpf.Sample{PID: 1, UserOutcome: bpf.OutcomeComplete, User: []uint64{bpf.ExactAddr | 0xc000}},
 			[]string{"[unknown mapping] 0xc000"},
 			outcomeUnknownMapping,
 		}, {
 			"truncated",
-			bpf.Sample{PID: 1, UserOutcome: bpf.OutcomeTruncated, User: []uint64{0x1000}},
+			bpf.Sample{PID: 1, UserOutcome: bpf.OutcomeTruncated, User: []uint64{bpf.ExactAddr | 0x1000}},
 			[]string{"/bin/a [0x10000-0x12000 @0x10000] 0x10000", "[truncated]"},
 			outcomeTruncated,
 		}, {
 			"kernel stack truncated",
-			bpf.Sample{PID: 1, KernelOutcome: bpf.OutcomeTruncated, UserOutcome: bpf.OutcomeComplete, Kernel: []uint64{kernel}, User: []uint64{0x1000}},
+			bpf.Sample{PID: 1, KernelOutcome: bpf.OutcomeTruncated, UserOutcome: bpf.OutcomeComplete, Kernel: []uint64{kernel}, User: []uint64{bpf.ExactAddr | 0x1000}},
 			[]string{"[kernel.kallsyms] 0xffffffff81000000", "[truncated]", "/bin/a [0x10000-0x12000 @0x10000] 0x10000"},
 			outcomeTruncated,
 		}, {
 			"walk failed",
-			bpf.Sample{PID: 1, UserMode: true, UserOutcome: bpf.OutcomeFailed, User: []uint64{0x1000}},
+			bpf.Sample{PID: 1, UserMode: true, UserOutcome: bpf.OutcomeFailed, User: []uint64{bpf.ExactAddr | 0x1000}},
 			[]string{"/bin/a [0x10000-0x12000 @0x10000] 0x10000", "[no unwind info]"},
 			outcomeNoUnwindInfo,
 		}, {
 			"in exit",
 			bpf.Sample{PID: 2, KernelOutcome: bpf.OutcomeComplete, UserOutcome: bpf.OutcomeExiting, Kernel: []uint64{kernel}},
-			[]string{"[kernel.kallsyms] 0xffffffff81000000", "[process exiting]"},
+			[]string{"[kernel.kallsyms] 0xffffffff81000000", "[exiting]"},
 			outcomeExiting,
 		}, {
 			"exited before it was looked at",
-			bpf.Sample{PID: 2, UserOutcome: bpf.OutcomeTruncated, User: []uint64{0x1000}},
+			bpf.Sample{PID: 2, UserOutcome: bpf.OutcomeTruncated, User: []uint64{bpf.ExactAddr | 0x1000}},
 			[]string{"[unknown mapping] 0x1000", "[process exited]"},
 			outcomeExited,
 		}, {
 			"executed another program",
-			bpf.Sample{PID: 3, UserOutcome: bpf.OutcomeComplete, User: []uint64{0x1000}},
+			bpf.Sample{PID: 3, UserOutcome: bpf.OutcomeComplete, User: []uint64{bpf.ExactAddr | 0x1000}},
 			[]string{"[unknown mapping] 0x1000", "[process replaced]"},
 			outcomeReplaced,
 		}, {
 			"no permission",
-			bpf.Sample{PID: 4, UserOutcome: bpf.OutcomeComplete, User: []uint64{0x1000}},
+			bpf.Sample{PID: 4, UserOutcome: bpf.OutcomeComplete, User: []uint64{bpf.ExactAddr | 0x1000}},
 			[]string{"[unknown mapping] 0x1000", "[no permission]"},
 			outcomeNoPermission,
 		}, {
 			"unreadable",
-			bpf.Sample{PID: 5, UserOutcome: bpf.OutcomeComplete, User: []uint64{0x1000}},
+			bpf.Sample{PID: 5, UserOutcome: bpf.OutcomeComplete, User: []uint64{bpf.ExactAddr | 0x1000}},
 			[]string{"[unknown mapping] 0x1000", "[process exited]"},
 			outcomeExited,
 		},
@@ -157,12 +157,12 @@ func TestAttribution(t *testing.T) {
 func TestImages(t *testing.T) {
 	table, source, _ := newTestTable(t, 10)
 	source.maps[1] = []vma{file(0x1000, 0x2000, 0, "/bin/sh")}
-	s := bpf.Sample{PID: 1, Start: 5, ExecID: 1, User: []uint64{0x1000}}
+	s := bpf.Sample{PID: 1, Start: 5, ExecID: 1, User: []uint64{bpf.ExactAddr | 0x1000}}
 	stackOf(table, &s)
 	source.maps[1] = []vma{file(0x1000, 0x2000, 0, "/bin/ls")}
 	for _, later := range []bpf.Sample{
-		{PID: 1, Start: 5, ExecID: 2, User: []uint64{0x1000}},
-		{PID: 1, Start: 9, ExecID: 1, User: []uint64{0x1000}},
+		{PID: 1, Start: 5, ExecID: 2, User: []uint64{bpf.ExactAddr | 0x1000}},
+		{PID: 1, Start: 9, ExecID: 1, User: []uint64{bpf.ExactAddr | 0x1000}},
 	} {
 		if got, _ := stackOf(table, &later); got[0] != "/bin/ls [0x0-0x1000 @0x0] 0x0" {
 			t.Errorf("start %d exec %d: %v", later.Start, later.ExecID, got)
@@ -182,8 +182,8 @@ func TestImages(t *testing.T) {
 func TestMappingsAreReadAgain(t *testing.T) {
 	table, source, clock := newTestTable(t, 10)
 	source.maps[1] = []vma{file(0x1000, 0x2000, 0, "/bin/a")}
-	known := bpf.Sample{PID: 1, User: []uint64{0x1000}}
-	loaded := bpf.Sample{PID: 1, User: []uint64{0x8000}}
+	known := bpf.Sample{PID: 1, User: []uint64{bpf.ExactAddr | 0x1000}}
+	loaded := bpf.Sample{PID: 1, User: []uint64{bpf.ExactAddr | 0x8000}}
 	stackOf(table, &known)
 	for range 100 {
 		stackOf(table, &known)
@@ -201,7 +201,7 @@ func TestMappingsAreReadAgain(t *testing.T) {
 	}
 
 	// An hour of drains with an address that is nowhere.
-	lost := bpf.Sample{PID: 1, User: []uint64{0xdead000}}
+	lost := bpf.Sample{PID: 1, User: []uint64{bpf.ExactAddr | 0xdead000}}
 	before := source.reads
 	for range 4 * 3600 {
 		*clock = clock.Add(drainInterval)
@@ -213,7 +213,7 @@ func TestMappingsAreReadAgain(t *testing.T) {
 	// What can be no address is no reason to read.
 	before = source.reads
 	*clock = clock.Add(time.Hour)
-	stackOf(table, &bpf.Sample{PID: 1, User: []uint64{0x1000, 0x10, kernelHalf + 1}})
+	stackOf(table, &bpf.Sample{PID: 1, User: []uint64{bpf.ExactAddr | 0x1000, 0x10, kernelHalf + 1}})
 	if n := source.reads - before; n != 0 {
 		t.Errorf("%d reads for what is no address", n)
 	}
@@ -228,7 +228,7 @@ func TestSlowMappingsAreReadRarely(t *testing.T) {
 		*clock = clock.Add(drainInterval)
 		// Each time another mapping is new, so that a read always helps.
 		source.maps[1] = []vma{file(0x1000*(i+1), 0x1000*(i+2), 0, "/bin/a")}
-		stackOf(table, &bpf.Sample{PID: 1, User: []uint64{0x1000 * (i + 1)}})
+		stackOf(table, &bpf.Sample{PID: 1, User: []uint64{bpf.ExactAddr | 0x1000*(i+1)}})
 	}
 	if source.reads < 50 || source.reads > 62 {
 		t.Errorf("%d reads of 100 ms in 10 minutes, want 60 at most", source.reads)
@@ -249,17 +249,17 @@ func TestProcessTableIsBounded(t *testing.T) {
 	table, source, _ := newTestTable(t, 3)
 	for _, pid := range []uint32{1, 2, 3, 1, 4} {
 		source.maps[pid] = []vma{file(0x1000, 0x2000, 0, "/bin/a")}
-		stackOf(table, &bpf.Sample{PID: pid, User: []uint64{0x1000}})
+		stackOf(table, &bpf.Sample{PID: pid, User: []uint64{bpf.ExactAddr | 0x1000}})
 	}
 	if len(table.byID) != 3 || table.recent.Len() != 3 {
 		t.Errorf("%d processes are kept, want 3", len(table.byID))
 	}
 	reads := source.reads
-	stackOf(table, &bpf.Sample{PID: 1, User: []uint64{0x1000}})
+	stackOf(table, &bpf.Sample{PID: 1, User: []uint64{bpf.ExactAddr | 0x1000}})
 	if source.reads != reads {
 		t.Error("the process sampled before the last was forgotten")
 	}
-	stackOf(table, &bpf.Sample{PID: 2, User: []uint64{0x1000}})
+	stackOf(table, &bpf.Sample{PID: 2, User: []uint64{bpf.ExactAddr | 0x1000}})
 	if source.reads != reads+1 {
 		t.Error("the process that was sampled least lately was kept")
 	}

@@ -44,6 +44,9 @@ type Config struct {
 	Logger     *slog.Logger  // nothing is logged if nil
 	// Losses returns what the kernel side lost, by reason, since it was loaded. May be nil.
 	Losses func() map[string]uint64
+	// Tables are the unwind tables that the source's stacks are walked by; they are filled
+	// as samples need them. May be nil: then stacks stay as the source delivers them.
+	Tables *bpf.Tables
 
 	MaxProcesses  int // program images whose mappings are kept; 4096
 	MaxStacks     int // different samples of one profile; 16,384, the rest is one "[stacks overflow]"
@@ -91,6 +94,9 @@ const (
 	// lastSymbols bounds the symbolizing of the last window, so that the agent ends soon.
 	lastSymbols = 2 * time.Second
 	profileCPU  = "cpu"
+	// settleWithin is what the end of a window or a capture waits for stacks that are
+	// being finished. What takes longer is in the next.
+	settleWithin = 200 * time.Millisecond
 )
 
 // Profiler makes profiles of one source. Run is called once; the other methods may be
@@ -99,6 +105,7 @@ type Profiler struct {
 	cfg        Config
 	host       string
 	processes  *processTable
+	unwinder   *unwinder // nil without tables
 	containers *Containers
 	traces     *traces
 	symbols    *symbols
@@ -165,16 +172,22 @@ func New(cfg Config) (*Profiler, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make profiler: %w", err)
 	}
+	source := newProcfs("/proc")
 	p := &Profiler{
 		cfg:        cfg,
 		host:       host,
-		processes:  newProcessTable(newProcfs("/proc"), cfg.Symbolizer, cfg.MaxProcesses),
+		processes:  newProcessTable(source, cfg.Symbolizer, cfg.MaxProcesses),
 		containers: NewContainers(bpf.CPUControllerV1()),
 		traces:     newTraces(),
 		symbols:    newSymbols(cfg.Symbolizer),
 		cpu:        newCPUTimes(cfg.MaxContainers),
 		warming:    make(chan []Stack, 1),
 		closing:    make(chan closedWindow, 1),
+	}
+	if cfg.Tables != nil {
+		if p.unwinder, err = newUnwinder(cfg.Tables, cfg.Symbolizer, source, cfg.Logger); err != nil {
+			return nil, fmt.Errorf("make profiler: %w", err)
+		}
 	}
 	return p, nil
 }
@@ -206,7 +219,16 @@ func (p *Profiler) Run(ctx context.Context) error {
 			p.symbols.warm(stacks)
 		}
 	})
+	if p.unwinder != nil {
+		others.Go(p.unwinder.run)
+	}
 	err := p.loop(ctx)
+	if p.unwinder != nil {
+		p.settle()
+		p.unwinder.hurry.Store(true)
+		p.settle()
+		close(p.unwinder.work)
+	}
 	p.end()
 	close(p.warming)
 	p.closing <- p.closeWindow(time.Now().Add(lastSymbols))
@@ -265,9 +287,27 @@ func (p *Profiler) loop(ctx context.Context) error {
 		if failing = err != nil; failing {
 			p.pause(ctx)
 		}
+		p.collect()
 		p.afterDrain()
 	}
 	return nil
+}
+
+// collect takes the samples whose stacks were finished.
+func (p *Profiler) collect() {
+	if p.unwinder != nil {
+		for _, s := range p.unwinder.collect() {
+			p.deliver(s)
+		}
+	}
+}
+
+// settle takes also those whose stacks are being finished, if that is soon.
+func (p *Profiler) settle() {
+	if p.unwinder != nil {
+		p.unwinder.settle(settleWithin)
+		p.collect()
+	}
 }
 
 // wait waits until a drain is due.
@@ -324,6 +364,7 @@ func (p *Profiler) afterDrain() {
 	}
 	// While the last window is still being published this one goes on growing.
 	if len(p.closing) < cap(p.closing) {
+		p.settle()
 		p.closing <- p.closeWindow(time.Time{})
 	}
 }
@@ -345,9 +386,19 @@ func (p *Profiler) do(fn func()) error {
 	return nil
 }
 
-// take attributes and counts one sample. It does no system call for a process, stack and
-// container that it knows.
+// take takes one sample from the source. One whose stack is not finished comes back later.
 func (p *Profiler) take(s *bpf.Sample) {
+	if p.unwinder != nil && s.UserOutcome == bpf.OutcomeNoTable && len(s.Stack) > 0 {
+		if p.unwinder.submit(p.processes.unfinished(s)) {
+			return
+		}
+	}
+	p.deliver(s)
+}
+
+// deliver attributes and counts one sample. It does no system call for a process, stack and
+// container that it knows.
+func (p *Profiler) deliver(s *bpf.Sample) {
 	weight := uint64(s.Weight)
 	p.counters.samples.Add(weight)
 	container := p.containers.Name(s.Cgroup, PID(s.PID))

@@ -93,7 +93,7 @@ func ownSample(t *testing.T) bpf.Sample {
 		Comm: comm, Thread: bpf.MakeComm("thread"), Weight: 1, Value: 10_000_000,
 		UserMode: true, UserOutcome: bpf.OutcomeComplete,
 		// The return address is the second instruction.
-		User: []uint64{leaf, caller + 1},
+		User: []uint64{bpf.ExactAddr | leaf, caller + 1},
 	}
 }
 
@@ -255,8 +255,8 @@ func TestLastWindow(t *testing.T) {
 		t.Errorf("mapping %+v of %s", m, exe)
 	}
 	// The addresses are those of the file. This test binary is not relocated.
-	if addr := sample.Location[0].Address; addr != s.User[0] {
-		t.Errorf("leaf at %#x, want %#x", addr, s.User[0])
+	if addr := sample.Location[0].Address; addr != s.User[0]&^bpf.ExactAddr {
+		t.Errorf("leaf at %#x, want %#x", addr, s.User[0]&^bpf.ExactAddr)
 	}
 	if d := w.End.Sub(w.Start); d != time.Duration(w.Profile.DurationNanos) || d <= 0 {
 		t.Errorf("window of %v, profile of %d ns", d, w.Profile.DurationNanos)

@@ -62,9 +62,13 @@ const (
 // The frames that are not in the program.
 var (
 	frameTruncated = note("[truncated]")        // the stack goes on, beyond the limit of frames
-	frameNoUnwind  = note("[no unwind info]")   // the walk failed
+	frameNoUnwind  = note("[no unwind info]")   // neither unwind information nor a frame pointer that holds
+	frameNoTable   = note("[no unwind table]")  // the table was not there yet
+	frameBadStack  = note("[bad stack]")        // the stack's memory could not be read, or made no sense
+	frameRegister  = note("[lost register]")    // the rule needs a register that is not known any more
 	frameUnknown   = note("[unknown mapping]")  // an address that is in no mapping that we know
-	frameExiting   = note("[process exiting]")  // the address space was gone when the sample was taken
+	frameExec      = note("[exec]")             // in execve: the address space was being replaced
+	frameExiting   = note("[exiting]")          // the address space was gone when the sample was taken
 	frameExited    = note("[process exited]")   // the process was gone before its mappings were read
 	frameReplaced  = note("[process replaced]") // it executed another program before its mappings were read
 	frameForbidden = note("[no permission]")    // its mappings may not be read
@@ -75,10 +79,15 @@ var (
 type outcome uint8
 
 const (
-	outcomeComplete       = outcome(iota) // every frame is in a known mapping
+	outcomeComplete       = outcome(iota) // whole, and every frame is in a known mapping
 	outcomeTruncated                      // by the limit of frames
-	outcomeNoUnwindInfo                   // the walk failed
+	outcomeNoUnwindInfo                   // no unwind information, and no frame pointer that holds
+	outcomeNoTable                        // the unwind table was not there yet
+	outcomeBadStack                       // the stack's memory could not be read, or made no sense
+	outcomeBadAddress                     // a return address is not in executable memory
+	outcomeRegister                       // a rule needs a register that is not known any more
 	outcomeUnknownMapping                 // a frame is in no known mapping
+	outcomeExec                           // in execve: the kernel's frames only
 	outcomeExiting                        // in exit, without address space: the kernel's frames only
 	outcomeExited                         // gone before its mappings were read
 	outcomeReplaced                       // another program was executed before its mappings were read
@@ -91,8 +100,13 @@ var outcomeNames = [outcomes]string{
 	outcomeComplete:       "complete",
 	outcomeTruncated:      "truncated",
 	outcomeNoUnwindInfo:   "no_unwind_info",
+	outcomeNoTable:        "no_unwind_table",
+	outcomeBadStack:       "bad_stack",
+	outcomeBadAddress:     "bad_address",
+	outcomeRegister:       "lost_register",
 	outcomeUnknownMapping: "unknown_mapping",
-	outcomeExiting:        "process_exiting",
+	outcomeExec:           "exec",
+	outcomeExiting:        "exiting",
 	outcomeExited:         "process_exited",
 	outcomeReplaced:       "process_replaced",
 	outcomeNoPermission:   "no_permission",
@@ -100,6 +114,23 @@ var outcomeNames = [outcomes]string{
 }
 
 func (o outcome) String() string { return outcomeNames[o] }
+
+// earlyEnds are how walks end before the outermost frame: the frame that says so, and the
+// outcome of the stack.
+var earlyEnds = map[bpf.Outcome]struct {
+	frame   *Mapping
+	outcome outcome
+}{
+	bpf.OutcomeTruncated:  {frameTruncated, outcomeTruncated},
+	bpf.OutcomeFailed:     {frameNoUnwind, outcomeNoUnwindInfo},
+	bpf.OutcomeNoRule:     {frameNoUnwind, outcomeNoUnwindInfo},
+	bpf.OutcomeNoTable:    {frameNoTable, outcomeNoTable},
+	bpf.OutcomeBadStack:   {frameBadStack, outcomeBadStack},
+	bpf.OutcomeBadAddress: {frameUnknown, outcomeBadAddress},
+	bpf.OutcomeRegister:   {frameRegister, outcomeRegister},
+	bpf.OutcomeExec:       {frameExec, outcomeExec},
+	bpf.OutcomeExiting:    {frameExiting, outcomeExiting},
+}
 
 // complete makes the stack of tr with what is known of p. It reads p's mappings where an
 // address of s, a sample of tr, is in none of them and a read is due.
@@ -117,26 +148,19 @@ func (t *processTable) complete(p *process, tr *trace, s *bpf.Sample) {
 	}
 	for _, addr := range s.User {
 		a := userAddr(addr)
-		l, ok := t.location(p, a)
+		l, ok := t.location(p, s, a)
 		if !ok {
 			l = Location{frameUnknown, a}
 			tr.outcome, tr.whole = outcomeUnknownMapping, false
 		}
 		stack = append(stack, l)
 	}
-	end := func(frame *Mapping, o outcome) {
-		stack = append(stack, Location{Mapping: frame})
-		tr.outcome = o
-	}
-	switch {
-	case p.absence != nil && !tr.whole:
-		end(p.absence.frame, p.absence.outcome)
-	case s.UserOutcome == bpf.OutcomeTruncated:
-		end(frameTruncated, outcomeTruncated)
-	case s.UserOutcome == bpf.OutcomeFailed:
-		end(frameNoUnwind, outcomeNoUnwindInfo)
-	case s.UserOutcome == bpf.OutcomeExiting:
-		end(frameExiting, outcomeExiting)
+	if p.absence != nil && !tr.whole {
+		stack = append(stack, Location{Mapping: p.absence.frame})
+		tr.outcome = p.absence.outcome
+	} else if e, ok := earlyEnds[s.UserOutcome]; ok {
+		stack = append(stack, Location{Mapping: e.frame})
+		tr.outcome = e.outcome
 	}
 	tr.stack = stack
 }

@@ -60,7 +60,7 @@ func (a *agent) run(ctx context.Context, listeners []net.Listener) error {
 
 	created := time.Now()
 	var err error
-	if a.kernel, err = attach(a.flags.cpuConfig(), a.log); err != nil {
+	if a.kernel, err = attach(a.flags.config(), a.log); err != nil {
 		return err
 	}
 	defer a.kernel.close()
@@ -89,7 +89,7 @@ func (a *agent) assemble(sym *symbolizer.Symbolizer, created time.Time) (err err
 	if a.kernel.cpu != nil {
 		a.pulse = newPulse(a.kernel.cpu)
 		a.profiler, err = profiler.New(profiler.Config{
-			Source: a.pulse, Symbolizer: sym,
+			Source: a.pulse, Symbolizer: sym, Tables: a.kernel.cpu.Tables(),
 			Window: *a.flags.interval, Frequency: *a.flags.frequency, Event: *a.flags.event,
 			Logger: a.log, Losses: func() map[string]uint64 { return cpuLosses(a.kernel.cpu) },
 		})
@@ -98,7 +98,7 @@ func (a *agent) assemble(sym *symbolizer.Symbolizer, created time.Time) (err err
 		}
 		capturer = a.profiler
 	}
-	a.accounting = newAccounting(a.kernel, a.flags.cpuConfig(), a.log)
+	a.accounting = newAccounting(a.kernel, a.flags.config(), a.log)
 
 	collector := exporter.NewCollector(readers(a.kernel, a.profiler, a.accounting), created, a.log)
 	registry := exporter.NewRegistry(collector, !*a.flags.noExporterMetrics)

@@ -22,11 +22,10 @@ import (
 )
 
 type record struct {
-	duration  *time.Duration
-	output    *string
-	format    *string
-	frequency *int
-	event     *string
+	duration *time.Duration
+	output   *string
+	format   *string
+	sampling
 }
 
 func addRecord(app *kingpin.Application) (string, command) {
@@ -36,7 +35,7 @@ func addRecord(app *kingpin.Application) (string, command) {
 		output:   c.Flag("output", "File to write; - is standard output.").Short('o').Default("cpu.pb.gz").String(),
 		format:   c.Flag("format", "pprof or folded; by default folded for names that end in .folded or .txt, else pprof.").Enum(formatPprof, formatFolded),
 	}
-	r.frequency, r.event = samplingFlags(c)
+	r.sampling = samplingFlags(c)
 	return "record", r
 }
 
@@ -46,7 +45,7 @@ const (
 )
 
 func (r *record) run(ctx context.Context, env environment) error {
-	if err := checkSampling(*r.frequency); err != nil {
+	if err := r.check(); err != nil {
 		return err
 	}
 	if *r.duration <= 0 {
@@ -59,7 +58,7 @@ func (r *record) run(ctx context.Context, env environment) error {
 	}
 	defer out.discard()
 
-	cpu, err := bpf.NewCPU(bpf.CPUConfig{Event: bpf.Event(*r.event), Frequency: *r.frequency, CgroupV1: bpf.CPUControllerV1()})
+	cpu, err := bpf.NewCPU(r.config())
 	if err != nil {
 		return hintf(attachHint(err, bpf.Event(*r.event)), "sample CPU: %w", err)
 	}
@@ -83,7 +82,7 @@ func (r *record) sample(ctx context.Context, env environment, cpu *bpf.CPU) (*pr
 	sym := symbolizer.New(symbolizer.Config{})
 	defer sym.Close()
 	p, err := profiler.New(profiler.Config{
-		Source: cpu, Symbolizer: sym,
+		Source: cpu, Symbolizer: sym, Tables: cpu.Tables(),
 		Window:    *r.duration + time.Hour, // never closes by itself
 		Frequency: *r.frequency, Event: *r.event,
 		Logger: promslog.New(env.log),

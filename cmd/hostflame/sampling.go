@@ -7,6 +7,7 @@ import (
 	"io/fs"
 
 	"github.com/alecthomas/kingpin/v2"
+	"github.com/alecthomas/units"
 	"golang.org/x/sys/unix"
 
 	"github.com/hostflame/hostflame/bpf"
@@ -16,18 +17,36 @@ import (
 // 1.6 % of each busy CPU.
 const maxFrequency = 1000
 
-func samplingFlags(c *kingpin.CmdClause) (frequency *int, event *string) {
-	frequency = c.Flag("sampling.frequency", "CPU samples a second on each busy CPU, 1 to 1000.").Default("99").Int()
-	event = c.Flag("sampling.event", "What takes a CPU sample: cpu-clock works everywhere, cycles needs a PMU.").
-		Default(string(bpf.EventCPUClock)).Enum(string(bpf.EventCPUClock), string(bpf.EventCycles))
-	return frequency, event
+// sampling is how CPU samples are taken.
+type sampling struct {
+	frequency   *int
+	event       *string
+	tableMemory *units.Base2Bytes
 }
 
-func checkSampling(hz int) error {
-	if hz < 1 || hz > maxFrequency {
+func samplingFlags(c *kingpin.CmdClause) (s sampling) {
+	s.frequency = c.Flag("sampling.frequency", "CPU samples a second on each busy CPU, 1 to 1000.").Default("99").Int()
+	s.event = c.Flag("sampling.event", "What takes a CPU sample: cpu-clock works everywhere, cycles needs a PMU.").
+		Default(string(bpf.EventCPUClock)).Enum(string(bpf.EventCPUClock), string(bpf.EventCycles))
+	s.tableMemory = c.Flag("unwind.table-memory", "Kernel memory for unwind tables, at least 1MiB. Of what finds no room the least recently sampled goes.").Default("32MiB").Bytes()
+	return s
+}
+
+func (s sampling) check() error {
+	if hz := *s.frequency; hz < 1 || hz > maxFrequency {
 		return usagef("99 is a good rate for always; --sampling.frequency takes 1 to 1000", "sampling frequency %d Hz is out of range", hz)
 	}
+	if n := *s.tableMemory; n < 1<<20 || n > 1<<30 {
+		return usagef("32MiB holds some 5 million rows; --unwind.table-memory takes 1MiB to 1GiB", "memory of %v for unwind tables is out of range", n)
+	}
 	return nil
+}
+
+func (s sampling) config() bpf.CPUConfig {
+	return bpf.CPUConfig{
+		Event: bpf.Event(*s.event), Frequency: *s.frequency, CgroupV1: bpf.CPUControllerV1(),
+		TableMemory: uint64(*s.tableMemory),
+	}
 }
 
 const privilegeHint = "run as root, or with CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE, CAP_SYSLOG, CAP_DAC_READ_SEARCH and CAP_CHECKPOINT_RESTORE as deploy/hostflame.service does; hostflame doctor tells which are missing"

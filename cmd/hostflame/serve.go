@@ -12,7 +12,6 @@ import (
 	"github.com/prometheus/exporter-toolkit/web"
 	"github.com/prometheus/exporter-toolkit/web/kingpinflag"
 
-	"github.com/hostflame/hostflame/bpf"
 	"github.com/hostflame/hostflame/exporter/otlp"
 )
 
@@ -27,10 +26,9 @@ type serve struct {
 	maxRequests       *int
 	noExporterMetrics *bool
 	debugPprof        *bool
-	frequency         *int
-	event             *string
-	interval          *time.Duration
-	otlpEndpoint      *string
+	sampling
+	interval     *time.Duration
+	otlpEndpoint *string
 }
 
 func addServe(app *kingpin.Application) (string, command) {
@@ -42,18 +40,14 @@ func addServe(app *kingpin.Application) (string, command) {
 		noExporterMetrics: c.Flag("web.disable-exporter-metrics", "Leave out the metrics of the agent's own process and runtime (process_*, go_*, promhttp_*).").Bool(),
 		debugPprof:        c.Flag("web.enable-debug-pprof", "Serve profiles of the agent itself at /debug/pprof/.").Bool(),
 	}
-	s.frequency, s.event = samplingFlags(c)
+	s.sampling = samplingFlags(c)
 	s.interval = c.Flag("profile.interval", "The window: the time that one published profile covers, 1s to 1h.").Default("10s").Duration()
 	s.otlpEndpoint = c.Flag("otlp.endpoint", "Push metrics and profiles over OTLP/gRPC to this endpoint: http://HOST:4317 without TLS, https://HOST:4317 with. Wins over OTEL_EXPORTER_OTLP_ENDPOINT; nothing is pushed unless one of them is set.").PlaceHolder("URL").String()
 	return "serve", s
 }
 
-func (s *serve) cpuConfig() bpf.CPUConfig {
-	return bpf.CPUConfig{Event: bpf.Event(*s.event), Frequency: *s.frequency, CgroupV1: bpf.CPUControllerV1()}
-}
-
 func (s *serve) run(ctx context.Context, env environment) error {
-	if err := checkSampling(*s.frequency); err != nil {
+	if err := s.check(); err != nil {
 		return err
 	}
 	if *s.interval < time.Second || *s.interval > time.Hour {

@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package profiler
+
+import (
+	"debug/elf"
+	"errors"
+	"io"
+	"log/slog"
+	"runtime"
+	"sort"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/hostflame/hostflame/bpf"
+	"github.com/hostflame/hostflame/profiler/unwind"
+	"github.com/hostflame/hostflame/symbolizer"
+)
+
+// unwinder makes the unwind tables that samples were found to lack, in the background, and
+// finishes the stacks of those samples in user space by the same tables. What it hands back
+// are ordinary samples.
+type unwinder struct {
+	tables  *bpf.Tables
+	symbols *symbolizer.Symbolizer
+	source  mappingSource
+	log     *slog.Logger
+	work    chan *unfinished
+	hurry   atomic.Bool // deliver what is queued as it is
+
+	mu      sync.Mutex
+	done    []*bpf.Sample
+	pending int           // handed in and not yet collected
+	idle    chan struct{} // closed when nothing is left to do; nil while nobody waits
+
+	// The rest is of the goroutine that works.
+	walker *unwind.Walker
+	files  generations[*symbolizer.Object, *unwind.File]
+	made   generations[madeKey, *unwind.Region]
+	failed map[bpf.TableKey]time.Time // tables that stand in for files that did not open
+}
+
+type madeKey struct {
+	object *symbolizer.Object
+	region uint32
+}
+
+// unfinished is a sample whose walk is to go on, and the code of its process.
+type unfinished struct {
+	sample *bpf.Sample
+	pid    PID
+	areas  []sampledArea // that the sample itself tells of
+	rest   []area        // by address; only what is read-only of them
+}
+
+type sampledArea struct {
+	bpf.Area
+	program *program // nil: not known
+}
+
+const (
+	// maxUnfinished bounds the samples that wait, some 20 KB each.
+	maxUnfinished = 256
+	// maxUnwindFiles and maxMadeRegions bound each of two generations; a region is some 30 KB.
+	maxUnwindFiles = 128
+	maxMadeRegions = 128
+	// smallFile is how many regions a file may have for all of them to be made at once.
+	smallFile = 16
+)
+
+func newUnwinder(tables *bpf.Tables, symbols *symbolizer.Symbolizer, source mappingSource, log *slog.Logger) (*unwinder, error) {
+	machine := elf.EM_X86_64
+	if runtime.GOARCH == "arm64" {
+		machine = elf.EM_AARCH64
+	}
+	walker, err := unwind.NewWalker(machine, nil)
+	if err != nil {
+		return nil, err
+	}
+	walker.AddressMask = bpf.AddressMask()
+	u := &unwinder{
+		walker: walker,
+		tables: tables, symbols: symbols, source: source, log: log,
+		work:   make(chan *unfinished, maxUnfinished),
+		failed: map[bpf.TableKey]time.Time{},
+	}
+	u.files.limit, u.made.limit = maxUnwindFiles, maxMadeRegions
+	return u, nil
+}
+
+// submit hands in a sample, which is copied. It returns false where there is no room.
+func (u *unwinder) submit(job *unfinished) bool {
+	if len(u.work) == cap(u.work) {
+		return false
+	}
+	job.sample = job.sample.Clone()
+	u.mu.Lock()
+	u.pending++
+	u.mu.Unlock()
+	u.work <- job // there is one sender
+	return true
+}
+
+// collect returns the samples that are finished.
+func (u *unwinder) collect() []*bpf.Sample {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	done := u.done
+	u.done = nil
+	u.pending -= len(done)
+	return done
+}
+
+// settle waits until all samples are finished, but not longer than d.
+func (u *unwinder) settle(d time.Duration) {
+	u.mu.Lock()
+	if u.pending == len(u.done) {
+		u.mu.Unlock()
+		return
+	}
+	idle := make(chan struct{})
+	u.idle = idle
+	u.mu.Unlock()
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-idle:
+	case <-t.C:
+	}
+}
+
+// run works until work is closed.
+func (u *unwinder) run() {
+	retry := time.NewTicker(retryInterval)
+	defer retry.Stop()
+	for {
+		select {
+		case job, ok := <-u.work:
+			if !ok {
+				return
+			}
+			if !u.hurry.Load() {
+				u.finish(job)
+			}
+			u.mu.Lock()
+			u.done = append(u.done, job.sample)
+			if u.idle != nil && u.pending == len(u.done) {
+				close(u.idle)
+				u.idle = nil
+			}
+			u.mu.Unlock()
+		case now := <-retry.C:
+			for key, at := range u.failed {
+				if now.Sub(at) >= retryInterval {
+					u.tables.Delete(key)
+					delete(u.failed, key)
+				}
+			}
+		}
+	}
+}
+
+// finish makes the tables that the stack of job needs, and the rest of the stack.
+func (u *unwinder) finish(job *unfinished) {
+	s := job.sample
+	u.walker.Lookup = func(addr uint64) (*unwind.Region, uint64, bool) { return u.lookup(job, addr) }
+	// The last frame is the one that the walk stopped at.
+	stopped := max(len(s.User)-1, 0)
+	s.User, s.UserOutcome = u.walker.Walk(s.User[:stopped], s.Stop, stopped, s.Stack, s.Stop.SP)
+	s.Stack = nil
+}
+
+// lookup finds the table for an address of the process of job.
+func (u *unwinder) lookup(job *unfinished, addr uint64) (r *unwind.Region, offset uint64, ok bool) {
+	for i := range job.areas {
+		if a := &job.areas[i]; addr >= a.Start && addr < a.End {
+			offset = addr - a.Start + a.Offset
+			return u.region(a.program, a.File, bpf.RegionOf(offset)), offset, true
+		}
+	}
+	i := sort.Search(len(job.rest), func(i int) bool { return job.rest[i].end > addr })
+	if i == len(job.rest) || job.rest[i].start > addr {
+		return nil, 0, false
+	}
+	v := &job.rest[i].vma
+	offset = addr - v.start + v.offset
+	if v.inode == 0 {
+		return nil, offset, true
+	}
+	p, err := openFile(u.symbols, u.source, job.pid, *v)
+	if err != nil {
+		return nil, offset, true
+	}
+	return u.region(p, fileOf(p.object), bpf.RegionOf(offset)), offset, true
+}
+
+// fileOf is what the kernel calls the file of an object, on most file systems.
+func fileOf(o *symbolizer.Object) bpf.File {
+	if o == nil {
+		return bpf.File{}
+	}
+	dev, inode, mtime, ok := o.Stat()
+	if !ok {
+		return bpf.VDSO
+	}
+	return bpf.File{Inode: inode, MtimeNanos: uint64(mtime), Device: unix.Major(dev)<<20 | unix.Minor(dev)}
+}
+
+// region returns the table of a region of a file, and sees that the kernel has it.
+func (u *unwinder) region(p *program, id bpf.File, n uint32) *unwind.Region {
+	if id == (bpf.File{}) {
+		return nil
+	}
+	key := bpf.TableKey{File: id, Region: n}
+	if p == nil || p.object == nil {
+		if !u.tables.Has(key) {
+			u.put(key, &unwind.Region{})
+			if p == nil {
+				u.failed[key] = time.Now()
+			}
+		}
+		return nil
+	}
+	r := u.make(p, n)
+	if u.tables.Has(key) {
+		return r
+	}
+	u.put(key, r)
+	f := u.file(p)
+	if f == nil {
+		return r
+	}
+	if regions := f.Regions(); len(regions) <= smallFile {
+		for _, other := range regions {
+			if k := (bpf.TableKey{File: id, Region: other}); !u.tables.Has(k) {
+				u.put(k, u.make(p, other))
+			}
+		}
+	}
+	return r
+}
+
+func (u *unwinder) put(key bpf.TableKey, r *unwind.Region) {
+	err := u.tables.Put(key, bpf.Table{FirstBucket: r.FirstBucket, Buckets: uint16(r.Buckets()), Words: r.Words})
+	if err != nil {
+		u.log.Warn("unwind table is not in the kernel", "inode", key.File.Inode, "region", key.Region, "err", err)
+	}
+}
+
+// make returns the table of a region of a program, made once.
+func (u *unwinder) make(p *program, n uint32) *unwind.Region {
+	key := madeKey{p.object, n}
+	if r, ok := u.made.get(key); ok {
+		return r
+	}
+	r := new(unwind.Region)
+	if f := u.file(p); f != nil {
+		made, err := f.Region(n)
+		if err != nil {
+			u.log.Debug("no unwind table", "file", p.path, "region", n, "err", err)
+		}
+		r = &made
+	}
+	u.made.put(key, r)
+	return r
+}
+
+// file returns the unwind information of a program, nil if there is none.
+func (u *unwinder) file(p *program) *unwind.File {
+	if f, ok := u.files.get(p.object); ok {
+		return f
+	}
+	c := p.object.Content()
+	f, err := unwind.Open(c, c.Size(), noDebugFile)
+	if err != nil {
+		u.log.Debug("no unwind information", "file", p.path, "err", err)
+		f = nil
+	}
+	u.files.put(p.object, f)
+	return f
+}
+
+func noDebugFile(string, string, uint32) (io.ReaderAt, int64, error) {
+	return nil, 0, errors.New("separate debug files are not looked for")
+}
+
+// generations is a map of bounded size: what is used stays, what was not used since limit
+// others were is dropped.
+type generations[K comparable, V any] struct {
+	limit      int
+	young, old map[K]V
+}
+
+func (g *generations[K, V]) get(k K) (V, bool) {
+	if v, ok := g.young[k]; ok {
+		return v, true
+	}
+	v, ok := g.old[k]
+	if ok {
+		g.put(k, v)
+	}
+	return v, ok
+}
+
+func (g *generations[K, V]) put(k K, v V) {
+	if len(g.young) >= g.limit || g.young == nil {
+		g.old, g.young = g.young, make(map[K]V)
+	}
+	g.young[k] = v
+}
