@@ -208,7 +208,7 @@ func goRule(a *arch, delta int64) (before, set Rule) {
 	words := delta / 8
 	if a == &amd64 {
 		if words+1 > maxCFA {
-			return 0, 0
+			return 0, narrow(KindFP, goFrameWords, goFrameWords, 0)
 		}
 		fp := int64(0)
 		if words > 0 {

@@ -535,7 +535,7 @@ func TestRowsAgreeWithElfutils(t *testing.T) {
 // goCode is where Go's own table speaks.
 func goCode(f *File) func(uint64, Rule) bool {
 	return func(addr uint64, r Rule) bool {
-		return f.gotab != nil && addr+1 >= f.gotab.Text && addr < f.gotab.Text+f.gotab.TextEnd
+		return f.gotab != nil && addr+1 >= f.gotab.Text && addr < f.gotab.Text+f.gotab.TextEnd+padding
 	}
 }
 
