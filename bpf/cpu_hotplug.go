@@ -19,7 +19,15 @@ import (
 // each CPU that comes or goes (a kobject uevent); where that can not be heard the list is
 // looked at once a second. onError, if not nil, gets what went wrong; sampling goes on
 // with the CPUs that work.
-func (c *CPU) Follow(ctx context.Context, onError func(error)) {
+func (c *CPU) Follow(ctx context.Context, onError func(error)) { followCPUs(ctx, c, onError) }
+
+// cpuEvents are perf events, one a CPU.
+type cpuEvents interface {
+	sync() error    // opens those of the CPUs that came online, closes those of CPUs that are offline
+	forget(cpu int) // closes the event of a CPU, or of all of them for -1; sync opens it again
+}
+
+func followCPUs(ctx context.Context, c cpuEvents, onError func(error)) {
 	report := func(err error) {
 		if err != nil && onError != nil && !errors.Is(err, os.ErrClosed) {
 			onError(err)
@@ -28,7 +36,7 @@ func (c *CPU) Follow(ctx context.Context, onError func(error)) {
 	events, err := listenUevents()
 	if err != nil {
 		report(err)
-		c.poll(ctx, report)
+		pollCPUs(ctx, c, report)
 		return
 	}
 	defer events.Close()
@@ -47,7 +55,7 @@ func (c *CPU) Follow(ctx context.Context, onError func(error)) {
 			c.forget(-1)
 		case err != nil:
 			report(fmt.Errorf("read uevents: %w", err))
-			c.poll(ctx, report)
+			pollCPUs(ctx, c, report)
 			return
 		default:
 			cpu, online, ok := parseCPUUevent(message[:n])
@@ -63,9 +71,9 @@ func (c *CPU) Follow(ctx context.Context, onError func(error)) {
 	}
 }
 
-// poll is Follow without uevents. It can not see a CPU that leaves and is back within a
-// second.
-func (c *CPU) poll(ctx context.Context, report func(error)) {
+// pollCPUs is followCPUs without uevents. It can not see a CPU that leaves and is back
+// within a second.
+func pollCPUs(ctx context.Context, c cpuEvents, report func(error)) {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	last := ""

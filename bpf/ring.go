@@ -7,12 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"syscall"
 	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/ringbuf"
-	"golang.org/x/sys/unix"
 )
 
 // rings are the sample rings, one a possible CPU. The kernel side asks for a wakeup only
@@ -21,9 +19,7 @@ type rings struct {
 	outer   *ebpf.Map
 	inner   []*ebpf.Map
 	readers []*ringbuf.Reader
-	epoll   *os.File
-	conn    syscall.RawConn // of epoll
-	events  []unix.EpollEvent
+	poller  *poller
 	record  ringbuf.Record
 	sample  Sample
 }
@@ -37,19 +33,9 @@ func newRings(outer *ebpf.Map, size int) (_ *rings, err error) {
 			r.close()
 		}
 	}()
-	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
-	if err != nil {
-		return nil, fmt.Errorf("create epoll: %w", err)
+	if r.poller, err = newPoller("samples"); err != nil {
+		return nil, err
 	}
-	if err := unix.SetNonblock(fd, true); err != nil {
-		unix.Close(fd)
-		return nil, fmt.Errorf("set epoll non-blocking: %w", err)
-	}
-	r.epoll = os.NewFile(uintptr(fd), "sample rings")
-	if r.conn, err = r.epoll.SyscallConn(); err != nil {
-		return nil, fmt.Errorf("watch rings: %w", err)
-	}
-	r.events = make([]unix.EpollEvent, outer.MaxEntries())
 	for cpu := range outer.MaxEntries() {
 		m, err := ebpf.NewMap(&ebpf.MapSpec{Name: "hf_ring", Type: ebpf.RingBuf, MaxEntries: uint32(size)})
 		if err != nil {
@@ -63,8 +49,7 @@ func newRings(outer *ebpf.Map, size int) (_ *rings, err error) {
 		r.readers = append(r.readers, rd)
 		// A deadline in the past makes a read return what is there, without waiting.
 		rd.SetDeadline(time.Unix(1, 0))
-		ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: int32(cpu)}
-		if err := unix.EpollCtl(fd, unix.EPOLL_CTL_ADD, m.FD(), &ev); err != nil {
+		if err := r.poller.add(m.FD()); err != nil {
 			return nil, fmt.Errorf("watch ring of CPU %d: %w", cpu, err)
 		}
 		if err := outer.Put(cpu, m); err != nil {
@@ -100,24 +85,7 @@ func (r *rings) drain(fn func(*Sample)) error {
 }
 
 // wait returns when a ring is half full, after d, or when ctx ends.
-func (r *rings) wait(ctx context.Context, d time.Duration) error {
-	if err := r.epoll.SetReadDeadline(time.Now().Add(d)); err != nil {
-		return fmt.Errorf("wait for samples: %w", err)
-	}
-	stop := context.AfterFunc(ctx, func() { r.epoll.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	err := r.conn.Read(func(fd uintptr) bool {
-		n, err := unix.EpollWait(int(fd), r.events, 0)
-		return n > 0 || (err != nil && err != unix.EINTR)
-	})
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
-	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-		return fmt.Errorf("wait for samples: %w", err)
-	}
-	return nil
-}
+func (r *rings) wait(ctx context.Context, d time.Duration) error { return r.poller.wait(ctx, d) }
 
 func (r *rings) close() error {
 	var errs []error
@@ -127,8 +95,8 @@ func (r *rings) close() error {
 	for _, m := range r.inner {
 		errs = append(errs, m.Close())
 	}
-	if r.epoll != nil {
-		errs = append(errs, r.epoll.Close())
+	if r.poller != nil {
+		errs = append(errs, r.poller.close())
 	}
 	return errors.Join(errs...)
 }
