@@ -40,8 +40,19 @@ type unwinder struct {
 	walker *unwind.Walker
 	files  generations[*symbolizer.Object, *unwind.File]
 	made   generations[madeKey, *unwind.Region]
-	failed map[bpf.TableKey]time.Time // tables that stand in for files that did not open
+	failed map[bpf.TableKey]failure
 }
+
+// failure is that a file could not be opened. The next process of it can do better, but not
+// every sample of one that is closed to us is to come with its stack: after some tries an
+// empty table stands in, for a while.
+type failure struct {
+	tries int
+	since time.Time
+}
+
+// maxOpenTries is how many samples of a file that does not open come with their stack.
+const maxOpenTries = 20
 
 type madeKey struct {
 	object *symbolizer.Object
@@ -85,7 +96,7 @@ func newUnwinder(tables *bpf.Tables, symbols *symbolizer.Symbolizer, source mapp
 		walker: walker,
 		tables: tables, symbols: symbols, source: source, log: log,
 		work:   make(chan *unfinished, maxUnfinished),
-		failed: map[bpf.TableKey]time.Time{},
+		failed: map[bpf.TableKey]failure{},
 	}
 	u.files.limit, u.made.limit = maxUnwindFiles, maxMadeRegions
 	return u, nil
@@ -153,8 +164,8 @@ func (u *unwinder) run() {
 			}
 			u.mu.Unlock()
 		case now := <-retry.C:
-			for key, at := range u.failed {
-				if now.Sub(at) >= retryInterval {
+			for key, f := range u.failed {
+				if now.Sub(f.since) >= retryInterval {
 					u.tables.Delete(key)
 					delete(u.failed, key)
 				}
@@ -216,15 +227,21 @@ func (u *unwinder) region(p *program, id bpf.File, n uint32) *unwind.Region {
 	}
 	key := bpf.TableKey{File: id, Region: n}
 	if p == nil || p.object == nil {
-		if !u.tables.Has(key) {
+		f := u.failed[key]
+		if p == nil {
+			f = failure{f.tries + 1, time.Now()}
+			u.failed[key] = f
+		}
+		if (p != nil || f.tries >= maxOpenTries) && !u.tables.Has(key) {
 			u.put(key, &unwind.Region{})
-			if p == nil {
-				u.failed[key] = time.Now()
-			}
 		}
 		return nil
 	}
 	r := u.make(p, n)
+	if _, failed := u.failed[key]; failed {
+		u.tables.Delete(key)
+		delete(u.failed, key)
+	}
 	if u.tables.Has(key) {
 		return r
 	}
