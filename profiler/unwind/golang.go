@@ -60,10 +60,10 @@ var goSwitches = map[string]Rule{
 	"runtime.asmcgocall_landingpad": goBySP,
 }
 
-// Not rules, but which ones apply.
+// Not rules, but which ones apply. Their Kind is none, so that none passes for a rule.
 const (
-	goBySP     = Rule(1<<32 + iota) // the deltas are right whatever the flags say
-	goBySwitch                      // as of any function that writes SP
+	goBySP     = Rule(1<<32 + iota<<3) // the deltas are right whatever the flags say
+	goBySwitch                         // as of any function that writes SP
 	goCgocall
 	goCrosscall2
 )
