@@ -20,12 +20,13 @@ import (
 	"github.com/hostflame/hostflame/bpf"
 )
 
-// vma is one executable mapping of a process, as /proc/PID/maps shows it.
+// vma is one executable mapping of a process.
 type vma struct {
 	start, end, offset uint64
 	major, minor       uint32
 	inode              uint64 // 0: anonymous
-	path               string // "" or a name in brackets where there is no file
+	path               string // as the process sees it; "" or a name in brackets where there is no file
+	mtime              uint64 // of the file, ns since 1970; 0: not known
 }
 
 // deletedSuffix is what the kernel adds to the path of a file that has no name any more.
@@ -55,31 +56,90 @@ func newProcfs(root string) *procfs {
 // taken in. The errors are errExited and errReplaced, those of file permissions, or worse.
 func (p *procfs) mappings(s *bpf.Sample) ([]vma, error) {
 	// The directory stays that of this process, even when its id is used again meanwhile.
-	dir, err := unix.Open(filepath.Join(p.root, strconv.FormatUint(uint64(s.PID), 10)), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	dir, err := p.dir(PID(s.PID))
 	if err != nil {
-		return nil, procError(err)
+		return nil, err
 	}
 	defer unix.Close(dir)
-	vmas, err := p.readMaps(dir, "maps")
-	if err == nil && len(vmas) == 0 {
-		// The main thread can be gone before the others.
-		vmas, err = p.readMaps(dir, fmt.Sprintf("task/%d/maps", s.TID))
-	}
-	if err != nil {
-		return nil, procError(err)
-	}
-	// After the maps: an execve in between must show here, by the name.
-	comm, start, err := p.readStat(dir)
-	if err != nil {
-		return nil, procError(err)
-	}
+	r, err := p.read(dir, TID(s.TID))
 	switch {
-	case start != s.Start/(1e9/userHZ), len(vmas) == 0:
+	case err != nil:
+		return nil, err
+	case r.start != s.Start/nanosPerTick, len(r.vmas) == 0:
 		return nil, errExited
-	case comm != s.Comm:
+	case r.comm != s.Comm:
 		return nil, errReplaced
 	}
-	return vmas, nil
+	return r.vmas, nil
+}
+
+// reading is what /proc tells of a process.
+type reading struct {
+	procStat
+	vmas []vma
+}
+
+// readProcess reads the mappings and state of a process. The main thread can be gone
+// before the others; then tid, if it is one of them, tells the mappings.
+func (p *procfs) readProcess(pid PID, tid TID) (reading, error) {
+	dir, err := p.dir(pid)
+	if err != nil {
+		return reading{}, err
+	}
+	defer unix.Close(dir)
+	return p.read(dir, tid)
+}
+
+func (p *procfs) dir(pid PID) (int, error) {
+	dir, err := unix.Open(filepath.Join(p.root, strconv.FormatUint(uint64(pid), 10)), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, procError(err)
+	}
+	return dir, nil
+}
+
+func (p *procfs) read(dir int, tid TID) (r reading, err error) {
+	root := p.readRoot(dir)
+	r.vmas, err = p.readMaps(dir, "maps", root)
+	if err == nil && len(r.vmas) == 0 && tid != 0 {
+		r.vmas, err = p.readMaps(dir, fmt.Sprintf("task/%d/maps", tid), root)
+	}
+	if err != nil {
+		return reading{}, procError(err)
+	}
+	// After the maps: an execve in between must show here, by the name.
+	if r.procStat, err = p.readStat(dir); err != nil {
+		return reading{}, procError(err)
+	}
+	return r, nil
+}
+
+// readRoot returns the root directory of a process where that is another one than ours, in
+// the same mount namespace: the kernel shows us its paths from our root.
+func (p *procfs) readRoot(dir int) string {
+	var buf [512]byte
+	n, err := unix.Readlinkat(dir, "root", buf[:])
+	if err != nil || n == len(buf) || n == 1 {
+		return ""
+	}
+	return string(buf[:n])
+}
+
+// pids lists the processes.
+func (p *procfs) pids() ([]PID, error) {
+	dir, err := os.Open(p.root)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	names, err := dir.Readdirnames(-1)
+	var pids []PID
+	for _, name := range names {
+		if pid, err := strconv.ParseUint(name, 10, 32); err == nil {
+			pids = append(pids, PID(pid))
+		}
+	}
+	return pids, err
 }
 
 // procError tells the errors of a process that is gone from others.
@@ -98,7 +158,7 @@ func openAt(dir int, name string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
-func (p *procfs) readMaps(dir int, name string) ([]vma, error) {
+func (p *procfs) readMaps(dir int, name, root string) ([]vma, error) {
 	f, err := openAt(dir, name)
 	if err != nil {
 		return nil, err
@@ -117,6 +177,9 @@ func (p *procfs) readMaps(dir int, name string) ([]vma, error) {
 		v, path, ok := parseMapsLine(line)
 		if !ok || len(vmas) == maxVMAs {
 			continue
+		}
+		if inside, ok := bytes.CutPrefix(path, []byte(root)); ok && root != "" && len(inside) > 0 && inside[0] == '/' {
+			path = inside
 		}
 		v.path = p.intern(path)
 		vmas = append(vmas, v)
@@ -185,54 +248,69 @@ func parseMapsLine(line []byte) (v vma, path []byte, ok bool) {
 func unsafeString(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
 
 // userHZ is the rate of the clock ticks that the kernel shows to user space.
-const userHZ = 100
+const (
+	userHZ       = 100
+	nanosPerTick = 1e9 / userHZ
+)
 
-// readStat returns the leader's name and the start time in ticks, of the boot clock.
-func (p *procfs) readStat(dir int) (comm bpf.Comm, start uint64, err error) {
+// procStat is what we want of /proc/PID/stat.
+type procStat struct {
+	comm    bpf.Comm // of the leader
+	kernel  bool     // a kernel thread
+	threads int      // those that have not ended, and the leader in any case
+	start   uint64   // ticks of the boot clock
+}
+
+func (p *procfs) readStat(dir int) (procStat, error) {
 	f, err := openAt(dir, "stat")
 	if err != nil {
-		return comm, 0, err
+		return procStat{}, err
 	}
 	defer f.Close()
 	var buf [1024]byte
 	n, err := f.Read(buf[:])
 	if err != nil {
-		return comm, 0, err
+		return procStat{}, err
 	}
 	return parseStat(buf[:n])
 }
 
-// parseStat parses /proc/PID/stat: fields 2 and 22 of proc(5).
-func parseStat(stat []byte) (comm bpf.Comm, start uint64, err error) {
+// parseStat parses /proc/PID/stat: fields 2, 9, 20 and 22 of proc(5).
+func parseStat(stat []byte) (s procStat, err error) {
 	open, end := bytes.IndexByte(stat, '('), bytes.LastIndexByte(stat, ')')
 	if open < 0 || end < open {
-		return comm, 0, fmt.Errorf("parse stat: no name in %q", stat)
+		return s, fmt.Errorf("parse stat: no name in %q", stat)
 	}
-	comm = bpf.MakeComm(string(stat[open+1 : end]))
+	s.comm = bpf.MakeComm(string(stat[open+1 : end]))
 	fields := bytes.Fields(stat[end+1:])
-	const starttime = 22 - 3 // the first field here is the third
-	if len(fields) <= starttime {
-		return comm, 0, fmt.Errorf("parse stat: %d fields", len(fields))
+	// The first field here is the third.
+	const flags, threads, start = 9 - 3, 20 - 3, 22 - 3
+	if len(fields) <= start {
+		return s, fmt.Errorf("parse stat: %d fields", len(fields))
 	}
-	start, err = strconv.ParseUint(string(fields[starttime]), 10, 64)
-	if err != nil {
-		return comm, 0, fmt.Errorf("parse stat: %w", err)
+	var numbers [3]uint64
+	for i, field := range []int{flags, threads, start} {
+		if numbers[i], err = strconv.ParseUint(string(fields[field]), 10, 63); err != nil {
+			return s, fmt.Errorf("parse stat: %w", err)
+		}
 	}
-	return comm, start, nil
+	const kernelThread = 0x00200000 // PF_KTHREAD
+	s.kernel = numbers[0]&kernelThread != 0
+	s.threads, s.start = int(numbers[1]), numbers[2]
+	return s, nil
 }
 
 // open opens the very file that a process has mapped, if it is a regular file: by the
 // mapping itself, which works for files that were deleted or belong to another mount
-// namespace; where that is closed to us or the process is gone, by its path, if device
-// and inode are those of the mapping. It may be called from any goroutine.
+// namespace; where that is closed to us or the process is gone, by its path, if the file
+// there is the same one. It may be called from any goroutine.
 func (p *procfs) open(pid PID, v vma) (*os.File, error) {
-	dir := filepath.Join(p.root, strconv.FormatUint(uint64(pid), 10))
-	f, err := openRegular(unix.AT_FDCWD, fmt.Sprintf("%s/map_files/%x-%x", dir, v.start, v.end), &unix.OpenHow{Flags: unix.O_PATH}, nil)
+	f, err := p.openMapped(pid, v.start, v.end, v)
 	if err == nil || !strings.HasPrefix(v.path, "/") {
 		return f, err
 	}
-	for _, root := range []string{filepath.Join(dir, "root"), "/"} {
-		if f, err2 := p.openIn(root, v); err2 == nil {
+	for _, root := range []string{p.rootOf(pid), "/"} {
+		if f, err2 := openIn(root, v); err2 == nil {
 			return f, nil
 		} else if !errors.Is(err2, fs.ErrNotExist) {
 			err = err2
@@ -241,20 +319,53 @@ func (p *procfs) open(pid PID, v vma) (*os.File, error) {
 	return nil, err
 }
 
-// openIn opens the path of a mapping under a root directory, never outside of it.
-func (p *procfs) openIn(root string, v vma) (*os.File, error) {
+func (p *procfs) rootOf(pid PID) string {
+	return filepath.Join(p.root, strconv.FormatUint(uint64(pid), 10), "root")
+}
+
+// openMapped opens the file that a process has mapped from start to end, if it is that of v.
+func (p *procfs) openMapped(pid PID, start, end uint64, v vma) (*os.File, error) {
+	path := fmt.Sprintf("%s/%d/map_files/%x-%x", p.root, pid, start, end)
+	return openRegular(unix.AT_FDCWD, path, &unix.OpenHow{Flags: unix.O_PATH}, v.isMapped)
+}
+
+// openIn opens the path of a mapping under a root directory, never outside of it, if the
+// file there is that of the mapping.
+func openIn(root string, v vma) (*os.File, error) {
 	dir, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", root, err)
 	}
 	defer unix.Close(dir)
 	path := strings.TrimSuffix(v.path, deletedSuffix)
-	return openRegular(dir, path, &unix.OpenHow{Flags: unix.O_PATH, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS}, &v)
+	return openRegular(dir, path, &unix.OpenHow{Flags: unix.O_PATH, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS}, v.isNamed)
 }
 
-// openRegular opens a file that turns out to be regular, and to be the one of v if v is
-// given. Nothing but a regular file is opened for reading, as that can have effects.
-func openRegular(dir int, path string, how *unix.OpenHow, v *vma) (*os.File, error) {
+// isMapped tells whether a file that is mapped where v was can be that of v. A file system
+// on a device of its own (overlay, a btrfs subvolume) shows other devices, and sometimes
+// inodes, than the mappings of its files do.
+func (v *vma) isMapped(st *unix.Stat_t) bool {
+	device := unix.Mkdev(v.major, v.minor)
+	return st.Ino == v.inode && st.Dev == device || st.Dev != device && unix.Major(st.Dev) == 0
+}
+
+// isNamed tells whether a file that has the path of v is that of v.
+func (v *vma) isNamed(st *unix.Stat_t) bool {
+	switch {
+	case v.mtime != 0 && uint64(st.Mtim.Nano()) != v.mtime:
+		return false
+	case st.Dev == unix.Mkdev(v.major, v.minor):
+		return st.Ino == v.inode
+	case unix.Major(st.Dev) != 0:
+		return false
+	}
+	// Overlay can have the number of the layer in the high bits.
+	return uint32(st.Ino) == uint32(v.inode)
+}
+
+// openRegular opens a file that turns out to be regular, and to be the one that is meant.
+// Nothing but a regular file is opened for reading, as that can have effects.
+func openRegular(dir int, path string, how *unix.OpenHow, meant func(*unix.Stat_t) bool) (*os.File, error) {
 	how.Flags |= unix.O_CLOEXEC
 	fd, err := unix.Openat2(dir, path, how)
 	if err != nil {
@@ -268,8 +379,8 @@ func openRegular(dir int, path string, how *unix.OpenHow, v *vma) (*os.File, err
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
 		return nil, fmt.Errorf("open %s: not a regular file", path)
 	}
-	if v != nil && (st.Ino != v.inode || unix.Major(st.Dev) != v.major || unix.Minor(st.Dev) != v.minor) {
-		return nil, fmt.Errorf("open %s: %w: another file has this path now", path, fs.ErrNotExist)
+	if !meant(&st) {
+		return nil, fmt.Errorf("open %s: %w: another file is there now", path, fs.ErrNotExist)
 	}
 	f, err := os.OpenFile("/proc/self/fd/"+strconv.Itoa(fd), os.O_RDONLY, 0)
 	if err != nil {

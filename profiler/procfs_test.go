@@ -24,9 +24,9 @@ func TestParseMapsLine(t *testing.T) {
 		want *vma
 	}{
 		{"55d4c8a00000-55d4c8a25000 r-xp 00002000 fe:01 131 /usr/bin/cat\n",
-			&vma{0x55d4c8a00000, 0x55d4c8a25000, 0x2000, 0xfe, 1, 131, "/usr/bin/cat"}},
+			&vma{0x55d4c8a00000, 0x55d4c8a25000, 0x2000, 0xfe, 1, 131, "/usr/bin/cat", 0}},
 		{"7f1000-7f2000 rwxs 00000000 00:01 2051                       /memfd:jit (deleted)\n",
-			&vma{0x7f1000, 0x7f2000, 0, 0, 1, 2051, "/memfd:jit (deleted)"}},
+			&vma{0x7f1000, 0x7f2000, 0, 0, 1, 2051, "/memfd:jit (deleted)", 0}},
 		{"7f1000-7f2000 r-xp 00000000 00:00 0 \n", &vma{start: 0x7f1000, end: 0x7f2000}},
 		{"7f1000-7f2000 r-xp 00000000 00:00 0", &vma{start: 0x7f1000, end: 0x7f2000}},
 		{"7fffe000-7ffff000 r-xp 00000000 00:00 0                  [vdso]\n",
@@ -34,7 +34,7 @@ func TestParseMapsLine(t *testing.T) {
 		{"ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0  [vsyscall]\n",
 			&vma{start: 0xffffffffff600000, end: 0xffffffffff601000, path: "[vsyscall]"}},
 		{`1000-2000 r-xp 00000000 103:05 18446744073709551615 /a b\012c` + "\n",
-			&vma{0x1000, 0x2000, 0, 0x103, 5, 1<<64 - 1, "/a b\nc"}},
+			&vma{0x1000, 0x2000, 0, 0x103, 5, 1<<64 - 1, "/a b\nc", 0}},
 		{"1000-2000 r--p 00000000 fe:01 131 /usr/bin/cat\n", nil},
 		{"2000-1000 r-xp 00000000 fe:01 131 /usr/bin/cat\n", nil},
 		{"1000-2000 r-xp 00000000 fe:01 131x /usr/bin/cat\n", nil},
@@ -69,25 +69,26 @@ func FuzzParseMapsLine(f *testing.F) {
 }
 
 func TestParseStat(t *testing.T) {
-	rest := " S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4242 20\n"
+	rest := " S 1 2 3 4 5 4194560 7 8 9 10 11 12 13 14 15 16 3 18 4242 20\n"
+	cat := procStat{comm: bpf.MakeComm("cat"), threads: 3, start: 4242}
 	for _, test := range []struct {
-		stat  string
-		comm  string
-		start uint64
-		ok    bool
+		stat string
+		want procStat
+		ok   bool
 	}{
-		{"12 (cat)" + rest, "cat", 4242, true},
-		{"12 (a) b (c)" + rest, "a) b (c", 4242, true},
-		{"12 ()" + rest, "", 4242, true},
-		{"12 (cat) S 1 2", "", 0, false},
-		{"12 cat" + rest, "", 0, false},
-		{"12 )cat(" + rest, "", 0, false},
-		{strings.Replace("12 (cat)"+rest, "4242", "x", 1), "", 0, false},
-		{"", "", 0, false},
+		{"12 (cat)" + rest, cat, true},
+		{"12 (a) b (c)" + rest, procStat{comm: bpf.MakeComm("a) b (c"), threads: 3, start: 4242}, true},
+		{"12 ()" + rest, procStat{threads: 3, start: 4242}, true},
+		{strings.Replace("12 (cat)"+rest, "4194560", "69238880", 1), procStat{bpf.MakeComm("cat"), true, 3, 4242}, true},
+		{"12 (cat) S 1 2", procStat{}, false},
+		{"12 cat" + rest, procStat{}, false},
+		{"12 )cat(" + rest, procStat{}, false},
+		{strings.Replace("12 (cat)"+rest, "4242", "x", 1), procStat{}, false},
+		{"", procStat{}, false},
 	} {
-		comm, start, err := parseStat([]byte(test.stat))
-		if (err == nil) != test.ok || test.ok && (comm != bpf.MakeComm(test.comm) || start != test.start) {
-			t.Errorf("%q: %q %d %v", test.stat, comm, start, err)
+		got, err := parseStat([]byte(test.stat))
+		if (err == nil) != test.ok || test.ok && got != test.want {
+			t.Errorf("%q: %+v %v, want %+v", test.stat, got, err, test.want)
 		}
 	}
 }
@@ -113,7 +114,7 @@ func TestProcfsMappings(t *testing.T) {
 	write(t, filepath.Join(root, "43/task/44/maps"), maps)
 	fakeProcess(t, root, 45, "a", 100, "")
 	want := []vma{
-		{0x2000, 0x3000, 0x1000, 0xfe, 1, 7, "/bin/a"},
+		{0x2000, 0x3000, 0x1000, 0xfe, 1, 7, "/bin/a", 0},
 		{start: 0x9000, end: 0xa000},
 	}
 	for _, test := range []struct {

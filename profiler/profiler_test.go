@@ -79,18 +79,18 @@ func (s *scripted) Drain(fn func(*bpf.Sample)) error {
 // ownSample is a sample of this process in a function of this test.
 func ownSample(t *testing.T) bpf.Sample {
 	t.Helper()
-	stat, err := os.ReadFile("/proc/self/stat")
+	b, err := os.ReadFile("/proc/self/stat")
 	if err != nil {
 		t.Fatal(err)
 	}
-	comm, ticks, err := parseStat(stat)
+	stat, err := parseStat(b)
 	if err != nil {
 		t.Fatal(err)
 	}
 	leaf, caller := uint64(reflect.ValueOf(leafFunction).Pointer()), uint64(reflect.ValueOf(callerFunction).Pointer())
 	return bpf.Sample{
-		PID: uint32(os.Getpid()), TID: uint32(os.Getpid()), Start: ticks * (1e9 / userHZ), ExecID: 1,
-		Comm: comm, Thread: bpf.MakeComm("thread"), Weight: 1, Value: 10_000_000,
+		PID: uint32(os.Getpid()), TID: uint32(os.Getpid()), Start: stat.start * nanosPerTick, ExecID: 1,
+		Comm: stat.comm, Thread: bpf.MakeComm("thread"), Weight: 1, Value: 10_000_000,
 		UserMode: true, UserOutcome: bpf.OutcomeComplete,
 		// The return address is the second instruction.
 		User: []uint64{bpf.ExactAddr | leaf, caller + 1},
