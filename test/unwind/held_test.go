@@ -33,19 +33,23 @@ func newHeld(chains []workload.Chain) *held {
 
 // add takes a stack, root first.
 func (h *held) add(stack []string) {
-	var witnessed []int
+	first := -1
 	for i, c := range h.chains {
-		if c.Match(stack) {
+		part, ok := c.Witnessed(stack)
+		if !ok {
+			continue
+		}
+		if c.Match(part) {
 			h.matched[i]++
 			h.witness[i]++
 			return
 		}
-		if c.Witnessed(stack) {
-			witnessed = append(witnessed, i)
+		if first < 0 {
+			first = i
 		}
 	}
-	if len(witnessed) > 0 {
-		h.witness[witnessed[0]]++
+	if first >= 0 {
+		h.witness[first]++
 		h.wrong[strings.Join(stack, " > ")]++
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"bufio"
 	"cmp"
 	"debug/elf"
-	"debug/gosym"
 	"fmt"
 	"os"
 	"slices"
@@ -14,10 +13,12 @@ import (
 	"strings"
 
 	"github.com/ianlancetaylor/demangle"
+
+	"github.com/hostflame/hostflame/test/workload"
 )
 
 // Names gives addresses of one process their functions' names: by the symbol tables of
-// its files, Go's own table, and the map that a JIT compiler wrote. It has nothing in
+// its files, and the map that a JIT compiler wrote. It has nothing in
 // common with the agent's symbolizer.
 type Names struct {
 	maps []Mapping
@@ -109,7 +110,11 @@ func openFile(path string) *file {
 		return f
 	}
 	files[path] = nil
-	e, err := elf.Open(path)
+	named := path + workload.Unstripped
+	if _, err := os.Stat(named); err != nil {
+		named = path
+	}
+	e, err := elf.Open(named)
 	if err != nil {
 		return nil
 	}
@@ -130,33 +135,10 @@ func openFile(path string) *file {
 			f.symbols = append(f.symbols, symbol{s.Value, s.Size, name})
 		}
 	}
-	if len(static) == 0 {
-		f.symbols = append(f.symbols, goSymbols(e)...)
-	}
 	slices.SortStableFunc(f.symbols, func(x, y symbol) int {
 		return cmp.Or(cmp.Compare(x.addr, y.addr), cmp.Compare(x.size, y.size))
 	})
 	return f
-}
-
-// goSymbols reads the table that a stripped Go program keeps.
-func goSymbols(e *elf.File) (all symbols) {
-	table, text := e.Section(".gopclntab"), e.Section(".text")
-	if table == nil || text == nil {
-		return nil
-	}
-	b, err := table.Data()
-	if err != nil {
-		return nil
-	}
-	t, err := gosym.NewTable(nil, gosym.NewLineTable(b, text.Addr))
-	if err != nil {
-		return nil
-	}
-	for _, f := range t.Funcs {
-		all = append(all, symbol{f.Entry, f.End - f.Entry, f.Name})
-	}
-	return all
 }
 
 // readPerfMap reads lines of "address size name". A later line replaces what it covers.

@@ -9,7 +9,8 @@ import "strings"
 // for any number of them; a star at the end of a name for any rest of it.
 //
 // The last name is the chain's witness: each stack with that function in it must be this
-// chain. Where another chain of the program has the same witness, one of them.
+// chain, up to there (a signal can come on top). Where another chain of the program has
+// the same witness, one of them.
 type Chain []string
 
 // parse reads a chain from its words; a name in angle brackets may have spaces.
@@ -44,15 +45,20 @@ func (c Chain) Witness() string {
 	return ""
 }
 
-// Witnessed tells whether the chain's witness is in the stack.
-func (c Chain) Witnessed(stack []string) bool {
+// Witnessed returns the part of the stack, root first, that the chain tells of: up to its
+// witness, or all of it where the chain goes on. ok is false without the witness.
+func (c Chain) Witnessed(stack []string) (part []string, ok bool) {
 	witness := c.Witness()
-	for _, name := range stack {
-		if is(witness, name) {
-			return true
+	for i := len(stack) - 1; i >= 0; i-- {
+		if !is(witness, stack[i]) {
+			continue
 		}
+		if c[len(c)-1] == witness {
+			return stack[:i+1], true
+		}
+		return stack, true
 	}
-	return false
+	return nil, false
 }
 
 // Match tells whether the stack, root first, is the chain.

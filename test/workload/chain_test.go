@@ -35,8 +35,21 @@ func TestChain(t *testing.T) {
 		if got := chain.Match(stack); got != test.match {
 			t.Errorf("%v matches %q: %t", chain, test.stack, got)
 		}
-		if got := chain.Witnessed(stack); got != test.witnessed {
+		if _, got := chain.Witnessed(stack); got != test.witnessed {
 			t.Errorf("%v is witnessed in %q: %t", chain, test.stack, got)
+		}
+	}
+}
+
+func TestWitnessed(t *testing.T) {
+	for _, test := range []struct{ chain, stack, part string }{
+		{"main a", "x main a b c", "x main a"},
+		{"main a", "x a main a b", "x a main a"},
+		{"main a ...", "x main a b c", "x main a b c"},
+	} {
+		part, ok := parse(test.chain).Witnessed(strings.Fields(test.stack))
+		if got := strings.Join(part, " "); !ok || got != test.part {
+			t.Errorf("%s of %q: %q, %t, want %q", test.chain, test.stack, got, ok, test.part)
 		}
 	}
 }

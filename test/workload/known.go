@@ -25,7 +25,13 @@ type Program struct {
 	PerfMap bool
 	// Whether a tool that knows CFI alone can judge its stacks.
 	CFI bool
+	// Unrooted are programs whose C library has no unwind information and keeps no frame
+	// pointers (Debian's musl): no walk gets from main to the start of the process.
+	Unrooted bool
 }
+
+// Unstripped is what a copy of a program has behind its name that has kept its symbols.
+const Unstripped = ".unstripped"
 
 // Missing says what this machine lacks for the program, or nothing.
 func (p *Program) Missing() (missing []string) {
@@ -76,7 +82,7 @@ func Known() []*Program {
 		Name:   "deep",
 		Needs:  []string{"g++"},
 		build:  [][]string{append(cxx[:len(cxx):len(cxx)], "src/deep.cc")},
-		run:    []string{"{out}", "2", "{seconds}"},
+		run:    []string{"{out}", "1", "{seconds}"},
 		Chains: []Chain{deepChain()},
 		CFI:    true,
 	}, {
@@ -102,15 +108,17 @@ func Known() []*Program {
 		Chains: signalChains("_start ? ? main turn"),
 		CFI:    true,
 	}, {
-		Name:   "signals-musl",
-		Needs:  []string{"musl-gcc"},
-		build:  [][]string{append([]string{"musl-gcc"}, append(c[1:len(c):len(c)], "src/signals.c")...)},
-		Chains: signalChains("... main turn"), // its trampoline has no CFI
+		Name:     "signals-musl",
+		Needs:    []string{"musl-gcc"},
+		build:    [][]string{append([]string{"musl-gcc"}, append(c[1:len(c):len(c)], "src/signals.c")...)},
+		Chains:   muslChains(),
+		Unrooted: true,
 	}, {
-		Name:   "signals-musl-static",
-		Needs:  []string{"musl-gcc"},
-		build:  [][]string{append([]string{"musl-gcc", "-static"}, append(c[1:len(c):len(c)], "src/signals.c")...)},
-		Chains: signalChains("... main turn"), // its trampoline has no CFI
+		Name:     "signals-musl-static",
+		Needs:    []string{"musl-gcc"},
+		build:    [][]string{append([]string{"musl-gcc", "-static"}, append(c[1:len(c):len(c)], "src/signals.c")...)},
+		Chains:   muslChains(),
+		Unrooted: true,
 	}, {
 		Name:  "plugin",
 		Needs: []string{"gcc"},
@@ -144,10 +152,13 @@ func Known() []*Program {
 		build:  [][]string{{"CGO_ENABLED=0", "go", "build", "-buildmode=pie", "-o", "{out}", "./gostacks"}},
 		Chains: goChains(),
 	}, {
-		Name:   "gostacks-stripped",
-		Needs:  []string{"go", "gcc"},
-		build:  [][]string{{"go", "build", "-ldflags=-s -w", "-o", "{out}", "./gostacks"}},
-		Chains: goChains(), // and cgo's, but the names in C are gone
+		Name:  "gostacks-stripped", // of symbols and DWARF; the names are those of another copy
+		Needs: []string{"go", "gcc", "strip"},
+		build: [][]string{
+			{"go", "build", "-o", "{out}" + Unstripped, "./gostacks"},
+			{"strip", "-o", "{out}", "{out}" + Unstripped},
+		},
+		Chains: append(goChains(), cgoChains()...),
 	}, {
 		Name:  "python",
 		Needs: []string{"/usr/bin/python3"},
@@ -166,7 +177,7 @@ func Known() []*Program {
 	}, {
 		Name:  "node",
 		Needs: []string{"node"},
-		run: []string{"node", "--perf-basic-prof", "--interpreted-frames-native-stack", "--no-turbo-inlining",
+		run: []string{"env", "-C", "{dir}", "node", "--perf-basic-prof", "--interpreted-frames-native-stack", "--no-turbo-inlining",
 			"--no-maglev-inlining", "{src}/chain.js", "{seconds}"},
 		Chains: below("_start ... turn",
 			"outer middle inner leafPlain",
@@ -212,16 +223,21 @@ func deepChain() Chain {
 }
 
 func signalChains(root string) []Chain {
+	return append(ownChains(root), below(root, "raiser ... on_raise leaf_raised", "clocked ...")...)
+}
+
+// muslChains are those that do not lead through the C library.
+func muslChains() []Chain { return ownChains("... main turn") }
+
+func ownChains(root string) []Chain {
 	return append(below(root,
 		// The frame between is the one that the kernel made, in its trampoline.
 		"interrupted interrupted_a interrupted_b ? on_signal handled leaf_signal",
 		"interrupted interrupted_a interrupted_b ? on_altstack handled_alt leaf_altstack",
-		"raiser ... on_raise leaf_raised",
 		"faulter faulting ? on_fault leaf_fault",
 		"jumper ... leaf_jump",
 		"tail_a leaf_tail",
 		"asm_push asm_frame asm_saved leaf_asm",
-		"clocked ...",
 		"forker leaf_vfork",
 	), parse("... worker thread_a thread_b leaf_thread"))
 }
@@ -247,11 +263,11 @@ func goChains() []Chain {
 		"main.called main.(*shape).visit main.called.func1 main.leafGo",
 		strings.Repeat("main.deep ", 20)+"main.leafDeep",
 		"main.panics main.panicking runtime.gopanic ... main.panics.func1 main.leafDefer",
-		"main.grows ... runtime.mallocgc* ...")
+		"main.grows ...")
 }
 
 func cgoChains() []Chain {
 	return below(goroutine+" main.foreign",
 		"main.callC ... runtime.cgocall runtime.asmcgocall* ? c_outer c_inner leaf_c",
-		"main.callBack ... runtime.cgocall runtime.asmcgocall* ? c_back c_back_inner ... main.goCallback main.leafCallback")
+		"main.callBack ... runtime.cgocall runtime.asmcgocall* ? c_back c_back_inner goCallback crosscall2 ... _cgoexp_* main.leafCallback")
 }

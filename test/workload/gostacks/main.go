@@ -19,10 +19,11 @@ import (
 	"os"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
-var sink uint64
+var sink atomic.Uint64
 
 // One leaf a kind. The factors differ, so that the linker does not fold them.
 
@@ -110,7 +111,7 @@ func worker(end time.Time, done *sync.WaitGroup) {
 		total += grows(500)
 		total += foreign(50000 + n%100)
 	}
-	sink = total
+	sink.Add(total)
 }
 
 func main() {
@@ -131,4 +132,5 @@ func main() {
 		go worker(end, &done)
 	}
 	done.Wait()
+	fmt.Println("sum", sink.Load())
 }
