@@ -113,7 +113,7 @@ static __always_inline __u32 hf_append_stack(struct hf_scratch *s, struct hf_wal
 
 /* Walks the user stack of the current task; appends it, the areas that it lies in and, for
  * user space to go on where a table was missing, the stack itself. */
-static __always_inline __u32 hf_append_user(struct hf_scratch *s, struct task_struct *task, __u32 used)
+static __always_inline __u32 hf_append_user(struct hf_scratch *s, struct task_struct *task, void *ring, __u32 used)
 {
 	struct hf_walk *w = hf_walk_state();
 
@@ -128,7 +128,9 @@ static __always_inline __u32 hf_append_user(struct hf_scratch *s, struct task_st
 	used = hf_append(s, used, w->area, sizeof(w->area[0]) * w->areas, sizeof(w->area));
 	if (hf_copy_stacks)
 		hf_walk_begin(w, task);
-	if (hf_copy_stacks || w->outcome == HF_OUTCOME_NO_TABLE)
+	/* A stack that can not be finished is better than no sample. */
+	if ((hf_copy_stacks || w->outcome == HF_OUTCOME_NO_TABLE) &&
+	    bpf_ringbuf_query(ring, BPF_RB_AVAIL_DATA) < hf_ring_half + hf_ring_half / 2)
 		used = hf_append_stack(s, w, used);
 	return used;
 }
@@ -180,10 +182,10 @@ static __always_inline int hf_emit(void *ctx, const struct hf_moment *at)
 		s->head.user_outcome = HF_OUTCOME_NONE;
 	else if (!task->mm)
 		s->head.user_outcome = HF_OUTCOME_EXITING;
-	else if (BPF_CORE_READ_BITFIELD(task, in_execve))
+	else if (bpf_core_field_exists(task->in_execve) && BPF_CORE_READ_BITFIELD(task, in_execve))
 		s->head.user_outcome = HF_OUTCOME_EXEC;
 	else
-		used = hf_append_user(s, task, used);
+		used = hf_append_user(s, task, ring, used);
 
 	s->head.profile = at->profile;
 	s->head.time_ns = bpf_ktime_get_boot_ns();

@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"time"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
@@ -58,7 +59,7 @@ func (t Table) check() error {
 	if n == 0 && t.Buckets == 0 {
 		return nil
 	}
-	if int(t.FirstBucket)+int(t.Buckets) > 1<<(RegionShift-BucketShift) || n > MaxTableWords || n < int(t.Buckets)+1+rowWords {
+	if t.Buckets == 0 || int(t.FirstBucket)+int(t.Buckets) > 1<<(RegionShift-BucketShift) || n > MaxTableWords || n < int(t.Buckets)+1+rowWords {
 		return fmt.Errorf("%d words for %d buckets from %d", n, t.Buckets, t.FirstBucket)
 	}
 	index := t.Words[:t.Buckets+1]
@@ -89,6 +90,7 @@ type Tables struct {
 	// Pieces that a walk on another CPU may still read; free once a moment has passed.
 	retired []retired
 	now     func() uint64 // ktime
+	sleep   func(time.Duration)
 }
 
 // placement is where the table of a key lies.
@@ -143,10 +145,10 @@ func NewTables(limit uint64) (_ *Tables, err error) {
 	if chunks < 1 {
 		return nil, fmt.Errorf("make unwind tables: limit of %d bytes is below %d", limit, chunkBytes)
 	}
-	t := &Tables{limit: limit, placed: map[TableKey]*placement{}, now: ktime}
+	t := &Tables{limit: limit, placed: map[TableKey]*placement{}, now: ktime, sleep: time.Sleep}
 	index, outer := spec.Maps[cpuMapHfTables].Copy(), spec.Maps[cpuMapHfChunks].Copy()
-	// A table has 100 words at least in practice; the limit of bytes comes first.
-	index.MaxEntries = uint32(limit / 256)
+	// Tables take 10 KiB on average; half of that leaves room for many small ones.
+	index.MaxEntries = uint32(max(limit/5000, 256))
 	outer.MaxEntries = uint32(chunks)
 	t.inner = outer.InnerMap.Copy()
 	t.inner.Name = "hf_chunk"
@@ -252,11 +254,11 @@ func (t *Tables) remove(key TableKey) {
 func (t *Tables) place(p *placement) error {
 	for range 3 {
 		t.reclaim()
-		if t.memory()+entryBytes <= t.limit {
+		if t.memory()+entryBytes <= t.limit && len(t.placed) < int(t.index.MaxEntries()) {
 			if p.words == 0 || t.fit(p) {
 				return nil
 			}
-			if t.memory()+chunkBytes <= t.limit {
+			if t.memory()+entryBytes+chunkBytes <= t.limit {
 				if err := t.addChunk(); err != nil {
 					return err
 				}
@@ -386,23 +388,8 @@ func (t *Tables) evict() error {
 		}
 	}
 	// A moment, so that what was freed can be used.
-	for i := range t.retired {
-		t.retired[i].since = min(t.retired[i].since, t.now())
-	}
-	sleepUntil(t.now, t.retired)
+	t.sleep(retireNanos)
 	return nil
-}
-
-func sleepUntil(now func() uint64, r []retired) {
-	var last uint64
-	for _, x := range r {
-		last = max(last, x.since)
-	}
-	for n := now(); n-last < retireNanos && last > 0; n = now() {
-		ts := unix.NsecToTimespec(int64(retireNanos - (n - last)))
-		// A signal may end it early; the loop looks again.
-		_ = unix.Nanosleep(&ts, nil)
-	}
 }
 
 // write copies words into the kernel's memory, through a mapping that lasts for the copy.

@@ -23,9 +23,10 @@ type kernel struct {
 // is left.
 func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
 	k := &kernel{}
-	k.cpu, k.cpuErr = bpf.NewCPU(cfg)
 	k.sched, k.schedErr = bpf.NewSched(bpf.SchedConfig{CgroupV1: cfg.CgroupV1})
 	k.block, k.blockErr = bpf.NewBlock(bpf.BlockConfig{})
+	// Last, as its samples are waiting from then on.
+	k.cpu, k.cpuErr = bpf.NewCPU(cfg)
 
 	if k.cpuErr != nil && k.schedErr != nil && k.blockErr != nil {
 		return nil, hintf(attachHint(k.cpuErr, cfg.Event), "attach to the kernel: %w", k.cpuErr)
