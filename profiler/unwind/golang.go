@@ -55,6 +55,7 @@ var goSwitches = map[string]Rule{
 	"runtime.sigprofNonGoWrapper":   goBySP,
 	"runtime.cgoSigtramp":           goBySP,
 	"runtime.asmcgocall":            goCgocall,
+	"runtime.systemstack":           goBySwitch,
 	"runtime.cgocallback":           goBySwitch,
 	"crosscall2":                    goCrosscall2,
 	"runtime.asmcgocall_landingpad": goBySP,
@@ -149,6 +150,7 @@ func (b *builder) goRules(fn *pclntab.Func, hi uint64, add func(addr uint64, r R
 		b.skipped[SkipGo]++
 		return
 	}
+	frameless := a == &amd64 && (special == goBySwitch || special == goCgocall) && !b.goFrame(fn)
 	prologue, was := uint64(goPrologueAMD64), int32(0)
 	if a == &arm64 {
 		prologue = goPrologueARM64
@@ -163,6 +165,11 @@ func (b *builder) goRules(fn *pclntab.Func, hi uint64, add func(addr uint64, r R
 		case delta < 0 || delta%8 != 0:
 			b.skipped[SkipGo]++
 			r = 0
+		case frameless:
+			// Until Go 1.20 they have no frame of their own, and the frame pointer is that of
+			// the function that called them: it is passed over.
+			r = goSwitchRule(a, 1, special)
+			set = r
 		case delta > 0 && switches:
 			set = goSwitchRule(a, int64(delta)/8, special)
 		case delta > 0 && special == goCrosscall2 && a == &arm64:
@@ -185,6 +192,15 @@ func (b *builder) goRules(fn *pclntab.Func, hi uint64, add func(addr uint64, r R
 	if err != nil {
 		b.skipped[SkipMalformed]++
 	}
+}
+
+// goFrame is whether a function has a frame anywhere.
+func (b *builder) goFrame(fn *pclntab.Func) (frame bool) {
+	err := b.file.gotab.EachValue(fn.SP, fn.Entry, func(_, _ uint64, delta int32) bool {
+		frame = delta > 0
+		return !frame
+	})
+	return frame || err != nil
 }
 
 // goSwitchRule is the rule of a frame of some words that is found by the frame pointer.

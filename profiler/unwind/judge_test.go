@@ -145,6 +145,8 @@ func (j *judged) meaning(a *arch) (m meaning) {
 	}
 	base := ""
 	switch {
+	case isReg && off%8 != 0:
+		m.cfa = "no: cfa unaligned"
 	case isReg && len(ops) == 1:
 		m.cfa = fmt.Sprintf("r%d%+d", reg, off)
 		base = fmt.Sprintf("r%d", reg)

@@ -63,9 +63,8 @@ func (r *Region) Rule(offset uint64) Rule {
 type walk struct {
 	*Walker
 	bpf.Frame
-	stack   []byte // from start on
-	start   uint64
-	frames  int // so far, those of the kernel's walk included
+	memory  func(addr uint64) (uint64, bpf.Outcome) // 0: it is there
+	frames  int                                     // so far, those of the kernel's walk included
 	outcome bpf.Outcome
 	mask    uint64
 	addrs   []uint64
@@ -76,7 +75,20 @@ type walk struct {
 // as in bpf.Sample.User; they are appended to addrs. OutcomeTruncated is also that of a
 // stack that goes on beyond its copy.
 func (w *Walker) Walk(addrs []uint64, from bpf.Frame, before int, stack []byte, start uint64) ([]uint64, bpf.Outcome) {
-	s := walk{Walker: w, Frame: from, stack: stack, start: start, frames: before, mask: w.AddressMask, addrs: addrs}
+	return w.walk(addrs, from, before, func(addr uint64) (uint64, bpf.Outcome) {
+		switch at := addr - start; {
+		case addr < start:
+			return 0, bpf.OutcomeBadStack
+		case at >= uint64(len(stack)) || uint64(len(stack))-at < 8:
+			return 0, bpf.OutcomeTruncated
+		default:
+			return binary.LittleEndian.Uint64(stack[at:]), 0
+		}
+	})
+}
+
+func (w *Walker) walk(addrs []uint64, from bpf.Frame, before int, memory func(uint64) (uint64, bpf.Outcome)) ([]uint64, bpf.Outcome) {
+	s := walk{Walker: w, Frame: from, memory: memory, frames: before, mask: w.AddressMask, addrs: addrs}
 	if s.mask == 0 {
 		s.mask = ^uint64(0)
 	}
@@ -144,15 +156,9 @@ func (w *walk) step(limit int) {
 
 // read reads a word of the stack.
 func (w *walk) read(addr uint64) (uint64, bool) {
-	at := addr - w.start
-	if at >= uint64(len(w.stack)) || uint64(len(w.stack))-at < 8 {
-		w.outcome = bpf.OutcomeBadStack
-		if addr >= w.start {
-			w.outcome = bpf.OutcomeTruncated
-		}
-		return 0, false
-	}
-	return binary.LittleEndian.Uint64(w.stack[at:]), true
+	v, outcome := w.memory(addr)
+	w.outcome = outcome
+	return v, outcome == 0
 }
 
 const maxPointer = 8 << 20 // from the stack pointer to a frame pointer that holds
@@ -166,14 +172,16 @@ func (w *walk) pointer() {
 		w.outcome = bpf.OutcomeNoRule
 	default:
 		next, ok := w.read(fp)
-		ip, ok2 := w.read(fp + 8)
-		if !ok || !ok2 {
-			if w.outcome == bpf.OutcomeBadStack {
-				w.outcome = bpf.OutcomeNoRule
-			}
-			return
+		ip := uint64(0)
+		if ok {
+			ip, ok = w.read(fp + 8)
 		}
-		w.caller(ip, fp+16, next, 0)
+		switch {
+		case ok:
+			w.caller(ip, fp+16, next, 0)
+		case w.outcome == bpf.OutcomeBadStack:
+			w.outcome = bpf.OutcomeNoRule
+		}
 	}
 }
 
@@ -189,14 +197,16 @@ func (w *walk) signal() {
 		off, _ := a.signalReg(n)
 		return w.SP + off
 	}
-	ip, ok1 := w.read(w.SP + a.signalIP)
-	sp, ok2 := w.read(w.SP + a.signalSP)
-	fp, ok3 := w.read(at(a.fp))
-	second, ok4 := w.read(at(a.second))
-	if ok1 && ok2 && ok3 && ok4 {
-		w.caller(ip, sp, fp, second)
-		w.Exact = true
+	var regs [4]uint64
+	for i, addr := range [...]uint64{w.SP + a.signalIP, w.SP + a.signalSP, at(a.fp), at(a.second)} {
+		v, ok := w.read(addr)
+		if !ok {
+			return
+		}
+		regs[i] = v
 	}
+	w.caller(regs[0], regs[1], regs[2], regs[3])
+	w.Exact = true
 }
 
 // register is the value of a register of this frame.
@@ -267,9 +277,12 @@ func (w *walk) cfa(r Rule) (cfa uint64, fp, second slot, ok bool) {
 // goStack is the stack pointer that arm64's asmcgocall had before it switched: see golang.go.
 func (w *walk) goStack() (uint64, bool) {
 	g, ok := w.read(w.SP)
-	depth, ok2 := w.read(w.SP + 8)
-	if !ok || !ok2 || g == 0 {
-		return depth, ok && ok2
+	if !ok {
+		return 0, false
+	}
+	depth, ok := w.read(w.SP + 8)
+	if !ok || g == 0 {
+		return depth, ok
 	}
 	high, ok := w.read(g + 8)
 	return high - depth, ok
