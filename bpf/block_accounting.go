@@ -91,7 +91,12 @@ func (b *Block) Accounting() (counted, kernel uint64, err error) {
 	if err != nil {
 		return 0, 0, err
 	}
-	cells, err := b.Read()
+	// Empty ones as well: what they had before they get a size is not to be ours to count.
+	present, err := requestDevices(sysBlock)
+	if err != nil {
+		return 0, 0, err
+	}
+	cells, err := b.read(present)
 	if err != nil {
 		return 0, 0, err
 	}

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"cmp"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/cilium/ebpf"
@@ -38,13 +39,20 @@ type BlockCells struct {
 }
 
 // Read returns the cells of all operations of each device, zeros included, by device
-// name: of the devices that are there, and of those that had requests and left. A device
-// that comes back under its name continues its series.
+// name: of the devices that are there and have a size, and of those that had requests,
+// also when they have left. A device that comes back under its name continues its series.
 func (b *Block) Read() ([]BlockCells, error) {
 	present, err := requestDevices(sysBlock)
 	if err != nil {
 		return nil, err
 	}
+	maps.DeleteFunc(present, func(_ string, d blockDevice) bool { return d.empty })
+	return b.read(present)
+}
+
+// read returns the cells of the devices that had requests, and zeros for the others of
+// present, which it takes over.
+func (b *Block) read(present map[string]blockDevice) ([]BlockCells, error) {
 	var cells []BlockCells
 	var perCPU []blockHfBlockIo
 	names := b.coll.Maps[blockMapHfBlockDev]

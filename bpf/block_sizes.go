@@ -95,28 +95,30 @@ func readInt(path string) int {
 	return n
 }
 
-// deviceNumber is a whole device in /sys/block.
-type deviceNumber struct{ major, minor uint32 }
+// blockDevice is a whole device in /sys/block.
+type blockDevice struct {
+	major, minor uint32 // 0:0 for a hidden path of NVMe multipath
+	empty        bool   // without a size: a loop device without a file, a drive without a medium
+}
 
-// requestDevices lists the request-based devices in dir (/sys/block). A disk that has no
-// number (a hidden path of NVMe multipath) has number 0:0.
-func requestDevices(dir string) (map[string]deviceNumber, error) {
+// requestDevices lists the request-based devices in dir (/sys/block).
+func requestDevices(dir string) (map[string]blockDevice, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, fmt.Errorf("list block devices: %w", err)
 	}
-	devices := make(map[string]deviceNumber, len(entries))
+	devices := make(map[string]blockDevice, len(entries))
 	for _, e := range entries {
 		path := filepath.Join(dir, e.Name())
 		if _, err := os.Stat(filepath.Join(path, "mq")); errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
-		var n deviceNumber
+		d := blockDevice{empty: readInt(filepath.Join(path, "size")) == 0}
 		if b, err := os.ReadFile(filepath.Join(path, "dev")); err == nil {
-			fmt.Sscanf(string(b), "%d:%d", &n.major, &n.minor)
+			fmt.Sscanf(string(b), "%d:%d", &d.major, &d.minor)
 		}
 		// sysfs has ! for the / in names such as cciss/c0d0.
-		devices[strings.ReplaceAll(e.Name(), "!", "/")] = n
+		devices[strings.ReplaceAll(e.Name(), "!", "/")] = d
 	}
 	return devices, nil
 }
