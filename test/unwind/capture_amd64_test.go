@@ -11,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// capture stops the main thread of a process that this process started n times, every
+// captureStacks stops the main thread of a process that this process started n times, every
 // few milliseconds, and copies its registers and its stack.
-func capture(pid, n, size int) (copies []Copy, err error) {
+func captureStacks(pid, n, size int) (copies []Copy, err error) {
 	runtime.LockOSThread() // ptrace knows threads
 	defer runtime.UnlockOSThread()
 	if err := unix.PtraceSeize(pid); err != nil {

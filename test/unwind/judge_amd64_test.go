@@ -30,7 +30,7 @@ func TestJudge(t *testing.T) {
 			}
 			p := workload.Start(t, command[0], command[1:]...)
 			p.Ready()
-			copies, err := capture(p.PID, 400, 1<<20)
+			copies, err := captureStacks(p.PID, 400, 1<<20)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -28,6 +28,7 @@ const (
 	Storm      = "storm"      // short-lived processes
 	Threads    = "threads"    // hogs and sleepers that all live to the end
 	BadELF     = "badelf"     // runs code of a corrupt file
+	ShellStorm = "shellstorm" // sh, ls, expr, sed and gcc, over and over
 )
 
 // BurnShares are the designed shares of the CPU time of a burn program, in percent, by
@@ -44,6 +45,7 @@ var builds = map[string][]string{
 	Storm:      {"gcc", "-O2", "-g", "src/storm.c"},
 	Threads:    {"gcc", "-O2", "-g", "-pthread", "src/threads.c"},
 	BadELF:     {"gcc", "-O2", "-g", "src/badelf.c"},
+	ShellStorm: {"gcc", "-O2", "-g", "src/shellstorm.c"},
 }
 
 // Names lists the workloads.
