@@ -26,6 +26,9 @@ enum {
 const volatile __u64 hf_states = 0;
 /* The kernel has no block_io_start: starts are the kernel's own stamps. */
 const volatile bool hf_kernel_start = false;
+/* Flags of request.rq_flags, whose bits have changed: user space finds them. */
+const volatile __u32 hf_flush_seq = 0;
+const volatile __u32 hf_io_stat = 0;
 
 enum hf_operation *hf_export_operation __attribute__((unused));
 
@@ -94,14 +97,6 @@ struct {
 /* Places handed out. */
 __u64 hf_places = 0;
 
-/* The flags were #defines, with other values, before 5f89154e8e9e ("block: Use enum to
- * define RQF_x bit indexes", 6.11). */
-#define RQF(flag, legacy_bit)                                                                  \
-	(1U << (bpf_core_enum_value_exists(enum rqf_flags, flag) ?                             \
-			bpf_core_enum_value(enum rqf_flags, flag) : (legacy_bit)))
-#define RQF_FLUSH_SEQ RQF(__RQF_FLUSH_SEQ, 4)
-#define RQF_IO_STAT RQF(__RQF_IO_STAT, 13)
-
 #define OP(name) bpf_core_enum_value(enum req_op, REQ_OP_##name)
 
 static __always_inline enum hf_operation operation(__u32 op)
@@ -121,7 +116,7 @@ static __always_inline enum hf_operation operation(__u32 op)
  * a tag borrowed from one of the requests that wait for it. */
 static __always_inline bool is_flush_rq(__u32 rq_flags, __u32 op)
 {
-	return op == OP(FLUSH) && (rq_flags & RQF_FLUSH_SEQ);
+	return op == OP(FLUSH) && (rq_flags & hf_flush_seq);
 }
 
 /* The slot + 1 of the device whose name has this hash, one more if there is none yet;
@@ -324,7 +319,7 @@ static __always_inline int handle_start(struct request *rq)
  * start of this use were both missed, as when a program would have nested in itself. */
 static __always_inline bool is_stale(struct hf_block_state *s, struct request *rq)
 {
-	return (rq->rq_flags & RQF_IO_STAT) && rq->start_time_ns > s->issue;
+	return (rq->rq_flags & hf_io_stat) && rq->start_time_ns > s->issue;
 }
 
 /* The issue of a flush request, of one whose start was not seen, or one more issue. */
@@ -392,7 +387,7 @@ static __noinline int slow_done(struct request *rq, bool failed, __u32 bytes)
 	e = learn_queue(q);
 	if (e)
 		s = flush ? find_flush_state(e, rq) : find_state(e, rq);
-	if (bytes < rq->__data_len || (!flush && (rq_flags & RQF_FLUSH_SEQ))) {
+	if (bytes < rq->__data_len || (!flush && (rq_flags & hf_flush_seq))) {
 		/* A part, or the data step of a flush sequence, which completes once more. */
 		if (s && s->rq == (__u64)rq) {
 			if (failed)
@@ -426,7 +421,7 @@ static __noinline int slow_done(struct request *rq, bool failed, __u32 bytes)
 	/* The kernel's stamp is of this use of the request only where it keeps the books.
 	 * It is later than ours by next to nothing, unless ours is missing, as in what was
 	 * in flight when the programs were attached, or is of an earlier use. */
-	if ((rq_flags & RQF_IO_STAT) && rq->start_time_ns > start)
+	if ((rq_flags & hf_io_stat) && rq->start_time_ns > start)
 		start = rq->start_time_ns;
 	if (!start && hf_kernel_start)
 		start = issue;
@@ -468,7 +463,7 @@ static __noinline int slow_done(struct request *rq, bool failed, __u32 bytes)
 	if (failed || (flags & HF_FAILED))
 		io->errors++;
 	/* blk_account_io_done and, for the flush request, blk_account_io_flush */
-	if (!flush && (!(rq_flags & RQF_IO_STAT) || op == OP(DRV_IN) || op == OP(DRV_OUT)))
+	if (!flush && (!(rq_flags & hf_io_stat) || op == OP(DRV_IN) || op == OP(DRV_OUT)))
 		io->unbooked++;
 	return 0;
 }
@@ -487,7 +482,7 @@ static __always_inline int handle_done(struct request *rq, bool failed, __u32 by
 	if (likely(e))
 		s = find_state(e, rq);
 	if (unlikely(!s || s->rq != (__u64)rq || s->flags || failed || bytes < rq->__data_len ||
-		     (rq_flags & (RQF_FLUSH_SEQ | RQF_IO_STAT)) != RQF_IO_STAT))
+		     (rq_flags & (hf_flush_seq | hf_io_stat)) != hf_io_stat))
 		return slow_done(rq, failed, bytes);
 	/* As in slow_done. */
 	start = rq->start_time_ns;

@@ -65,13 +65,18 @@ func NewBlock(BlockConfig) (*Block, error) {
 	}
 	var start *btf.Typedef
 	err = kernel.TypeByName("btf_trace_block_io_start", &start)
+	ownStart := err == nil
 	if err != nil && !errors.Is(err, btf.ErrNotFound) {
 		return nil, fmt.Errorf("look for block_io_start: %w", err)
 	}
-	return newBlock(err == nil)
+	flags, err := requestFlagsOf(kernel, kernelBTF)
+	if err != nil {
+		return nil, err
+	}
+	return newBlock(ownStart, flags)
 }
 
-func newBlock(ownStart bool) (_ *Block, err error) {
+func newBlock(ownStart bool, flags requestFlags) (_ *Block, err error) {
 	spec, err := loadBlock()
 	if err != nil {
 		return nil, fmt.Errorf("parse block object: %w", err)
@@ -86,6 +91,8 @@ func newBlock(ownStart bool) (_ *Block, err error) {
 		blockVarHfTimeCuts:    index.Cuts,
 		blockVarHfStates:      uint64(sizes.states),
 		blockVarHfKernelStart: !ownStart,
+		blockVarHfFlushSeq:    flags.flushSeq,
+		blockVarHfIoStat:      flags.ioStat,
 	}); err != nil {
 		return nil, err
 	}

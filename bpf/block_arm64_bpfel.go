@@ -64,6 +64,8 @@ const (
 	blockProgHfBlockIssue     = "hf_block_issue"
 	blockProgHfBlockStart     = "hf_block_start"
 	blockVarHfExportOperation = "hf_export_operation"
+	blockVarHfFlushSeq        = "hf_flush_seq"
+	blockVarHfIoStat          = "hf_io_stat"
 	blockVarHfKernelStart     = "hf_kernel_start"
 	blockVarHfLog2Byte        = "hf_log2_byte"
 	blockVarHfPlaces          = "hf_places"
@@ -135,6 +137,8 @@ type blockMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type blockVariableSpecs struct {
 	HfExportOperation *ebpf.VariableSpec `ebpf:"hf_export_operation"`
+	HfFlushSeq        *ebpf.VariableSpec `ebpf:"hf_flush_seq"`
+	HfIoStat          *ebpf.VariableSpec `ebpf:"hf_io_stat"`
 	HfKernelStart     *ebpf.VariableSpec `ebpf:"hf_kernel_start"`
 	HfLog2Byte        *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
 	HfPlaces          *ebpf.VariableSpec `ebpf:"hf_places"`
@@ -185,6 +189,8 @@ func (m *blockMaps) Close() error {
 // It can be passed to loadBlockObjects or ebpf.CollectionSpec.LoadAndAssign.
 type blockVariables struct {
 	HfExportOperation *ebpf.Variable `ebpf:"hf_export_operation"`
+	HfFlushSeq        *ebpf.Variable `ebpf:"hf_flush_seq"`
+	HfIoStat          *ebpf.Variable `ebpf:"hf_io_stat"`
 	HfKernelStart     *ebpf.Variable `ebpf:"hf_kernel_start"`
 	HfLog2Byte        *ebpf.Variable `ebpf:"hf_log2_byte"`
 	HfPlaces          *ebpf.Variable `ebpf:"hf_places"`
