@@ -48,7 +48,9 @@ func configureLoop(device, file string) error {
 		return err
 	}
 	defer d.Close()
-	if err := unix.IoctlLoopConfigure(int(d.Fd()), &unix.LoopConfig{Fd: uint32(backing.Fd())}); err != nil {
+	// Newer kernels choose direct I/O by themselves.
+	config := unix.LoopConfig{Fd: uint32(backing.Fd()), Info: unix.LoopInfo64{Flags: unix.LO_FLAGS_DIRECT_IO}}
+	if err := unix.IoctlLoopConfigure(int(d.Fd()), &config); err != nil {
 		return fmt.Errorf("make %s of %s: %w", device, file, err)
 	}
 	return nil
