@@ -21,7 +21,7 @@ import (
 )
 
 // modules are what the tests need of what Debian does not build in.
-var modules = []string{"loop", "null_blk"}
+var modules = []string{"virtio_pci", "virtio_blk", "ext4", "loop", "null_blk"}
 
 // programsDir is where the workloads of kerneltest.Programs are in the machine.
 const programsDir = "/programs"
@@ -133,11 +133,26 @@ func (u *userland) addLibrary(to, name string) error {
 	return u.addLibraries(file)
 }
 
+// makeDisk makes the image of a disk with an empty file system.
+func makeDisk(file string) error {
+	if err := os.WriteFile(file, nil, 0o644); err != nil {
+		return err
+	}
+	if err := os.Truncate(file, 1<<30); err != nil {
+		return err
+	}
+	if out, err := exec.Command("/sbin/mkfs.ext4", "-q", file).CombinedOutput(); err != nil {
+		return fmt.Errorf("make file system: %w\n%s", err, out)
+	}
+	return nil
+}
+
 // pack writes the initramfs for a kernel, and returns its file and the plan in it.
 func (u *userland) pack(k kernel, o options) (string, guest.Plan, error) {
 	plan := guest.Plan{Env: []string{
 		"PATH=" + programsDir,
 		"HOME=/tmp",
+		"TMPDIR=/var/tmp", // on a disk
 		kerneltest.VMVariable + "=1",
 		kerneltest.ProgramsVariable + "=" + programsDir,
 	}}

@@ -120,6 +120,10 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	defer os.RemoveAll(tmp)
+	disk := filepath.Join(tmp, "disk")
+	if err := makeDisk(disk); err != nil {
+		return err
+	}
 	lands := map[string]*userland{}
 	var errs []error
 	for _, t := range o.targets {
@@ -134,7 +138,7 @@ func run(ctx context.Context, o options) error {
 		}
 		k, err := fetch(o.cache, a, t, o.newest)
 		if err == nil {
-			err = test(ctx, k, lands[t.arch], o)
+			err = test(ctx, k, lands[t.arch], disk, o)
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%v: %w", t, err))
@@ -147,7 +151,7 @@ func run(ctx context.Context, o options) error {
 }
 
 // test boots one kernel.
-func test(ctx context.Context, k kernel, u *userland, o options) error {
+func test(ctx context.Context, k kernel, u *userland, disk string, o options) error {
 	image, release, err := k.image()
 	if err != nil {
 		return err
@@ -161,7 +165,7 @@ func test(ctx context.Context, k kernel, u *userland, o options) error {
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()
 	var tests tally
-	verdicts, err := boot(ctx, machines[k.arch], image, initrd, func(line string) {
+	verdicts, err := boot(ctx, machines[k.arch], image, initrd, disk, func(line string) {
 		if tests.count(line); o.verbose || !strings.HasPrefix(line, "=== ") {
 			fmt.Println(line)
 		}

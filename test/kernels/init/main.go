@@ -45,16 +45,16 @@ func run() error {
 			return err
 		}
 	}
+	for _, m := range plan.Modules {
+		if err := load(m); err != nil {
+			return fmt.Errorf("load module %s: %w", m, err)
+		}
+	}
 	if err := mountAll(plan.CgroupV1); err != nil {
 		return err
 	}
 	if err := loopbackUp(); err != nil {
 		return err
-	}
-	for _, m := range plan.Modules {
-		if err := load(m); err != nil {
-			return fmt.Errorf("load module %s: %w", m, err)
-		}
 	}
 	log, err := openLog()
 	if err != nil {
@@ -81,12 +81,14 @@ func run() error {
 
 func mountAll(v1 []string) error {
 	type mount struct{ kind, target, data string }
+	// A disk of its own, because tests of block I/O need one that is no memory.
+	const disk = "/dev/vda"
 	mounts := []mount{
 		{"proc", "/proc", ""},
 		{"sysfs", "/sys", ""},
 		{"devtmpfs", "/dev", ""},
 		{"tmpfs", "/tmp", ""},
-		{"tmpfs", "/var/tmp", ""},
+		{"ext4", "/var/tmp", ""},
 		{"tmpfs", "/run", ""},
 		{"bpf", "/sys/fs/bpf", ""},
 		{"tracefs", "/sys/kernel/tracing", ""},
@@ -104,7 +106,11 @@ func mountAll(v1 []string) error {
 		if err := os.MkdirAll(m.target, 0o755); err != nil {
 			return err
 		}
-		if err := unix.Mount(m.kind, m.target, m.kind, 0, m.data); err != nil {
+		source := m.kind
+		if source == "ext4" {
+			source = disk
+		}
+		if err := unix.Mount(source, m.target, m.kind, 0, m.data); err != nil {
 			return fmt.Errorf("mount %s on %s: %w", m.kind, m.target, err)
 		}
 	}
