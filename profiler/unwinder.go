@@ -75,6 +75,7 @@ type sampledArea struct {
 const (
 	// maxUnfinished bounds the samples that wait, some 20 KB each.
 	maxUnfinished = 256
+	submitWithin  = 50 * time.Millisecond
 	// maxUnwindFiles and maxMadeRegions bound each of two generations; a region is some 30 KB.
 	maxUnwindFiles = 128
 	maxMadeRegions = 128
@@ -102,17 +103,29 @@ func newUnwinder(tables *bpf.Tables, symbols *symbolizer.Symbolizer, source mapp
 	return u, nil
 }
 
-// submit hands in a sample, which is copied. It returns false where there is no room.
+// submit hands in a sample, which is copied. It returns false where there is no room, after
+// some waiting for it: tables are made in no time, mostly.
 func (u *unwinder) submit(job *unfinished) bool {
-	if len(u.work) == cap(u.work) {
-		return false
-	}
 	job.sample = job.sample.Clone()
 	u.mu.Lock()
 	u.pending++
 	u.mu.Unlock()
-	u.work <- job // there is one sender
-	return true
+	select {
+	case u.work <- job:
+		return true
+	default:
+	}
+	t := time.NewTimer(submitWithin)
+	defer t.Stop()
+	select {
+	case u.work <- job:
+		return true
+	case <-t.C:
+		u.mu.Lock()
+		u.pending--
+		u.mu.Unlock()
+		return false
+	}
 }
 
 // collect returns the samples that are finished.
