@@ -242,9 +242,11 @@ func goRule(a *arch, delta int64) (before, set Rule) {
 		return r, r
 	}
 	// Too large a frame for a narrow rule.
-	w := wideRule{base: a.sp, offset: words, second: slot{savedCFA, words}}
+	w := wideRule{base: a.sp, offset: words, second: slot{savedNear, 0}}
 	before, _ = w.rule()
-	w.fp = slot{savedFP, 0}
+	if w.fp = (slot{savedCFA, words + 1}); words+1 >= 1<<11 {
+		w = wideRule{base: a.fp, offset: words + 1, fp: slot{savedNear, 0}, second: slot{savedNear, 1}}
+	}
 	set, _ = w.rule()
 	return before, set
 }

@@ -127,13 +127,19 @@ func compareGo(t *testing.T, path string) {
 					t.Errorf("%s: %v", name, r)
 				}
 				continue
-			case KindFP:
+			case KindFP, KindWide:
+				if w := r.wide(); r.Kind() == KindWide && w.base == f.arch.fp {
+					if want.cfa != fmt.Sprintf("r%d%+d", f.arch.sp, 8*(w.offset-1)) {
+						different[name] = append(different[name], fmt.Sprintf("%#x: %v, want %s", addr, r, j.in))
+					}
+					continue
+				}
 				if fn.Flags&pclntab.FlagSPWrite == 0 && strings.HasPrefix(name, "runtime.call") {
 					continue // a frame of more than 256 KiB
 				}
 			case KindNone:
 				var frame int64
-				if _, err := fmt.Sscanf(want.cfa, "r31+%d", &frame); err == nil && frame > 32<<10 || noGoRule[name] || strings.HasPrefix(name, "runtime.call") {
+				if _, err := fmt.Sscanf(want.cfa, "r31+%d", &frame); err == nil && frame > 2<<20 || noGoRule[name] || strings.HasPrefix(name, "runtime.call") {
 					kinds[KindNone]--
 					continue
 				}

@@ -77,10 +77,10 @@ func judgeFile(t testing.TB, path string, flags ...string) (rows []judged) {
 		switch {
 		case f[0] == "file":
 		case f[0] == "error":
-			rows = append(rows, judged{start: hex(t, f[1]), none: true})
+			rows = append(rows, judged{start: parseHex(t, f[1]), none: true})
 		default:
 			rows = append(rows, judged{
-				start: hex(t, f[0]), end: hex(t, f[1]), signal: f[2] == "1",
+				start: parseHex(t, f[0]), end: parseHex(t, f[1]), signal: f[2] == "1",
 				cfa: f[3], fp: f[4], second: f[5], ra: f[6], sp: f[7], in: sc.Text(),
 			})
 		}
@@ -89,7 +89,7 @@ func judgeFile(t testing.TB, path string, flags ...string) (rows []judged) {
 	return rows
 }
 
-func hex(t testing.TB, s string) uint64 {
+func parseHex(t testing.TB, s string) uint64 {
 	t.Helper()
 	v, err := strconv.ParseUint(s, 16, 64)
 	if err != nil {
@@ -189,6 +189,13 @@ func (j *judged) meaning(a *arch) (m meaning) {
 	}
 	m.fp, m.second = register(j.fp), register(j.second)
 	ra := register(j.ra)
+	if a == &arm64 && j.ra != j.second {
+		m.cfa = "no: ra is another register"
+		return m
+	}
+	if a == &arm64 && strings.HasPrefix(m.cfa, "r31-") && strings.HasPrefix(m.second, "c") {
+		m.cfa = "no: ra is saved below sp" // the last instruction of ld.so's resolver
+	}
 	m.signal = j.signal
 	m.end = ra == "?" && j.ra == "undefined"
 	if a == &amd64 && !m.end && !m.signal && ra != "c-8" {
@@ -206,7 +213,10 @@ func ruleMeaning(a *arch, r Rule) (m meaning) {
 		switch s.saved {
 		case savedCFA:
 			return fmt.Sprintf("c%+d", -8*s.words)
-		case savedFP:
+		case savedNear:
+			if w := r.wide(); a == &arm64 {
+				return fmt.Sprintf("c%+d", 8*(s.words-w.offset))
+			}
 			return fmt.Sprintf("fp%+d", -8*s.words)
 		case savedLost:
 			return "?"

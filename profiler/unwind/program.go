@@ -363,10 +363,17 @@ func (s slot) isNarrow() bool {
 
 // slot is where a register's rule says that it is: lost where no slot says so.
 func (s *state) slot(a *arch, r regRule, n uint8) slot {
-	off, fits := r.off, int64(1<<11)
+	fits := int64(1 << 11)
 	if n == a.second {
 		fits = 1 << 12
 	}
+	near := func(off int64) slot {
+		if off < 0 || off%8 != 0 || off/8 >= fits {
+			return slot{saved: savedLost}
+		}
+		return slot{savedNear, off / 8}
+	}
+	off := r.off // from the CFA
 	switch r.kind {
 	case regUnset, regSame:
 		return slot{}
@@ -375,21 +382,27 @@ func (s *state) slot(a *arch, r regRule, n uint8) slot {
 			return slot{}
 		}
 		return slot{saved: savedLost}
+	case regCFA:
 	case regAddress:
 		switch {
 		case s.cfa.kind == cfaReg && r.base == s.cfa.base:
 			off -= s.cfa.off
-		case r.base == a.fp && off <= 0 && off%8 == 0 && -off/8 < fits:
-			return slot{savedFP, -off / 8}
+		case a == &amd64 && r.base == a.fp:
+			return near(-off)
+		case a == &arm64 && s.cfa.kind == cfaDeref && r.base == s.cfa.base:
+			return near(off)
 		default:
 			return slot{saved: savedLost}
 		}
-	case regCFA:
 	default:
 		return slot{saved: savedLost}
 	}
-	if off > 0 || off%8 != 0 || -off/8 >= fits {
-		return slot{saved: savedLost}
+	if off <= 0 && off%8 == 0 && -off/8 < fits {
+		return slot{savedCFA, -off / 8}
 	}
-	return slot{savedCFA, -off / 8}
+	// arm64 keeps the registers at the lower end of frames, however large these are.
+	if a == &arm64 && s.cfa.kind == cfaReg {
+		return near(off + s.cfa.off)
+	}
+	return slot{saved: savedLost}
 }

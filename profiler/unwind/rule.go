@@ -38,7 +38,7 @@ type saved uint8
 const (
 	savedNot  = saved(iota) // as it is
 	savedCFA                // at CFA - 8 * offset
-	savedFP                 // at fp - 8 * offset
+	savedNear               // amd64: at fp - 8 * offset; arm64: at the CFA's base register + 8 * offset
 	savedLost               // not known any more
 )
 
@@ -105,8 +105,8 @@ func (r Rule) String() string {
 			switch s.slot.saved {
 			case savedCFA:
 				fmt.Fprintf(&b, " %s=c-%d", s.name, 8*s.slot.words)
-			case savedFP:
-				fmt.Fprintf(&b, " %s=fp-%d", s.name, 8*s.slot.words)
+			case savedNear:
+				fmt.Fprintf(&b, " %s=near %d", s.name, 8*s.slot.words)
 			case savedLost:
 				fmt.Fprintf(&b, " %s=?", s.name)
 			}

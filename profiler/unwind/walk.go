@@ -224,13 +224,16 @@ func (w *walk) register(n uint8) (uint64, bool) {
 	return 0, false
 }
 
-// saved is the value of a caller's register.
-func (w *walk) saved(s slot, cfa, as uint64) (uint64, bool) {
+// saved is the value of a caller's register. base is that of a wide rule.
+func (w *walk) saved(s slot, cfa, base, as uint64) (uint64, bool) {
 	switch s.saved {
 	case savedCFA:
 		return w.read(cfa - 8*uint64(s.words))
-	case savedFP:
-		return w.read(w.FP - 8*uint64(s.words))
+	case savedNear:
+		if w.arch == &amd64 {
+			return w.read(w.FP - 8*uint64(s.words))
+		}
+		return w.read(base + 8*uint64(s.words))
 	case savedLost:
 		return 0, true
 	}
@@ -299,11 +302,12 @@ func (w *walk) rule(r Rule) {
 		w.outcome = bpf.OutcomeBadStack
 		return
 	}
-	second, ok := w.saved(secondSlot, cfa, w.Second)
+	base, _ := w.register(r.wide().base)
+	second, ok := w.saved(secondSlot, cfa, base, w.Second)
 	if !ok {
 		return
 	}
-	fp, ok := w.saved(fpSlot, cfa, w.FP)
+	fp, ok := w.saved(fpSlot, cfa, base, w.FP)
 	if !ok {
 		return
 	}

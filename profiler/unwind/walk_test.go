@@ -93,7 +93,7 @@ func stopAt(t *testing.T, path string, env ...string) (*process, bpf.Frame) {
 			continue
 		}
 		start, end, _ := strings.Cut(f[0], "-")
-		m := mapping{start: hex(t, start), end: hex(t, end), offset: hex(t, f[2])}
+		m := mapping{start: parseHex(t, start), end: parseHex(t, end), offset: parseHex(t, f[2])}
 		if len(f) > 5 {
 			m.path = f[5]
 		}
