@@ -67,7 +67,8 @@ enum hf_rule_kind {
 enum hf_saved {
 	HF_SAVED_NOT = 0,    /* as it is */
 	HF_SAVED_CFA = 1,    /* at CFA - 8 * offset */
-	HF_SAVED_FP = 2,     /* at fp - 8 * offset, with the fp of this frame */
+	HF_SAVED_FP = 2,     /* amd64: at fp - 8 * offset, with the fp of this frame;
+			      * arm64: at the CFA's base register + 8 * offset */
 	HF_SAVED_LOST = 3,   /* not known any more */
 };
 
