@@ -3,6 +3,7 @@
 package bpf
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
@@ -85,6 +86,7 @@ type Tables struct {
 	inner  *ebpf.MapSpec
 	mu     sync.Mutex
 	placed map[TableKey]*placement
+	equal  map[[sha256.Size]byte]*placement // by their words
 	chunks []*chunk
 	stats  TableStats
 	// Pieces that a walk on another CPU may still read; free once a moment has passed.
@@ -93,10 +95,12 @@ type Tables struct {
 	sleep   func(time.Duration)
 }
 
-// placement is where the table of a key lies.
+// placement is where a table lies. Copies of a file, as containers bring them, share it.
 type placement struct {
 	chunk, word, words int
 	rows               uint64
+	digest             [sha256.Size]byte
+	keys               int // that it is the table of
 }
 
 // chunk is one map of words, and what of it is free: sorted, and never two pieces in touch.
@@ -118,7 +122,7 @@ type retired struct {
 // TableStats describe the tables in the kernel.
 type TableStats struct {
 	Tables  int
-	Rows    uint64
+	Rows    uint64 // those that several tables share counted once
 	Memory  uint64 // bytes that the kernel accounts to the chunks and the index
 	Limit   uint64
 	Evicted uint64 // tables that made room for others
@@ -145,7 +149,7 @@ func NewTables(limit uint64) (_ *Tables, err error) {
 	if chunks < 1 {
 		return nil, fmt.Errorf("make unwind tables: limit of %d bytes is below %d", limit, chunkBytes)
 	}
-	t := &Tables{limit: limit, placed: map[TableKey]*placement{}, now: ktime, sleep: time.Sleep}
+	t := &Tables{limit: limit, placed: map[TableKey]*placement{}, equal: map[[sha256.Size]byte]*placement{}, now: ktime, sleep: time.Sleep}
 	index, outer := spec.Maps[cpuMapHfTables].Copy(), spec.Maps[cpuMapHfChunks].Copy()
 	// Tables take 10 KiB on average; half of that leaves room for many small ones.
 	index.MaxEntries = uint32(max(limit/5000, 256))
@@ -188,18 +192,13 @@ func (t *Tables) Put(key TableKey, table Table) error {
 	if err := table.check(); err != nil {
 		return fmt.Errorf("put unwind table: %w", err)
 	}
+	digest := sha256.Sum256(bytesOf(table.Words))
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.remove(key)
-	p := &placement{words: len(table.Words), rows: rowsOf(table)}
-	if err := t.place(p); err != nil {
+	p, err := t.placeWords(table, digest)
+	if err != nil {
 		return err
-	}
-	if p.words > 0 {
-		if err := t.write(p, table.Words); err != nil {
-			t.release(*p)
-			return err
-		}
 	}
 	raw := key.raw()
 	value := cpuHfTable{
@@ -208,11 +207,52 @@ func (t *Tables) Put(key TableKey, table Table) error {
 		UsedNs: t.now(),
 	}
 	if err := t.index.Put(&raw, &value); err != nil {
-		t.release(*p)
+		t.drop(p)
 		return fmt.Errorf("put unwind table: %w", err)
 	}
 	t.placed[key] = p
 	return nil
+}
+
+// placeWords returns where the words of a table are, for one key more.
+func (t *Tables) placeWords(table Table, digest [sha256.Size]byte) (*placement, error) {
+	if t.equal[digest] != nil {
+		// Room for the entry; that may cost the very table.
+		if err := t.place(&placement{}); err != nil {
+			return nil, err
+		}
+		if p := t.equal[digest]; p != nil {
+			p.keys++
+			return p, nil
+		}
+	}
+	p := &placement{words: len(table.Words), rows: rowsOf(table), digest: digest, keys: 1}
+	if err := t.place(p); err != nil {
+		return nil, err
+	}
+	if p.words > 0 {
+		if err := t.write(p, table.Words); err != nil {
+			t.release(*p)
+			return nil, err
+		}
+	}
+	t.equal[digest] = p
+	return p, nil
+}
+
+// drop takes a key away from p.
+func (t *Tables) drop(p *placement) {
+	if p.keys--; p.keys > 0 {
+		return
+	}
+	delete(t.equal, p.digest)
+	if p.words > 0 {
+		t.retired = append(t.retired, retired{*p, t.now()})
+	}
+}
+
+func bytesOf(words []uint16) []byte {
+	return unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(words))), 2*len(words))
 }
 
 func rowsOf(t Table) uint64 {
@@ -245,9 +285,7 @@ func (t *Tables) remove(key TableKey) {
 	// It is there, as only this type writes; if not, it is gone as wanted.
 	_ = t.index.Delete(&raw)
 	delete(t.placed, key)
-	if p.words > 0 {
-		t.retired = append(t.retired, retired{*p, t.now()})
-	}
+	t.drop(p)
 }
 
 // place finds room for p.words words: in the free pieces, in a new chunk, or by eviction.
@@ -382,7 +420,10 @@ func (t *Tables) evict() error {
 			break
 		}
 		if p := t.placed[u.key]; p != nil {
-			freed += uint64(2*p.words) + entryBytes
+			freed += entryBytes
+			if p.keys == 1 {
+				freed += uint64(2 * p.words)
+			}
 			t.remove(u.key)
 			t.stats.Evicted++
 		}
@@ -402,7 +443,7 @@ func (t *Tables) write(p *placement, words []uint16) error {
 	if err != nil {
 		return fmt.Errorf("map chunk of unwind tables: %w", err)
 	}
-	copy(mem[2*p.word-start:], unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(words))), 2*len(words)))
+	copy(mem[2*p.word-start:], bytesOf(words))
 	if err := unix.Munmap(mem); err != nil {
 		return fmt.Errorf("unmap chunk of unwind tables: %w", err)
 	}
@@ -425,7 +466,7 @@ func (t *Tables) Stats() TableStats {
 	defer t.mu.Unlock()
 	t.reclaim()
 	s := t.stats
-	for _, p := range t.placed {
+	for _, p := range t.equal {
 		s.Rows += p.rows
 	}
 	s.Tables, s.Memory, s.Limit = len(t.placed), t.memory(), t.limit
@@ -462,6 +503,7 @@ func (t *Tables) Close() error {
 		}
 	}
 	clear(t.placed)
+	clear(t.equal)
 	t.retired, t.limit = nil, 0
 	return errors.Join(append(errs, t.index.Close(), t.outer.Close())...)
 }
