@@ -23,6 +23,7 @@ import (
 	"github.com/google/pprof/profile"
 
 	"github.com/hostflame/hostflame/bpf"
+	"github.com/hostflame/hostflame/profiler/unwind"
 	"github.com/hostflame/hostflame/symbolizer"
 )
 
@@ -47,6 +48,8 @@ type Config struct {
 	// Tables are the unwind tables that the source's stacks are walked by; they are filled
 	// as samples need them. May be nil: then stacks stay as the source delivers them.
 	Tables *bpf.Tables
+	// TableCache keeps tables on disk; nil for none. It is the caller's to close.
+	TableCache *unwind.Cache
 
 	MaxProcesses  int // program images whose mappings are kept; 4096
 	MaxStacks     int // different samples of one profile; 16,384, the rest is one "[stacks overflow]"
@@ -185,7 +188,7 @@ func New(cfg Config) (*Profiler, error) {
 		closing:    make(chan closedWindow, 1),
 	}
 	if cfg.Tables != nil {
-		if p.unwinder, err = newUnwinder(cfg.Tables, cfg.Symbolizer, source, cfg.Logger); err != nil {
+		if p.unwinder, err = newUnwinder(&cfg, source); err != nil {
 			return nil, fmt.Errorf("make profiler: %w", err)
 		}
 	}

@@ -2,13 +2,41 @@
 
 package profiler
 
-import "maps"
+import (
+	"maps"
+
+	"github.com/hostflame/hostflame/bpf"
+	"github.com/hostflame/hostflame/profiler/unwind"
+)
 
 // Stats counts, by weight, since the start.
 type Stats struct {
 	Samples map[string]uint64            // delivered, by profile
 	Lost    map[string]map[string]uint64 // lost in user space, by profile and reason
 	Stacks  map[string]map[string]uint64 // by profile and outcome; they sum to Samples
+	Unwind  *UnwindStats                 // nil where the profiler has no unwind tables
+}
+
+// UnwindStats are about the unwind tables.
+type UnwindStats struct {
+	Kernel   bpf.TableStats
+	Cache    unwind.CacheStats // zero without one
+	Made     uint64            // tables that were made, one a region of a file
+	Finished uint64            // stacks that were finished in user space
+	Skipped  map[string]uint64 // what of the files' unwind information could not be used, by reason
+}
+
+// snapshot returns current figures.
+func (u *unwinder) snapshot() *UnwindStats {
+	u.mu.Lock()
+	s := u.stats
+	s.Skipped = maps.Clone(s.Skipped)
+	u.mu.Unlock()
+	s.Kernel = u.tables.Stats()
+	if u.cache != nil {
+		s.Cache = u.cache.Stats()
+	}
+	return &s
 }
 
 // reasonUndecodable is the loss of what the ring held but could not be read.
@@ -20,11 +48,15 @@ func (p *Profiler) Stats() Stats {
 	for o := range outcomes {
 		stacks[o.String()] = p.counters.stacks[o].Load()
 	}
-	return Stats{
+	s := Stats{
 		Samples: map[string]uint64{profileCPU: p.counters.samples.Load()},
 		Lost:    map[string]map[string]uint64{profileCPU: {reasonUndecodable: p.counters.drainErrors.Load()}},
 		Stacks:  map[string]map[string]uint64{profileCPU: stacks},
 	}
+	if p.unwinder != nil {
+		s.Unwind = p.unwinder.snapshot()
+	}
+	return s
 }
 
 // losses is what the kernel and we lost by now.

@@ -4,7 +4,6 @@ package profiler
 
 import (
 	"debug/elf"
-	"errors"
 	"io"
 	"log/slog"
 	"runtime"
@@ -27,6 +26,7 @@ type unwinder struct {
 	tables  *bpf.Tables
 	symbols *symbolizer.Symbolizer
 	source  mappingSource
+	cache   *unwind.Cache // nil: none
 	log     *slog.Logger
 	work    chan *unfinished
 	hurry   atomic.Bool // deliver what is queued as it is
@@ -35,12 +35,15 @@ type unwinder struct {
 	done    []*bpf.Sample
 	pending int           // handed in and not yet collected
 	idle    chan struct{} // closed when nothing is left to do; nil while nobody waits
+	stats   UnwindStats
 
 	// The rest is of the goroutine that works.
 	walker *unwind.Walker
 	files  generations[*symbolizer.Object, *unwind.File]
 	made   generations[madeKey, *unwind.Region]
 	failed map[bpf.TableKey]failure
+
+	cacheFailing bool
 }
 
 // failure is that a file could not be opened. The next process of it can do better, but not
@@ -83,7 +86,7 @@ const (
 	smallFile = 16
 )
 
-func newUnwinder(tables *bpf.Tables, symbols *symbolizer.Symbolizer, source mappingSource, log *slog.Logger) (*unwinder, error) {
+func newUnwinder(cfg *Config, source mappingSource) (*unwinder, error) {
 	machine := elf.EM_X86_64
 	if runtime.GOARCH == "arm64" {
 		machine = elf.EM_AARCH64
@@ -95,9 +98,10 @@ func newUnwinder(tables *bpf.Tables, symbols *symbolizer.Symbolizer, source mapp
 	walker.AddressMask = bpf.AddressMask()
 	u := &unwinder{
 		walker: walker,
-		tables: tables, symbols: symbols, source: source, log: log,
+		tables: cfg.Tables, cache: cfg.TableCache, symbols: cfg.Symbolizer, source: source, log: cfg.Logger,
 		work:   make(chan *unfinished, maxUnfinished),
 		failed: map[bpf.TableKey]failure{},
+		stats:  UnwindStats{Skipped: map[string]uint64{}},
 	}
 	u.files.limit, u.made.limit = maxUnwindFiles, maxMadeRegions
 	return u, nil
@@ -170,6 +174,7 @@ func (u *unwinder) run() {
 				u.finish(job)
 			}
 			u.mu.Lock()
+			u.stats.Finished++
 			u.done = append(u.done, job.sample)
 			if u.idle != nil && u.pending == len(u.done) {
 				close(u.idle)
@@ -202,7 +207,7 @@ func (u *unwinder) lookup(job *unfinished, addr uint64) (r *unwind.Region, offse
 	for i := range job.areas {
 		if a := &job.areas[i]; addr >= a.Start && addr < a.End {
 			offset = addr - a.Start + a.Offset
-			return u.region(a.program, a.File, bpf.RegionOf(offset)), offset, true
+			return u.region(job.pid, a.program, a.File, bpf.RegionOf(offset)), offset, true
 		}
 	}
 	i := sort.Search(len(job.rest), func(i int) bool { return job.rest[i].end > addr })
@@ -218,7 +223,7 @@ func (u *unwinder) lookup(job *unfinished, addr uint64) (r *unwind.Region, offse
 	if err != nil {
 		return nil, offset, true
 	}
-	return u.region(p, fileOf(p.object), bpf.RegionOf(offset)), offset, true
+	return u.region(job.pid, p, fileOf(p.object), bpf.RegionOf(offset)), offset, true
 }
 
 // fileOf is what the kernel calls the file of an object, on most file systems.
@@ -234,7 +239,7 @@ func fileOf(o *symbolizer.Object) bpf.File {
 }
 
 // region returns the table of a region of a file, and sees that the kernel has it.
-func (u *unwinder) region(p *program, id bpf.File, n uint32) *unwind.Region {
+func (u *unwinder) region(pid PID, p *program, id bpf.File, n uint32) *unwind.Region {
 	if id == (bpf.File{}) {
 		return nil
 	}
@@ -250,7 +255,7 @@ func (u *unwinder) region(p *program, id bpf.File, n uint32) *unwind.Region {
 		}
 		return nil
 	}
-	r := u.make(p, n)
+	r := u.make(pid, p, n)
 	if _, failed := u.failed[key]; failed {
 		u.tables.Delete(key)
 		delete(u.failed, key)
@@ -259,14 +264,14 @@ func (u *unwinder) region(p *program, id bpf.File, n uint32) *unwind.Region {
 		return r
 	}
 	u.put(key, r)
-	f := u.file(p)
+	f := u.file(pid, p)
 	if f == nil {
 		return r
 	}
 	if regions := f.Regions(); len(regions) <= smallFile {
 		for _, other := range regions {
 			if k := (bpf.TableKey{File: id, Region: other}); !u.tables.Has(k) {
-				u.put(k, u.make(p, other))
+				u.put(k, u.make(pid, p, other))
 			}
 		}
 	}
@@ -281,40 +286,70 @@ func (u *unwinder) put(key bpf.TableKey, r *unwind.Region) {
 }
 
 // make returns the table of a region of a program, made once.
-func (u *unwinder) make(p *program, n uint32) *unwind.Region {
+func (u *unwinder) make(pid PID, p *program, n uint32) *unwind.Region {
 	key := madeKey{p.object, n}
 	if r, ok := u.made.get(key); ok {
 		return r
 	}
-	r := new(unwind.Region)
-	if f := u.file(p); f != nil {
-		made, err := f.Region(n)
-		if err != nil {
-			u.log.Debug("no unwind table", "file", p.path, "region", n, "err", err)
-		}
-		r = &made
-	}
+	r := u.read(pid, p, n)
 	u.made.put(key, r)
 	return r
 }
 
+// read takes the table from the cache on disk, or makes it and puts it there.
+func (u *unwinder) read(pid PID, p *program, n uint32) *unwind.Region {
+	_, _, mtime, ok := p.object.Stat()
+	cached := unwind.CacheKey{BuildID: p.object.BuildID(), Size: p.object.Content().Size(), MtimeNanos: mtime}
+	if ok = ok && u.cache != nil; ok {
+		if r, found := u.cache.Get(cached, n); found {
+			return &r
+		}
+	}
+	f := u.file(pid, p)
+	if f == nil {
+		return new(unwind.Region)
+	}
+	r, err := f.Region(n)
+	if err != nil {
+		u.log.Debug("no unwind table", "file", p.path, "region", n, "err", err)
+		return new(unwind.Region)
+	}
+	u.count(&r)
+	if ok {
+		if err := u.cache.Put(cached, n, &r); err != nil && !u.cacheFailing {
+			u.log.Warn("unwind tables are not kept on disk", "err", err)
+			u.cacheFailing = true
+		}
+	}
+	return &r
+}
+
+// count counts what was made, and what of it could not be.
+func (u *unwinder) count(r *unwind.Region) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.stats.Made++
+	for reason, n := range r.Skipped {
+		u.stats.Skipped[string(reason)] += uint64(n)
+	}
+}
+
 // file returns the unwind information of a program, nil if there is none.
-func (u *unwinder) file(p *program) *unwind.File {
+func (u *unwinder) file(pid PID, p *program) *unwind.File {
 	if f, ok := u.files.get(p.object); ok {
 		return f
 	}
 	c := p.object.Content()
-	f, err := unwind.Open(c, c.Size(), noDebugFile)
+	f, err := unwind.Open(c, c.Size(), func(buildID, link string, crc uint32) (io.ReaderAt, int64, error) {
+		// The file is closed when nothing refers to it any more.
+		return openDebugFile(pid, p.path, buildID, link, crc)
+	})
 	if err != nil {
 		u.log.Debug("no unwind information", "file", p.path, "err", err)
 		f = nil
 	}
 	u.files.put(p.object, f)
 	return f
-}
-
-func noDebugFile(string, string, uint32) (io.ReaderAt, int64, error) {
-	return nil, 0, errors.New("separate debug files are not looked for")
 }
 
 // generations is a map of bounded size: what is used stays, what was not used since limit
