@@ -110,15 +110,6 @@ func (i *image) retire(old, v vma, at uint64) {
 	i.former = append(i.former, formerVMA{old, at})
 }
 
-// forget lets go of former mappings that no sample is that old for.
-func (i *image) forget(before uint64) {
-	n := 0
-	for n < len(i.former) && i.former[n].until < before {
-		n++
-	}
-	i.former = slices.Delete(i.former, 0, n)
-}
-
 // misses tells whether s shows memory that is not in vmas, or is something else there.
 func misses(vmas []vma, s *bpf.Sample) bool {
 	for i := range s.Areas {
