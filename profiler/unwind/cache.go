@@ -255,8 +255,8 @@ func decodeTable(b, header []byte) (Region, error) {
 	}
 	d := cursor{b: b[len(header):n]}
 	r := Region{FirstBucket: d.u16(), Rows: int(d.u32())}
-	if len(d.b) > 0 {
-		r.Words = make([]uint16, len(d.b)/2)
+	if n := d.left() / 2; n > 0 {
+		r.Words = make([]uint16, n)
 		for i := range r.Words {
 			r.Words[i] = d.u16()
 		}

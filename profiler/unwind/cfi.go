@@ -3,6 +3,7 @@
 package unwind
 
 import (
+	"bytes"
 	"encoding/binary"
 
 	"github.com/hostflame/hostflame/internal/elffile"
@@ -61,7 +62,9 @@ type section struct {
 	size    uint64
 	debug   bool // .debug_frame
 
-	cies map[uint64]*cie // by offset in the section; nil: seen, and bad
+	cies    map[uint64]*cie // by offset in the section
+	lastOff uint64
+	lastCIE *cie
 
 	// A window of the section.
 	window   []byte
@@ -174,11 +177,20 @@ func (s *section) record(off uint64) (r record, ok bool) {
 	return r, true
 }
 
-// cieAt is the CIE at an offset, or nil.
+// cieAt is the CIE at an offset, good or bad.
 func (s *section) cieAt(off uint64) *cie {
-	if c, ok := s.cies[off]; ok {
-		return c
+	if s.lastCIE != nil && s.lastOff == off {
+		return s.lastCIE
 	}
+	c := s.cies[off]
+	if c == nil {
+		c = s.addCIE(off)
+	}
+	s.lastOff, s.lastCIE = off, c
+	return c
+}
+
+func (s *section) addCIE(off uint64) *cie {
 	if len(s.cies) >= maxCIEs {
 		clear(s.cies)
 	}
@@ -241,7 +253,7 @@ func (s *section) readCIE(off uint64) *cie {
 	}
 	p := program{arch: s.arch, cie: c}
 	p.state.reset()
-	c.initialSkip = p.run(d.b, 0, 0, nil)
+	c.initialSkip = p.run(d.b[d.at:], 0, 0, nil)
 	c.initial = p.state
 	return c
 }
@@ -300,33 +312,34 @@ func (s *section) fdeAt(r record) (fde, Skip) {
 	if d.bad || start+size < start {
 		return fde{}, SkipMalformed
 	}
-	return fde{start: start, end: start + size, cie: c, off: r.off + r.size - uint64(len(d.b)), size: uint64(len(d.b))}, ""
+	return fde{start: start, end: start + size, cie: c, off: r.off + uint64(d.at), size: uint64(d.left())}, ""
 }
 
 // cursor reads fields one after the other. Past the end it is bad, and reads zeros.
 type cursor struct {
 	b   []byte
+	at  int
 	bad bool
 }
 
+func (d *cursor) left() int { return len(d.b) - d.at }
+
 func (d *cursor) take(n uint64) []byte {
-	if n > uint64(len(d.b)) {
-		d.b, d.bad = nil, true
+	if n > uint64(d.left()) {
+		d.at, d.bad = len(d.b), true
 		return nil
 	}
-	head := d.b[:n]
-	d.b = d.b[n:]
-	return head
+	d.at += int(n)
+	return d.b[d.at-int(n) : d.at]
 }
 
 func (d *cursor) u8() byte {
-	if len(d.b) == 0 {
+	if d.at >= len(d.b) {
 		d.bad = true
 		return 0
 	}
-	v := d.b[0]
-	d.b = d.b[1:]
-	return v
+	d.at++
+	return d.b[d.at-1]
 }
 
 func (d *cursor) u16() uint16 {
@@ -386,15 +399,14 @@ func (d *cursor) sleb() int64 {
 
 // cstring reads up to a NUL.
 func (d *cursor) cstring() ([]byte, bool) {
-	for i, c := range d.b {
-		if c == 0 {
-			s := d.b[:i]
-			d.b = d.b[i+1:]
-			return s, true
-		}
+	rest := d.b[d.at:]
+	i := bytes.IndexByte(rest, 0)
+	if i < 0 {
+		d.at, d.bad = len(d.b), true
+		return nil, false
 	}
-	d.b, d.bad = nil, true
-	return nil, false
+	d.at += i + 1
+	return rest[:i], true
 }
 
 // pointer reads an encoded pointer at address at. It is false for encodings whose value

@@ -68,7 +68,7 @@ func evaluate(expr []byte) (value, bool) {
 		return len(stack) <= maxExpression
 	}
 	constant := func(n int64) bool { return push(value{add: n}) }
-	for len(d.b) > 0 {
+	for d.left() > 0 {
 		ok := true
 		switch op := d.u8(); {
 		case op >= opLit0 && op < opLit0+32:

@@ -30,6 +30,8 @@ type File struct {
 	ownIndex index
 	separate bool // the separate debug file was looked for
 	once     map[Skip]int
+
+	builder builder
 }
 
 // Open reads the headers of an ELF file, or of an image of one in memory (the vDSO).

@@ -86,7 +86,7 @@ func (b *builder) golang(pieces []piece, p part) []piece {
 	for ; i < g.Len; i++ {
 		entry, record, err := g.Entry(i)
 		next, _, err2 := g.Entry(i + 1)
-		if err != nil || err2 != nil || len(pieces) >= maxGoRead {
+		if err != nil || err2 != nil || len(b.functions) >= maxGoRead {
 			b.skipped[SkipMalformed]++
 			break
 		}
@@ -103,10 +103,11 @@ func (b *builder) golang(pieces []piece, p part) []piece {
 			continue
 		}
 		if b.goSwitch(&fn) == Rule(KindSignal) && start > 0 {
-			pieces = append(pieces, piece{start: start - 1, end: start, source: fromCode, rule: Rule(KindSignal)})
+			pieces = append(pieces, piece{start: start - 1, end: start, source: fromCode})
 		}
 		if start < p.hi {
-			pieces = append(pieces, piece{start: start, end: end, source: fromGo, fn: fn})
+			pieces = append(pieces, piece{start: start, end: end, source: fromGo, index: int32(len(b.functions))})
+			b.functions = append(b.functions, fn)
 		}
 	}
 	return pieces

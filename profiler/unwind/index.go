@@ -10,12 +10,12 @@ import (
 )
 
 const (
-	hdrVersion   = 1
-	hdrTable     = peDataRel | peSdata4
-	hdrEntry     = 8
-	maxScanned   = 4 << 20 // FDEs of a section without a sorted table
-	maxFDEs      = 1 << 16 // of a region
-	maxSectionMB = 4 << 30
+	hdrVersion = 1
+	hdrTable   = peDataRel | peSdata4
+	hdrEntry   = 8
+	maxScanned = 4 << 20 // FDEs of a section without a sorted table
+	maxFDEs    = 1 << 16 // of a region
+	maxCode    = 8 << 20 // bytes of their instructions
 )
 
 // index finds the FDEs of a section by address.
@@ -48,7 +48,7 @@ func openHdr(m *elffile.Image) (frame uint64, x *hdrIndex) {
 		return 0, nil
 	}
 	d := cursor{b: b[4:]}
-	at := func() uint64 { return h.Vaddr + uint64(len(b)-len(d.b)) }
+	at := func() uint64 { return h.Vaddr + uint64(len(b)-d.left()) }
 	frameEnc, countEnc, tableEnc := b[1], b[2], b[3]
 	if frameEnc == peOmit {
 		return 0, nil

@@ -144,7 +144,7 @@ func (p *program) run(b []byte, loc, end uint64, emit func(addr uint64)) Skip {
 		return true
 	}
 	c := p.cie
-	for len(d.b) > 0 {
+	for d.left() > 0 {
 		op := d.u8()
 		low := uint64(op & 0x3f)
 		switch op & 0xc0 {

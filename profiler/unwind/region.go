@@ -25,10 +25,7 @@ func sortedRegions(r []uint32) []uint32 {
 type piece struct {
 	start, end uint64
 	source     source
-	fde        fde
-	section    *section
-	fn         pclntab.Func
-	rule       Rule // of a trampoline
+	index      int32 // of builder.fdes or builder.functions
 }
 
 type source uint8
@@ -36,7 +33,7 @@ type source uint8
 const (
 	fromFDE = source(iota)
 	fromGo
-	fromCode
+	fromCode // a signal trampoline
 )
 
 // part is what a region and an executable segment have in common.
@@ -45,13 +42,24 @@ type part struct {
 	bias   uint64 // from address to file offset
 }
 
-// builder makes the table of one region.
+// builder makes the table of one region. Its buffers serve one region after the other.
 type builder struct {
 	file    *File
 	base    uint64 // file offset
 	rows    []row
 	end     uint64 // offset in the region where what is known ends
 	skipped map[Skip]int
+
+	pieces    []piece
+	fdes      []fde
+	code      []byte // the instructions of fdes
+	functions []pclntab.Func
+	program   program
+}
+
+func (b *builder) reset(f *File, n uint32) {
+	b.file, b.base, b.end, b.skipped = f, uint64(n)<<RegionShift, 0, map[Skip]int{}
+	b.rows = b.rows[:0]
 }
 
 // row is a rule and the offset in the region from which on it holds.
@@ -63,7 +71,8 @@ type row struct {
 // Region makes the table of region n of the file. What is wrong with the file's contents
 // is in the result; an error is one of reading.
 func (f *File) Region(n uint32) (Region, error) {
-	b := builder{file: f, base: uint64(n) << RegionShift, skipped: map[Skip]int{}}
+	b := &f.builder
+	b.reset(f, n)
 	var parts []part
 	size := uint64(f.image.Size())
 	for _, s := range f.image.Loads {
@@ -102,22 +111,25 @@ func (f *File) Region(n uint32) (Region, error) {
 // part adds the rows of one part.
 func (b *builder) part(p part) error {
 	f := b.file
-	pieces := b.golang(nil, p)
+	b.fdes, b.code, b.functions = b.fdes[:0], b.code[:0], b.functions[:0]
+	functions := b.golang(b.pieces[:0], p)
+	pieces := functions
 	if x := f.frameIndex(); x != nil {
-		more, ok := b.frames(x, f.frames, p)
+		var ok bool
+		pieces, ok = b.frames(pieces, x, f.frames, p)
 		if !ok && f.sorted {
 			f.distrust()
-			more, _ = b.frames(f.frameIndex(), f.frames, p)
+			pieces, _ = b.frames(functions, f.frameIndex(), f.frames, p)
 		}
-		pieces = append(pieces, more...)
 	}
+	b.pieces = pieces
 	pieces = arrange(pieces, p)
 	if gap := uncovered(pieces, p); gap >= padding {
 		if f.gotab == nil && f.own == nil && gap > (p.hi-p.lo)/2 {
 			f.openSeparate()
 		}
 		if x := f.debugIndex(); x != nil {
-			more, _ := b.frames(x, f.own, p)
+			more, _ := b.frames(nil, x, f.own, p)
 			pieces = fill(pieces, arrange(more, p))
 		}
 	}
@@ -128,14 +140,13 @@ func (b *builder) part(p part) error {
 	return nil
 }
 
-// frames reads the FDEs that describe a part. It is false if the index is wrong.
-func (b *builder) frames(x index, s *section, p part) ([]piece, bool) {
-	var pieces []piece
-	var last uint64
+// frames appends the FDEs that describe a part. It is false if the index is wrong.
+func (b *builder) frames(pieces []piece, x index, s *section, p part) ([]piece, bool) {
+	last := ^uint64(0)
 	good := true
 	s.read = 0
 	ok := x.collect(p.lo, p.hi, func(start, off uint64) bool {
-		if len(pieces) >= maxFDEs {
+		if len(b.fdes) >= maxFDEs || len(b.code) >= maxCode {
 			b.skipped[SkipLimit]++
 			return false
 		}
@@ -157,12 +168,20 @@ func (b *builder) frames(x index, s *section, p part) ([]piece, bool) {
 			good = false
 			return false
 		}
-		if len(pieces) > 0 && start == last {
+		if start == last {
 			return true // the first one counts
 		}
 		last = start
 		if f.end > p.lo {
-			pieces = append(pieces, piece{start: f.start, end: f.end, fde: f, section: s})
+			code, ok := s.bytes(f.off, f.size)
+			if !ok {
+				b.skipped[SkipMalformed]++
+				return true
+			}
+			f.off = uint64(len(b.code))
+			b.code = append(b.code, code...)
+			pieces = append(pieces, piece{start: f.start, end: f.end, source: fromFDE, index: int32(len(b.fdes))})
+			b.fdes = append(b.fdes, f)
 		}
 		return true
 	})
@@ -172,7 +191,10 @@ func (b *builder) frames(x index, s *section, p part) ([]piece, bool) {
 // arrange sorts pieces and cuts them so that none goes beyond the next one's start, as
 // unwinders see them that search for the last start before an address.
 func arrange(pieces []piece, p part) []piece {
-	slices.SortStableFunc(pieces, func(x, y piece) int { return cmp.Compare(x.start, y.start) })
+	byStart := func(x, y piece) int { return cmp.Compare(x.start, y.start) }
+	if !slices.IsSortedFunc(pieces, byStart) {
+		slices.SortStableFunc(pieces, byStart)
+	}
 	out := pieces[:0]
 	for i := range pieces {
 		q := pieces[i]
@@ -221,7 +243,7 @@ func fill(pieces, more []piece) []piece {
 func (b *builder) trampolines(pieces []piece, p part) []piece {
 	var found []piece
 	look := func(lo, hi uint64) {
-		if hi-lo < 8 {
+		if hi-lo < padding { // functions are aligned; what is smaller is no function
 			return
 		}
 		code := make([]byte, min(hi-lo+padding, uint64(b.file.image.Size())-(lo+p.bias)))
@@ -240,7 +262,7 @@ func (b *builder) trampolines(pieces []piece, p part) []piece {
 				}
 				at += i + len(want)
 				found = append(found, piece{
-					start: start - 1, end: min(start+uint64(len(want)), p.hi), source: fromCode, rule: Rule(KindSignal),
+					start: start - 1, end: min(start+uint64(len(want)), p.hi), source: fromCode,
 				})
 			}
 		}
@@ -275,28 +297,25 @@ func (b *builder) piece(q *piece, p part) {
 	}
 	switch q.source {
 	case fromCode:
-		add(q.start, q.rule)
+		add(q.start, Rule(KindSignal))
 	case fromGo:
-		b.goRules(&q.fn, hi, add)
+		b.goRules(&b.functions[q.index], hi, add)
 	case fromFDE:
 		b.fdeRules(q, hi, add)
 	}
 }
 
 func (b *builder) fdeRules(q *piece, hi uint64, add func(addr uint64, r Rule)) {
-	if q.fde.cie.initialSkip != "" {
-		b.skipped[q.fde.cie.initialSkip]++
+	f := &b.fdes[q.index]
+	if f.cie.initialSkip != "" {
+		b.skipped[f.cie.initialSkip]++
 		return
 	}
-	code, ok := q.section.bytes(q.fde.off, q.fde.size)
-	if !ok {
-		b.skipped[SkipMalformed]++
-		return
-	}
-	prog := program{arch: b.file.arch, cie: q.fde.cie, state: q.fde.cie.initial}
+	prog := &b.program
+	prog.arch, prog.cie, prog.state, prog.remembered = b.file.arch, f.cie, f.cie.initial, prog.remembered[:0]
 	last := q.start
-	skip := prog.run(code, q.start, hi, func(addr uint64) {
-		r, skip := prog.state.compile(b.file.arch, q.fde.cie.signal)
+	skip := prog.run(b.code[f.off:][:f.size], q.start, hi, func(addr uint64) {
+		r, skip := prog.state.compile(prog.arch, f.cie.signal)
 		if skip != "" {
 			b.skipped[skip]++
 		}
@@ -343,7 +362,13 @@ func (b *builder) table() Region {
 		b.rows = slices.Insert(b.rows, 0, row{first << BucketShift, 0})
 	}
 	reg.FirstBucket = uint16(first)
-	words := make([]uint16, last-first+1, int(last-first)+1+len(b.rows)*rowWords)
+	wide := 0
+	for _, w := range b.rows {
+		if w.rule.Kind() == KindWide {
+			wide++
+		}
+	}
+	words := make([]uint16, last-first+1, int(last-first)+1+(len(b.rows)+wide)*rowWords)
 	limit := (maxWords - len(words)) / rowWords
 	bucket := first
 	for i, w := range b.rows {
