@@ -232,7 +232,7 @@ func TestCPUSample(t *testing.T) {
 	}
 	// Ticks of a fixed grid over stretches of any length: a few more or less.
 	if want := cpu.Seconds() * 499; math.Abs(float64(own)-want) > 10+want/10 {
-		t.Errorf("%d samples of a thread that ran for %v at 499 Hz", own, cpu)
+		t.Errorf("%d samples of a thread that ran for %v at 499 Hz; dropped: %v", own, cpu, stats(t, c).Dropped)
 	}
 	if inBurn < inUser*9/10 || inBurn < 10 {
 		t.Errorf("%d of %d samples of user mode in burn", inBurn, inUser)

@@ -72,6 +72,10 @@ type fakeCPU []profiler.ContainerCPU
 
 func (f fakeCPU) CPUByContainer() []profiler.ContainerCPU { return f }
 
+type fakeUnwind Unwind
+
+func (f fakeUnwind) ReadUnwind() (Unwind, error) { return Unwind(f), nil }
+
 type fakeAgent Agent
 
 func (f fakeAgent) ReadAgent() (Agent, error) { return Agent(f), nil }
@@ -99,6 +103,10 @@ func testReaders() Readers {
 			{Container: "/", User: 1500 * time.Millisecond, System: 20 * time.Millisecond},
 			{Container: "0123456789ab", User: time.Second},
 			{Container: "~other"},
+		},
+		Unwind: fakeUnwind{
+			Tables: 101, Rows: 5_003, Memory: 1 << 20, MemoryLimit: 32 << 20, Evicted: 7, Made: 103,
+			CacheHits: 11, CacheErrors: 1, Finished: 13, Skipped: map[string]uint64{"register": 2},
 		},
 		Agent: fakeAgent{
 			Samples: map[string]uint64{"cpu": 1009},

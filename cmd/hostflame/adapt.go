@@ -27,7 +27,7 @@ func readers(k *kernel, p *profiler.Profiler, a *accounting) exporter.Readers {
 		Agent:    agentReader{k, p, a},
 	}
 	if p != nil {
-		r.CPU = p
+		r.CPU, r.Unwind = p, unwindReader{p}
 	}
 	return r
 }
@@ -67,6 +67,17 @@ func (r blockReader) ReadBlock() ([]exporter.Block, error) {
 		}
 	}
 	return list, nil
+}
+
+type unwindReader struct{ profiler *profiler.Profiler }
+
+func (r unwindReader) ReadUnwind() (exporter.Unwind, error) {
+	s := r.profiler.Stats().Unwind
+	return exporter.Unwind{
+		Tables: s.Kernel.Tables, Rows: s.Kernel.Rows, Memory: s.Kernel.Memory, MemoryLimit: s.Kernel.Limit,
+		Evicted: s.Kernel.Evicted, Made: s.Made, CacheHits: s.Cache.Hits, CacheErrors: s.Cache.Refused,
+		Finished: s.Finished, Skipped: s.Skipped,
+	}, nil
 }
 
 type agentReader struct {

@@ -18,6 +18,7 @@ import (
 	"github.com/hostflame/hostflame/exporter/otlp"
 	"github.com/hostflame/hostflame/internal/buildinfo"
 	"github.com/hostflame/hostflame/profiler"
+	"github.com/hostflame/hostflame/profiler/unwind"
 	"github.com/hostflame/hostflame/symbolizer"
 )
 
@@ -66,7 +67,11 @@ func (a *agent) run(ctx context.Context, listeners []net.Listener) error {
 	defer a.kernel.close()
 	sym := symbolizer.New(symbolizer.Config{})
 	defer sym.Close()
-	if err := a.assemble(sym, created); err != nil {
+	cache := a.flags.openTableCache(a.log)
+	if cache != nil {
+		defer cache.Close()
+	}
+	if err := a.assemble(sym, cache, created); err != nil {
 		return err
 	}
 	end := a.start(ctx, fail)
@@ -84,12 +89,12 @@ func (a *agent) run(ctx context.Context, listeners []net.Listener) error {
 
 // assemble makes what stands on the attached kernel side, and hands the HTTP surface to
 // the servers, which run already.
-func (a *agent) assemble(sym *symbolizer.Symbolizer, created time.Time) (err error) {
+func (a *agent) assemble(sym *symbolizer.Symbolizer, cache *unwind.Cache, created time.Time) (err error) {
 	var capturer exporter.Capturer = noProfiles{a.kernel.cpuErr}
 	if a.kernel.cpu != nil {
 		a.pulse = newPulse(a.kernel.cpu)
 		a.profiler, err = profiler.New(profiler.Config{
-			Source: a.pulse, Symbolizer: sym, Tables: a.kernel.cpu.Tables(),
+			Source: a.pulse, Symbolizer: sym, Tables: a.kernel.cpu.Tables(), TableCache: cache,
 			Window: *a.flags.interval, Frequency: *a.flags.frequency, Event: *a.flags.event,
 			Logger: a.log, Losses: func() map[string]uint64 { return cpuLosses(a.kernel.cpu) },
 		})

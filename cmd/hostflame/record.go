@@ -81,11 +81,16 @@ func (r *record) run(ctx context.Context, env environment) error {
 func (r *record) sample(ctx context.Context, env environment, cpu *bpf.CPU) (*profiler.Window, error) {
 	sym := symbolizer.New(symbolizer.Config{})
 	defer sym.Close()
+	log := promslog.New(env.log)
+	cache := r.openTableCache(log)
+	if cache != nil {
+		defer cache.Close()
+	}
 	p, err := profiler.New(profiler.Config{
-		Source: cpu, Symbolizer: sym, Tables: cpu.Tables(),
+		Source: cpu, Symbolizer: sym, Tables: cpu.Tables(), TableCache: cache,
 		Window:    *r.duration + time.Hour, // never closes by itself
 		Frequency: *r.frequency, Event: *r.event,
-		Logger: promslog.New(env.log),
+		Logger: log,
 		Losses: func() map[string]uint64 { return cpuLosses(cpu) },
 	})
 	if err != nil {

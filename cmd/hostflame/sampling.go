@@ -5,12 +5,17 @@ package main
 import (
 	"errors"
 	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
 
 	"github.com/alecthomas/kingpin/v2"
 	"github.com/alecthomas/units"
 	"golang.org/x/sys/unix"
 
 	"github.com/hostflame/hostflame/bpf"
+	"github.com/hostflame/hostflame/profiler/unwind"
 )
 
 // maxFrequency keeps a typing slip from costing a core: at 1,000 Hz a sample of 16 us is
@@ -22,6 +27,7 @@ type sampling struct {
 	frequency   *int
 	event       *string
 	tableMemory *units.Base2Bytes
+	tableCache  *string
 }
 
 func samplingFlags(c *kingpin.CmdClause) (s sampling) {
@@ -29,7 +35,44 @@ func samplingFlags(c *kingpin.CmdClause) (s sampling) {
 	s.event = c.Flag("sampling.event", "What takes a CPU sample: cpu-clock works everywhere, cycles needs a PMU.").
 		Default(string(bpf.EventCPUClock)).Enum(string(bpf.EventCPUClock), string(bpf.EventCycles))
 	s.tableMemory = c.Flag("unwind.table-memory", "Kernel memory for unwind tables, at least 1MiB. Of what finds no room the least recently sampled goes.").Default("32MiB").Bytes()
+	s.tableCache = c.Flag("unwind.cache-directory", "Where unwind tables are kept between starts, at most 256 MiB; empty for nowhere.").
+		Default(defaultCacheDirectory()).String()
 	return s
+}
+
+// tableCacheQuota is in bytes: a table of a region takes 10 KiB on average.
+const tableCacheQuota = 256 << 20
+
+// defaultCacheDirectory is what systemd gives the service, or the user's own.
+func defaultCacheDirectory() string {
+	base := os.Getenv("CACHE_DIRECTORY")
+	switch {
+	case base != "":
+		base, _, _ = strings.Cut(base, ":")
+	case os.Geteuid() == 0:
+		base = "/var/cache/hostflame"
+	default:
+		dir, err := os.UserCacheDir()
+		if err != nil {
+			return ""
+		}
+		base = filepath.Join(dir, "hostflame")
+	}
+	return filepath.Join(base, "unwind")
+}
+
+// openTableCache opens the cache. What does not work costs time at starts, no more: it is
+// logged, and there is none.
+func (s sampling) openTableCache(log *slog.Logger) *unwind.Cache {
+	if *s.tableCache == "" {
+		return nil
+	}
+	c, err := unwind.OpenCache(*s.tableCache, tableCacheQuota)
+	if err != nil {
+		log.Warn("unwind tables are not kept on disk", "err", err, "hint", "choose a directory with --unwind.cache-directory")
+		return nil
+	}
+	return c
 }
 
 func (s sampling) check() error {
