@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"io/fs"
 	"log/slog"
@@ -69,7 +70,11 @@ func (s sampling) openTableCache(log *slog.Logger) *unwind.Cache {
 	}
 	c, err := unwind.OpenCache(*s.tableCache, tableCacheQuota)
 	if err != nil {
-		log.Warn("unwind tables are not kept on disk", "err", err, "hint", "choose a directory with --unwind.cache-directory")
+		level := slog.LevelWarn
+		if *s.tableCache == defaultCacheDirectory() {
+			level = slog.LevelInfo // nobody has asked for it
+		}
+		log.Log(context.Background(), level, "unwind tables are not kept on disk", "err", err, "hint", "choose a directory with --unwind.cache-directory")
 		return nil
 	}
 	return c
