@@ -61,7 +61,7 @@ func openHdr(m *elffile.Image) (frame uint64, x *hdrIndex) {
 		return frame, nil
 	}
 	n, ok := hdrPointer(&d, countEnc, at(), h.Vaddr)
-	table := uint64(len(b) - len(d.b))
+	table := uint64(len(b) - d.left())
 	if !ok || d.bad || n == 0 || n > (h.Filesz-table)/hdrEntry {
 		return frame, nil
 	}
