@@ -20,12 +20,25 @@ enum {
 	HF_RAN_START = 0,
 	HF_RAN_ISSUE = 1,
 	HF_RAN_DONE = 2,
+	HF_RAN_DISK = 3,
 };
+
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+struct backing_dev_info {
+	struct device *dev;
+};
+
+struct gendisk___bdi {
+	struct backing_dev_info *bdi;
+};
+#pragma clang attribute pop
 
 /* How many requests have a place in hf_block_state. */
 const volatile __u64 hf_states = 0;
 /* The kernel has no block_io_start: starts are the kernel's own stamps. */
 const volatile bool hf_kernel_start = false;
+/* hf_block_disk is attached. */
+const volatile bool hf_disk_seen = false;
 /* Flags of request.rq_flags, whose bits have changed: user space finds them. */
 const volatile __u32 hf_flush_seq = 0;
 const volatile __u32 hf_io_stat = 0;
@@ -53,11 +66,12 @@ _Static_assert(sizeof(struct hf_block_state) == 32, "half a cache line");
 struct hf_block_queue {
 	__u64 queue;   /* the request_queue, 0: none, or about to change */
 	__u64 diskseq; /* tells a new disk at the address of an old one */
+	__u64 disks;   /* hf_disks when the diskseq was looked at, 0: look every time */
 	__u32 base, places, depth, hctxs;
 	__u32 device; /* slot + 1, 0: none */
 	__u32 busy;   /* being written */
 	__u32 full;   /* no places left for it */
-	__u32 pad[5];
+	__u32 pad[3];
 };
 _Static_assert(sizeof(struct hf_block_queue) == 64, "a cache line");
 
@@ -96,6 +110,8 @@ struct {
 
 /* Places handed out. */
 __u64 hf_places = 0;
+/* Grows with each disk that is added: until then every queue has the disk that it had. */
+__u64 hf_disks = 1;
 
 #define OP(name) bpf_core_enum_value(enum req_op, REQ_OP_##name)
 
@@ -200,17 +216,26 @@ static __always_inline bool reserve(struct hf_block_queue *e, struct request_que
 	return true;
 }
 
+/* A disk's backing_dev_info is registered before its first request, which hf_block_disk sees;
+ * but that of a hidden disk (a path of NVMe multipath) never is. */
+static __always_inline __u64 looked_at(struct gendisk *disk, __u64 disks)
+{
+	return hf_disk_seen && ((struct gendisk___bdi *)disk)->bdi->dev ? disks : 0;
+}
+
 /* Fills the entry of a queue that was not seen yet, whose disk is another one, or that
  * grew. Of several CPUs one does it; for the others the queue is not there yet. */
 static __noinline int learn(struct hf_block_queue *e, struct request_queue *q)
 {
 	struct gendisk *disk = q->disk;
+	__u64 disks = hf_disks;
 
 	if (!disk || __sync_val_compare_and_swap(&e->busy, 0, 1))
 		return 0;
 	__sync_lock_test_and_set(&e->queue, 0);
 	e->full = !reserve(e, q);
 	e->diskseq = disk->diskseq;
+	e->disks = looked_at(disk, disks);
 	e->device = device_slot(disk);
 	__sync_lock_test_and_set(&e->queue, (__u64)q);
 	__sync_lock_test_and_set(&e->busy, 0);
@@ -260,19 +285,22 @@ static __always_inline struct hf_block_queue *learn_queue(struct request_queue *
 {
 	__u32 id = q->id;
 	struct hf_block_queue *e = bpf_map_lookup_elem(&hf_block_queue, &id);
+	__u64 disks = hf_disks;
 
 	if (!e)
 		return NULL;
 	if (e->queue != (__u64)q || e->diskseq != q->disk->diskseq)
 		learn(e, q);
+	else if (e->disks != disks)
+		e->disks = looked_at(q->disk, disks);
 	return e->queue == (__u64)q ? e : NULL;
 }
 
 static __always_inline int start(struct hf_block_state *s, struct request *rq)
 {
 	/* The tag is free again, so the request before has ended; one that was merged away was
-	 * never issued. 6.18 runs no BPF program for some completions whose interrupt comes
-	 * while a perf_event program runs, and counts no recursion miss for it. */
+	 * never issued. Its end ran no program: some virtual machines hide process 1 from BPF, and
+	 * with it the interrupts that come while it is current. */
 	if (unlikely(s->rq && s->issue))
 		drop(HF_DROP_NO_END);
 	s->rq = (__u64)rq;
@@ -303,12 +331,11 @@ static __noinline int slow_start(struct request *rq)
 
 static __always_inline int handle_start(struct request *rq)
 {
-	struct request_queue *q = rq->q;
-	struct hf_block_queue *e = find_queue(q);
+	struct hf_block_queue *e = find_queue(rq->q);
 	struct hf_block_state *s = NULL;
 
 	hf_ran(HF_RAN_START);
-	if (likely(e && e->diskseq == q->disk->diskseq))
+	if (likely(e && e->disks == hf_disks))
 		s = find_state(e, rq);
 	if (unlikely(!s))
 		return slow_start(rq);
@@ -360,6 +387,14 @@ static __always_inline int handle_issue(struct request *rq)
 	if (bytes > s->bytes)
 		s->bytes = bytes;
 	s->issue = bpf_ktime_get_ns();
+	return 0;
+}
+
+/* What the new disk is shows at its first request. */
+static __always_inline int handle_disk(void)
+{
+	hf_ran(HF_RAN_DISK);
+	__sync_fetch_and_add(&hf_disks, 1);
 	return 0;
 }
 
@@ -474,7 +509,7 @@ static __always_inline int handle_done(struct request *rq, bool failed, __u32 by
 {
 	__u64 now = bpf_ktime_get_ns(), start, total, on_device;
 	struct hf_block_queue *e = find_queue(rq->q);
-	__u32 rq_flags = rq->rq_flags, op = rq->cmd_flags & REQ_OP_MASK, i;
+	__u32 rq_flags = rq->rq_flags, op = rq->cmd_flags & REQ_OP_MASK, i, cell;
 	struct hf_block_state *s = NULL;
 	struct hf_block_io *io;
 
@@ -509,8 +544,12 @@ static __always_inline int handle_done(struct request *rq, bool failed, __u32 by
 	io->device_ns += on_device;
 	io->bytes += bytes;
 	io->sizes[size_cell(bytes)]++;
-	TIME_CELL(io, total)->total++;
-	TIME_CELL(io, on_device)->device++;
+	cell = hf_time_cell(total);
+	io->times[cell & 255].total++;
+	/* Mostly all but nothing of it. */
+	if (cell && on_device <= hf_time_cuts[(cell - 1) & 255])
+		cell = hf_time_cell(on_device);
+	io->times[cell & 255].device++;
 	TIME_CELL(io, total - on_device)->queue++;
 	return 0;
 }
@@ -531,6 +570,12 @@ SEC("tp_btf/block_rq_complete")
 int BPF_PROG(hf_block_done, struct request *rq, __u8 error, unsigned int bytes)
 {
 	return handle_done(rq, error != 0, bytes);
+}
+
+SEC("tp_btf/writeback_bdi_register")
+int BPF_PROG(hf_block_disk)
+{
+	return handle_disk();
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

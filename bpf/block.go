@@ -5,6 +5,7 @@ package bpf
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/cilium/ebpf"
@@ -63,20 +64,41 @@ func NewBlock(BlockConfig) (*Block, error) {
 	if err != nil {
 		return nil, fmt.Errorf("load kernel BTF: %w", err)
 	}
-	var start *btf.Typedef
-	err = kernel.TypeByName("btf_trace_block_io_start", &start)
-	ownStart := err == nil
-	if err != nil && !errors.Is(err, btf.ErrNotFound) {
-		return nil, fmt.Errorf("look for block_io_start: %w", err)
-	}
-	flags, err := requestFlagsOf(kernel, kernelBTF)
+	k, err := findBlockHooks(kernel)
 	if err != nil {
 		return nil, err
 	}
-	return newBlock(ownStart, flags)
+	return newBlock(k)
 }
 
-func newBlock(ownStart bool, flags requestFlags) (_ *Block, err error) {
+// blockHooks is what the kernel has of what the hooks use.
+type blockHooks struct {
+	ownStart bool // block_io_start
+	diskSeen bool // writeback_bdi_register; else each request is asked whether its disk is still the same
+	flags    requestFlags
+}
+
+func findBlockHooks(kernel *btf.Spec) (k blockHooks, err error) {
+	if k.ownStart, err = hasTracepoint(kernel, "block_io_start"); err != nil {
+		return k, err
+	}
+	if k.diskSeen, err = hasTracepoint(kernel, "writeback_bdi_register"); err != nil {
+		return k, err
+	}
+	k.flags, err = requestFlagsOf(kernel, kernelBTF)
+	return k, err
+}
+
+func hasTracepoint(kernel *btf.Spec, name string) (bool, error) {
+	var t *btf.Typedef
+	err := kernel.TypeByName("btf_trace_"+name, &t)
+	if err != nil && !errors.Is(err, btf.ErrNotFound) {
+		return false, fmt.Errorf("look for %s: %w", name, err)
+	}
+	return err == nil, nil
+}
+
+func newBlock(k blockHooks) (_ *Block, err error) {
 	spec, err := loadBlock()
 	if err != nil {
 		return nil, fmt.Errorf("parse block object: %w", err)
@@ -90,9 +112,10 @@ func newBlock(ownStart bool, flags requestFlags) (_ *Block, err error) {
 		blockVarHfTimeFirst:   index.First,
 		blockVarHfTimeCuts:    index.Cuts,
 		blockVarHfStates:      uint64(sizes.states),
-		blockVarHfKernelStart: !ownStart,
-		blockVarHfFlushSeq:    flags.flushSeq,
-		blockVarHfIoStat:      flags.ioStat,
+		blockVarHfKernelStart: !k.ownStart,
+		blockVarHfDiskSeen:    k.diskSeen,
+		blockVarHfFlushSeq:    k.flags.flushSeq,
+		blockVarHfIoStat:      k.flags.ioStat,
 	}); err != nil {
 		return nil, err
 	}
@@ -100,8 +123,11 @@ func newBlock(ownStart bool, flags requestFlags) (_ *Block, err error) {
 	spec.Maps[blockMapHfBlockQueue].MaxEntries = uint32(sizes.queues)
 	spec.Maps[blockMapHfBlockDev].MaxEntries = uint32(sizes.devices)
 	spec.Maps[blockMapHfBlockCells].MaxEntries = uint32(sizes.devices * len(operationNames))
-	if !ownStart {
+	if !k.ownStart {
 		delete(spec.Programs, blockProgHfBlockStart)
+	}
+	if !k.diskSeen {
+		delete(spec.Programs, blockProgHfBlockDisk)
 	}
 	coll, err := ebpf.NewCollection(spec)
 	if err != nil {
@@ -111,17 +137,18 @@ func newBlock(ownStart bool, flags requestFlags) (_ *Block, err error) {
 		object: object{
 			coll: coll,
 			// In the order of hf_ran's argument.
-			programs: []string{blockProgHfBlockStart, blockProgHfBlockIssue, blockProgHfBlockDone},
+			programs: []string{blockProgHfBlockStart, blockProgHfBlockIssue, blockProgHfBlockDone, blockProgHfBlockDisk},
 			reasons:  []DropReason{DropNegative, DropNoSlot, DropNoStart, DropNoEnd},
 		},
-		ownStart: ownStart,
+		ownStart: k.ownStart,
 	}
 	defer func() {
 		if err != nil {
 			b.Close()
 		}
 	}()
-	for _, name := range b.programs {
+	// Backwards: what tells of new disks comes before what relies on it.
+	for _, name := range slices.Backward(b.programs) {
 		if coll.Programs[name] == nil {
 			continue
 		}

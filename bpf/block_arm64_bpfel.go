@@ -60,9 +60,12 @@ const (
 	blockMapHfBlockQueue      = "hf_block_queue"
 	blockMapHfBlockState      = "hf_block_state"
 	blockMapHfCount           = "hf_count"
+	blockProgHfBlockDisk      = "hf_block_disk"
 	blockProgHfBlockDone      = "hf_block_done"
 	blockProgHfBlockIssue     = "hf_block_issue"
 	blockProgHfBlockStart     = "hf_block_start"
+	blockVarHfDiskSeen        = "hf_disk_seen"
+	blockVarHfDisks           = "hf_disks"
 	blockVarHfExportOperation = "hf_export_operation"
 	blockVarHfFlushSeq        = "hf_flush_seq"
 	blockVarHfIoStat          = "hf_io_stat"
@@ -116,6 +119,7 @@ type blockSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type blockProgramSpecs struct {
+	HfBlockDisk  *ebpf.ProgramSpec `ebpf:"hf_block_disk"`
 	HfBlockDone  *ebpf.ProgramSpec `ebpf:"hf_block_done"`
 	HfBlockIssue *ebpf.ProgramSpec `ebpf:"hf_block_issue"`
 	HfBlockStart *ebpf.ProgramSpec `ebpf:"hf_block_start"`
@@ -136,6 +140,8 @@ type blockMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type blockVariableSpecs struct {
+	HfDiskSeen        *ebpf.VariableSpec `ebpf:"hf_disk_seen"`
+	HfDisks           *ebpf.VariableSpec `ebpf:"hf_disks"`
 	HfExportOperation *ebpf.VariableSpec `ebpf:"hf_export_operation"`
 	HfFlushSeq        *ebpf.VariableSpec `ebpf:"hf_flush_seq"`
 	HfIoStat          *ebpf.VariableSpec `ebpf:"hf_io_stat"`
@@ -188,6 +194,8 @@ func (m *blockMaps) Close() error {
 //
 // It can be passed to loadBlockObjects or ebpf.CollectionSpec.LoadAndAssign.
 type blockVariables struct {
+	HfDiskSeen        *ebpf.Variable `ebpf:"hf_disk_seen"`
+	HfDisks           *ebpf.Variable `ebpf:"hf_disks"`
 	HfExportOperation *ebpf.Variable `ebpf:"hf_export_operation"`
 	HfFlushSeq        *ebpf.Variable `ebpf:"hf_flush_seq"`
 	HfIoStat          *ebpf.Variable `ebpf:"hf_io_stat"`
@@ -203,6 +211,7 @@ type blockVariables struct {
 //
 // It can be passed to loadBlockObjects or ebpf.CollectionSpec.LoadAndAssign.
 type blockPrograms struct {
+	HfBlockDisk  *ebpf.Program `ebpf:"hf_block_disk"`
 	HfBlockDone  *ebpf.Program `ebpf:"hf_block_done"`
 	HfBlockIssue *ebpf.Program `ebpf:"hf_block_issue"`
 	HfBlockStart *ebpf.Program `ebpf:"hf_block_start"`
@@ -210,6 +219,7 @@ type blockPrograms struct {
 
 func (p *blockPrograms) Close() error {
 	return _BlockClose(
+		p.HfBlockDisk,
 		p.HfBlockDone,
 		p.HfBlockIssue,
 		p.HfBlockStart,

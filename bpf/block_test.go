@@ -16,6 +16,7 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 
 	"github.com/hostflame/hostflame/internal/kerneltest"
@@ -488,6 +489,50 @@ func TestBlockEmptyDevices(t *testing.T) {
 	}
 	if n := seriesOf(t, b, name)["read"].Total.Count(); n == 0 {
 		t.Error("the reads are gone with the file")
+	}
+}
+
+// Disks come and go, and new ones get the memory and the queue id of old ones. Their requests
+// are theirs, with the kernel's word of new disks and without.
+func TestBlockDisksAtOldAddresses(t *testing.T) {
+	kerneltest.Require(t)
+	file := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	kernel, err := btf.LoadKernelSpec()
+	if err != nil {
+		t.Fatal(err)
+	}
+	hooks, err := findBlockHooks(kernel)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, told := range []bool{hooks.diskSeen, false} {
+		hooks.diskSeen = told
+		b, err := newBlock(hooks)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { b.Close() })
+		hidden := countTracepoint(t, "block/block_rq_complete", true)
+		for i := range 8 {
+			name, remove := numberedLoop(t, 980+i)
+			if err := configureLoop("/dev/"+name, file); err != nil {
+				t.Fatal(err)
+			}
+			reads := 23 + i
+			readBlocks(t, "/dev/"+name, reads)
+			if err := detachLoop("/dev/" + name); err != nil {
+				t.Fatal(err)
+			}
+			remove()
+			// The kernel looks for partitions, too.
+			n := seriesOf(t, b, name)["read"].Total.Count() + hidden.read(t)
+			if n < uint64(reads) || n > uint64(reads)+50 {
+				t.Errorf("%d reads of %s, made %d (told of new disks: %v)", n, name, reads, told)
+			}
+		}
 	}
 }
 
