@@ -111,6 +111,16 @@ func paths(t testing.TB, m *eventMappings, s bpf.Sample) []string {
 	return names
 }
 
+// awaitMapped waits until a process has mapped a file.
+func awaitMapped(t *testing.T, m *eventMappings, pid int, after time.Duration, path string) {
+	t.Helper()
+	await(t, path, func() bool {
+		s := sampleOf(pid, after)
+		list, _ := m.mappings(&s)
+		return slices.ContainsFunc(list, func(v vma) bool { return v.path == path })
+	})
+}
+
 func resolved(t testing.TB, path string) string {
 	t.Helper()
 	path, err := filepath.EvalSymlinks(path)
@@ -199,11 +209,7 @@ func TestKernelMappingsWays(t *testing.T) {
 			t.Fatal(err)
 		}
 		pid := startCommand(t, cmd)
-		executes := func() bool {
-			exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
-			return err == nil && exe == shell
-		}
-		await(t, "execve", executes)
+		awaitMapped(t, m, pid, after, shell)
 		s := sampleOf(pid, after)
 		if files := paths(t, m, s); !slices.Contains(files, shell) || slices.Contains(files, os.Args[0]) {
 			t.Errorf("%q", files)
@@ -286,10 +292,7 @@ func TestKernelMappingsWays(t *testing.T) {
 		copyFile(t, resolved(t, "/bin/sleep"), program)
 		after := bootTime()
 		alive := startCommand(t, exec.Command(program, "60"))
-		await(t, "execve", func() bool {
-			exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", alive))
-			return err == nil && exe == program
-		})
+		awaitMapped(t, m, alive, after, program)
 		brief := exec.Command(program, "0")
 		if err := brief.Run(); err != nil {
 			t.Fatal(err)
@@ -310,10 +313,7 @@ func TestKernelMappingsWays(t *testing.T) {
 		after := bootTime()
 		pid := start(t, "memfd")
 		const name = "/memfd:burner (deleted)"
-		await(t, "execve", func() bool {
-			exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
-			return err == nil && exe == name
-		})
+		awaitMapped(t, m, pid, after, name)
 		if !opens(t, m, pid, after, name, "/proc/self/exe") {
 			t.Error("it can not be opened")
 		}
@@ -342,7 +342,9 @@ func TestKernelMappingsWays(t *testing.T) {
 			return cmd.Process.Pid, end
 		}
 		alive, _ := run()
+		awaitMapped(t, m, alive, after, "/bin/confined")
 		gone, end := run()
+		awaitMapped(t, m, gone, after, "/bin/confined")
 		end()
 		for _, pid := range []int{alive, gone} {
 			if !opens(t, m, pid, after, "/bin/confined", program) {

@@ -252,9 +252,12 @@ func TestMappingsFork(t *testing.T) {
 	e.maps(10, "3000-4000 0 /lib/parent")
 	e.maps(20, "5000-6000 0 /lib/child")
 	e.fork(20, 30)
+	e.fork(20, 40)
+	e.maps(40, "1000-2000 0 anon")
 	e.expect("parent", bpf.Sample{PID: 10, Time: e.clock}, "1000-2000 0 /bin/server", "3000-4000 0 /lib/parent")
 	e.expect("child", bpf.Sample{PID: 20, Start: born - 1, Time: e.clock}, "1000-2000 0 /bin/server", "5000-6000 0 /lib/child")
-	e.expect("grandchild", bpf.Sample{PID: 30, Start: e.clock - 1, Time: e.clock}, "1000-2000 0 /bin/server", "5000-6000 0 /lib/child")
+	e.expect("grandchild", bpf.Sample{PID: 30, Start: e.clock - 40e6, Time: e.clock}, "1000-2000 0 /bin/server", "5000-6000 0 /lib/child")
+	e.expect("another one", bpf.Sample{PID: 40, Start: e.clock - 30e6, Time: e.clock}, "1000-2000 0 anon", "5000-6000 0 /lib/child")
 	child, grandchild := e.source.lives.byPID[20].image.vmas, e.source.lives.byPID[30].image.vmas
 	if &child[0] != &grandchild[0] {
 		t.Error("the mappings of a child are a copy")
@@ -346,6 +349,8 @@ func TestMappingsInitial(t *testing.T) {
 	}
 	old := bpf.Sample{PID: 42, TID: 42, Start: 70_000_000_123, Time: 1, Comm: bpf.MakeComm("old")}
 	e.expect("initial process", old, "1000-2000 0 /bin/old")
+	// What /proc has shown already does not happen again.
+	e.list = append(e.list, bpf.MappingEvent{Type: bpf.MappingExec, Time: 71e9, PID: 42, TID: 42})
 	born := e.fork(42, 50)
 	e.exit(50, 50)
 	e.expect("its child", bpf.Sample{PID: 50, Start: born - 1, Time: born}, "1000-2000 0 /bin/old")
