@@ -228,7 +228,13 @@ func (w *walk) register(n uint8) (uint64, bool) {
 func (w *walk) saved(s slot, cfa, base, as uint64) (uint64, bool) {
 	switch s.saved {
 	case savedCFA:
-		return w.read(cfa - 8*uint64(s.words))
+		at := cfa - 8*uint64(s.words)
+		// An epilogue has popped it, so it is as it is; what lies below the stack pointer
+		// the kernel still reads, but it is in no copy.
+		if at < w.SP && cfa >= w.SP {
+			return as, true
+		}
+		return w.read(at)
 	case savedNear:
 		if w.arch == &amd64 {
 			return w.read(w.FP - 8*uint64(s.words))
