@@ -188,8 +188,25 @@ __noinline __u64 hf_find_rule(__u32 chunk, __u32 word, __u32 buckets, __u32 buck
 	return rule;
 }
 
-/* Finds the area that address lies in: one that the walk has been in, or the mapping
- * itself. False where there is no executable memory. */
+/* The area of the walk that address lies in; HF_MAX_AREAS if there is none. */
+__noinline __u32 hf_area_of(__u64 address)
+{
+	struct hf_walk *w = hf_walk_state();
+	__u32 i;
+
+	if (!w)
+		return HF_MAX_AREAS;
+	for (i = 0; i < HF_MAX_AREAS; i++) {
+		if (i >= w->areas)
+			return HF_MAX_AREAS;
+		if (address >= w->area[i].start && address < w->area[i].end)
+			break;
+	}
+	return i;
+}
+
+/* Makes current the area that address lies in: one that the walk has been in, or the
+ * mapping itself. False where there is no executable memory. */
 static __always_inline bool hf_find_area(struct hf_walk *w, __u64 address)
 {
 	struct hf_area *a;
@@ -200,14 +217,10 @@ static __always_inline bool hf_find_area(struct hf_walk *w, __u64 address)
 		if (address >= a->start && address < a->end)
 			return true;
 	}
-	for (i = 0; i < HF_MAX_AREAS; i++) {
-		if (i >= w->areas)
-			break;
-		a = &w->area[i];
-		if (address >= a->start && address < a->end) {
-			w->current = i;
-			return true;
-		}
+	i = hf_area_of(address);
+	if (i < HF_MAX_AREAS) {
+		w->current = i;
+		return true;
 	}
 	/* Where there are too many the last one is taken again; its frames have no area then. */
 	i = w->areas < HF_MAX_AREAS ? w->areas : HF_MAX_AREAS - 1;
