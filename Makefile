@@ -43,7 +43,7 @@ run: build ## Build and start the agent, as root; it prints where to look
 	$(SUDO) ./bin/hostflame serve $(ARGS)
 
 .PHONY: test
-test: packages check-generated lint cross test-race test-kernel ## Run every check and test, installing what they need
+test: packages check-generated lint cross test-race test-kernel test-kernels-ci ## Run every check and test, installing what they need
 	@[[ $$(id -u) == 0 ]] || echo "not root: the tests that need the kernel were skipped" >&2
 
 .PHONY: packages
@@ -58,6 +58,21 @@ test-race: ## Run the tests that promise no times, with the race detector
 .PHONY: test-kernel
 test-kernel: build ## Run the tests of the BPF programs, the command, OTLP, and end to end
 	$(GO) test -p 1 -count 1 -timeout 30m $(MEASURING)
+
+# Of each test that tells kernels apart, what takes seconds where the CPU is emulated: all
+# objects load and attach, counts equal the kernel's books, known waits and stacks are found.
+# The rest says nothing more of a kernel (parsers, arithmetic), or measures for a minute.
+KERNELS_CI := TestProbeAsRoot|TestCPUSample|TestTables|TestUnwind|TestKnown|TestRequestFlags|TestBlock(Equals|Counts)|TestSched(Counts|Known)
+
+.PHONY: test-kernels
+test-kernels: ## Run the kernel tests on Linux 6.1 and 6.12, amd64 and arm64, under QEMU
+	$(GO) run ./test/kernels $(ARGS)
+
+# Each kernel of the matrix and each architecture once.
+.PHONY: test-kernels-ci
+test-kernels-ci:
+	$(GO) run ./test/kernels -short -kernel 6.1 -arch amd64 -run '$(KERNELS_CI)'
+	$(GO) run ./test/kernels -short -kernel 6.12 -arch arm64 -run '$(KERNELS_CI)'
 
 .PHONY: bench
 bench: packages build ## Measure the agent beside runqlat and biolatency, in one run (root)

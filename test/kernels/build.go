@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"time"
 
 	"github.com/hostflame/hostflame/internal/kerneltest"
 	"github.com/hostflame/hostflame/test/kernels/guest"
@@ -159,7 +160,7 @@ func (u *userland) pack(k kernel, o options) (string, guest.Plan, error) {
 	if o.cgroupV1 {
 		plan.CgroupV1 = []string{"cpu", "cpuacct", "blkio"}
 	}
-	var a initramfs
+	a := initramfs{mtime: time.Now()}
 	a.mkdir("/dev")
 	for to, file := range u.files {
 		if err := a.addFile(to, file); err != nil {

@@ -10,11 +10,13 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"time"
 )
 
 // initramfs is an archive in the format of cpio -H newc, the one that the kernel unpacks
 // at boot (Documentation/driver-api/early-userspace/buffer-format.rst).
 type initramfs struct {
+	mtime time.Time // of all files
 	buf   bytes.Buffer
 	inode int
 	dirs  map[string]bool
@@ -76,8 +78,9 @@ func (a *initramfs) mkdir(name string) {
 func (a *initramfs) entry(name string, mode uint32, data []byte) {
 	a.inode++
 	name = strings.TrimPrefix(name, "/")
+	const user, group, links, major, minor, checksum = 0, 0, 1, 0, 0, 0
 	fmt.Fprintf(&a.buf, "070701%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%s\x00",
-		a.inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name)+1, 0, name)
+		a.inode, mode, user, group, links, uint32(a.mtime.Unix()), len(data), major, minor, major, minor, len(name)+1, checksum, name)
 	a.pad()
 	a.buf.Write(data)
 	a.pad()

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/hostflame/hostflame/internal/kerneltest"
 	"github.com/hostflame/hostflame/test/kernels/guest"
@@ -75,7 +76,7 @@ func TestInitramfs(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(testdata, "odd"), []byte("12345"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	var a initramfs
+	a := initramfs{mtime: time.Unix(1_700_000_000, 0)}
 	a.mkdir("/dev")
 	a.add("/init", 0o755, []byte("#!/bin/true\n"))
 	a.add("/a/b/c", 0o644, nil)
@@ -96,7 +97,7 @@ func TestInitramfs(t *testing.T) {
 		t.Errorf("%v, want %v", got, want)
 	}
 	dir := t.TempDir()
-	extract := exec.Command("cpio", "--extract", "--quiet")
+	extract := exec.Command("cpio", "--extract", "--quiet", "--preserve-modification-time")
 	extract.Dir, extract.Stdin = dir, strings.NewReader(string(archive))
 	if out, err := extract.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -106,8 +107,15 @@ func TestInitramfs(t *testing.T) {
 			t.Errorf("%s: %q, %v", name, b, err)
 		}
 	}
-	if st, err := os.Stat(filepath.Join(dir, "init")); err != nil || st.Mode().Perm() != 0o755 {
-		t.Errorf("mode of init: %v, %v", st.Mode(), err)
+	st, err := os.Stat(filepath.Join(dir, "init"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st.Mode().Perm() != 0o755 {
+		t.Errorf("mode of init: %v", st.Mode())
+	}
+	if !st.ModTime().Equal(a.mtime) {
+		t.Errorf("init is of %v", st.ModTime())
 	}
 }
 
