@@ -24,6 +24,7 @@ type load struct {
 	t       *testing.T
 	dir     string
 	cpu     *bpf.CPU
+	cgroup  *cgroup // of the programs
 	walker  *tables.Walker
 	running []*running
 	files   map[bpf.File]*tables.File
@@ -82,8 +83,9 @@ func startLoad(t *testing.T, names []string, frequency int) *load {
 		t.Fatal(err)
 	}
 	l.walker.AddressMask = bpf.AddressMask()
+	l.cgroup = newCgroup(t, "hostflame-stacks")
 	for i, r := range l.running {
-		r.process = workload.Start(t, commands[i][0], commands[i][1:]...)
+		r.process = l.cgroup.start(t, commands[i])
 		r.process.Ready()
 		if r.program.PerfMap {
 			perfMap := perfMapPath(r.process.PID)
@@ -133,9 +135,12 @@ func (l *load) drain() {
 // take keeps a sample of one of the programs, and gives the kernel the tables that it
 // may have lacked.
 func (l *load) take(s *bpf.Sample) {
+	if s.Cgroup != l.cgroup.id {
+		return
+	}
 	r, set := l.whose(s)
 	if r == nil {
-		return
+		return // a shell that has not yet executed the program
 	}
 	if len(s.User) == 0 {
 		if l.counted {
