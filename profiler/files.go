@@ -129,7 +129,9 @@ func (t *processTable) resolveArea(p *process, id bpf.Area) *area {
 			return nil
 		}
 		a.path = known.path
-		if f, err = openFile(t.symbols, t.source, p.id.pid, known.vma); err != nil {
+		version := known.vma
+		version.mtime = id.File.MtimeNanos
+		if f, err = openFile(t.symbols, t.source, p.id.pid, version); err != nil {
 			a.useRaw(strings.TrimSuffix(known.path, deletedSuffix))
 			a.retry = t.now().Add(retryInterval)
 			return a

@@ -177,8 +177,12 @@ func sampling(t *testing.T, hz int, length time.Duration) (*Profiler, <-chan *Wi
 	if err != nil {
 		t.Fatalf("%+v", err)
 	}
+	mappings, err := bpf.NewMappings(bpf.MappingsConfig{})
+	if err != nil {
+		t.Fatal(err)
+	}
 	s := symbolizer.New(symbolizer.Config{})
-	p, err := New(Config{Source: cpu, Symbolizer: s, Tables: cpu.Tables(), Frequency: hz, Window: length})
+	p, err := New(Config{Source: cpu, Symbolizer: s, Tables: cpu.Tables(), Mappings: mappings, Frequency: hz, Window: length})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -194,6 +198,7 @@ func sampling(t *testing.T, hz int, length time.Duration) (*Profiler, <-chan *Wi
 			t.Error(err)
 		}
 		cpu.Close()
+		mappings.Close()
 		s.Close()
 	})
 	await(t, "ready", p.Ready)

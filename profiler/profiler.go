@@ -48,6 +48,9 @@ type Config struct {
 	// Tables are the unwind tables that the source's stacks are walked by; they are filled
 	// as samples need them. May be nil: then stacks stay as the source delivers them.
 	Tables *bpf.Tables
+	// Mappings tell what processes map; nil: /proc is read when it is asked for. They are the
+	// caller's to close, after Run.
+	Mappings MappingEvents
 	// TableCache keeps tables on disk; nil for none. It is the caller's to close.
 	TableCache *unwind.Cache
 
@@ -108,7 +111,8 @@ type Profiler struct {
 	cfg        Config
 	host       string
 	processes  *processTable
-	unwinder   *unwinder // nil without tables
+	told       *eventMappings // nil without mapping events
+	unwinder   *unwinder      // nil without tables
 	containers *Containers
 	traces     *traces
 	symbols    *symbols
@@ -175,8 +179,16 @@ func New(cfg Config) (*Profiler, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make profiler: %w", err)
 	}
-	source := newProcfs("/proc")
+	var source mappingSource = newProcfs("/proc")
+	var told *eventMappings
+	if cfg.Mappings != nil {
+		if told, err = newEventMappings(cfg.Mappings, newProcfs("/proc"), 4*cfg.MaxProcesses); err != nil {
+			return nil, fmt.Errorf("make profiler: %w", err)
+		}
+		source = told
+	}
 	p := &Profiler{
+		told:       told,
 		cfg:        cfg,
 		host:       host,
 		processes:  newProcessTable(source, cfg.Symbolizer, cfg.MaxProcesses),
@@ -225,7 +237,17 @@ func (p *Profiler) Run(ctx context.Context) error {
 	if p.unwinder != nil {
 		others.Go(p.unwinder.run)
 	}
+	follow, stop := context.WithCancel(ctx)
+	defer stop()
+	if p.told != nil {
+		others.Go(func() {
+			if err := p.told.run(follow); err != nil {
+				p.cfg.Logger.Error("mapping events ended, reading /proc instead", "err", err)
+			}
+		})
+	}
 	err := p.loop(ctx)
+	stop()
 	if p.unwinder != nil {
 		p.settle()
 		p.unwinder.hurry.Store(true)

@@ -99,6 +99,12 @@ func (r agentReader) ReadAgent() (exporter.Agent, error) {
 			a.Lost[profile] = maps.Clone(reasons)
 		}
 	}
+	if m := r.kernel.mappings; m != nil {
+		a.Unseen["mappings"] = map[string]uint64{}
+		for reason, n := range m.Stats().Lost {
+			a.Unseen["mappings"][string(reason)] = n
+		}
+	}
 	for _, o := range r.kernel.objects() {
 		s, err := o.stats()
 		if err != nil {

@@ -93,12 +93,15 @@ func (a *agent) assemble(sym *symbolizer.Symbolizer, cache *unwind.Cache, create
 	var capturer exporter.Capturer = noProfiles{a.kernel.cpuErr}
 	if a.kernel.cpu != nil {
 		a.pulse = newPulse(a.kernel.cpu)
-		a.profiler, err = profiler.New(profiler.Config{
+		cfg := profiler.Config{
 			Source: a.pulse, Symbolizer: sym, Tables: a.kernel.cpu.Tables(), TableCache: cache,
 			Window: *a.flags.interval, Frequency: *a.flags.frequency, Event: *a.flags.event,
 			Logger: a.log, Losses: func() map[string]uint64 { return cpuLosses(a.kernel.cpu) },
-		})
-		if err != nil {
+		}
+		if a.kernel.mappings != nil {
+			cfg.Mappings = a.kernel.mappings
+		}
+		if a.profiler, err = profiler.New(cfg); err != nil {
 			return fmt.Errorf("make profiler: %w", err)
 		}
 		capturer = a.profiler
@@ -157,6 +160,11 @@ func (a *agent) start(ctx context.Context, fail func(error)) (end func(hangUp fu
 		background.Go(func() {
 			a.kernel.cpu.Follow(ctx, func(err error) { a.log.Warn("follow CPU hotplug", "err", err) })
 		})
+		if a.kernel.mappings != nil {
+			background.Go(func() {
+				a.kernel.mappings.Follow(ctx, func(err error) { a.log.Warn("follow CPU hotplug", "err", err) })
+			})
+		}
 		profiled.Go(func() {
 			if err := a.profiler.Run(profile); err != nil {
 				fail(fmt.Errorf("profile: %w", err))

@@ -15,6 +15,7 @@ type kernel struct {
 	cpu                        *bpf.CPU
 	sched                      *bpf.Sched
 	block                      *bpf.Block
+	mappings                   *bpf.Mappings // nil where there are none, or nobody to use them
 	cpuErr, schedErr, blockErr error
 }
 
@@ -26,7 +27,9 @@ func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
 	k.sched, k.schedErr = bpf.NewSched(bpf.SchedConfig{CgroupV1: cfg.CgroupV1})
 	k.block, k.blockErr = bpf.NewBlock(bpf.BlockConfig{})
 	// Last, as its samples are waiting from then on.
-	k.cpu, k.cpuErr = bpf.NewCPU(cfg)
+	if k.cpu, k.cpuErr = bpf.NewCPU(cfg); k.cpuErr == nil {
+		k.mappings = newMappings(log)
+	}
 
 	if k.cpuErr != nil && k.schedErr != nil && k.blockErr != nil {
 		return nil, hintf(attachHint(k.cpuErr, cfg.Event), "attach to the kernel: %w", k.cpuErr)
@@ -45,6 +48,17 @@ func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
 		}
 	}
 	return k, nil
+}
+
+// newMappings begins to listen to what processes map; nil where that does not work.
+func newMappings(log *slog.Logger) *bpf.Mappings {
+	m, err := bpf.NewMappings(bpf.MappingsConfig{})
+	if err != nil {
+		log.Warn("mapping events do not work here, /proc is read instead", "err", err,
+			"lost", "names of processes that are gone before they are looked at")
+		return nil
+	}
+	return m
 }
 
 // detach stops the sampling. What was sampled can still be drained, and the histograms
@@ -67,6 +81,9 @@ func (k *kernel) close() error {
 	}
 	if k.block != nil {
 		errs = append(errs, k.block.Close())
+	}
+	if k.mappings != nil {
+		errs = append(errs, k.mappings.Close())
 	}
 	return errors.Join(errs...)
 }

@@ -86,13 +86,19 @@ func (r *record) sample(ctx context.Context, env environment, cpu *bpf.CPU) (*pr
 	if cache != nil {
 		defer cache.Close()
 	}
-	p, err := profiler.New(profiler.Config{
+	cfg := profiler.Config{
 		Source: cpu, Symbolizer: sym, Tables: cpu.Tables(), TableCache: cache,
 		Window:    *r.duration + time.Hour, // never closes by itself
 		Frequency: *r.frequency, Event: *r.event,
 		Logger: log,
 		Losses: func() map[string]uint64 { return cpuLosses(cpu) },
-	})
+	}
+	mappings := newMappings(log)
+	if mappings != nil {
+		defer mappings.Close()
+		cfg.Mappings = mappings
+	}
+	p, err := profiler.New(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("profile: %w", err)
 	}
@@ -105,6 +111,9 @@ func (r *record) sample(ctx context.Context, env environment, cpu *bpf.CPU) (*pr
 	ended := make(chan error, 1)
 	go func() { ended <- p.Run(run) }()
 	go cpu.Follow(run, nil)
+	if mappings != nil {
+		go mappings.Follow(run, nil)
+	}
 
 	r.wait(ctx, env, ended, func() uint64 { return p.Stats().Samples["cpu"] })
 	if err := cpu.Detach(); err != nil {
