@@ -39,6 +39,11 @@ func TestShort(t *testing.T) {
 		`\| CPU of the process, BPF apart +\| ` + number + ` ms a second`,
 		`\| - .hf_cpu. +\| ` + number + ` ns a run`,
 		`\| kernel maps +\| ` + number + ` MB in [1-9][0-9]* maps`,
+		`\| C\+\+ without frame pointers, 25 to 45 calls +\| bpftrace kstack, ustack +\| [1-9][0-9]{2,} `,
+		`\| C\+\+ without frame pointers, 25 to 45 calls +\| hostflame +\| [1-9][0-9]{2,} `,
+		`\| fft, shallow +\| ` + number + ` +\| ` + number + ` +\| ` + number + ` % +\| ` + number + ` % of a core`,
+		`\| CPython: [a-z, ]+ +\| hostflame +\| [1-9][0-9]{2,} `,
+		`to a sample in its metrics, with both CPUs busy: ` + number + ` s`,
 	} {
 		if !regexp.MustCompile(row).Match(out.Bytes()) {
 			t.Errorf("no row like %s", row)

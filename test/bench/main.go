@@ -5,6 +5,7 @@
 //
 //	go run ./test/bench          a few minutes, as root, on a quiet machine
 //	go run ./test/bench -short   a few seconds: proves that it runs, measures nothing
+//	go run ./test/bench -only=stacks
 //
 // The agent is the real binary, built for the run. Compare figures of one run only:
 // machines and moments differ by more than tools do.
@@ -35,12 +36,15 @@ type config struct {
 	rounds  int           // rounds of the pipe benchmark
 	loops   int           // pipe operations in each
 	busy    time.Duration // the busy minute
-	cpu     int           // the CPU that switching loads are pinned to
+	// How long a sampler is watched in each round, at 99 samples a second and CPU.
+	stackWindow time.Duration
+	cpu         int    // the CPU that switching loads are pinned to
+	only        string // the section to run; all if empty
 }
 
 var (
-	full  = config{windows: 5, window: 2 * time.Second, settle: time.Second, rounds: 15, loops: 100_000, busy: time.Minute}
-	short = config{windows: 1, window: 300 * time.Millisecond, rounds: 1, loops: 2_000, busy: 2 * time.Second}
+	full  = config{windows: 5, window: 2 * time.Second, settle: time.Second, rounds: 15, loops: 100_000, busy: time.Minute, stackWindow: 4 * time.Second}
+	short = config{windows: 1, window: 300 * time.Millisecond, rounds: 1, loops: 2_000, busy: 2 * time.Second, stackWindow: 300 * time.Millisecond}
 )
 
 func main() {
@@ -48,12 +52,14 @@ func main() {
 	shortRun := flag.Bool("short", false, "run once through everything, in seconds, to see that it works")
 	rounds := flag.Int("rounds", full.rounds, "interleaved `rounds` of the pipe benchmark")
 	busy := flag.Duration("busy", full.busy, "how long the busy minute is")
+	only := flag.String("only", "", "one `section`: stacks, programs, pipe or busy")
 	hostflame := flag.String("agent", "", "`path` of the agent binary; built when not given")
 	flag.Parse()
 	cfg.rounds, cfg.busy = *rounds, *busy
 	if *shortRun {
 		cfg = short
 	}
+	cfg.only = *only
 	cfg.cpu = runtime.NumCPU() - 1
 	// Children are in our process group: the terminal's Ctrl-C reaches them too, and
 	// each of them ends with it. Ours only has to survive long enough to clean up.
@@ -102,12 +108,18 @@ func run(w io.Writer, cfg config, hostflame string) error {
 	}
 	b := &bench{config: cfg, dir: dir, hostflame: hostflame, loads: loads}
 	heading(w)
-	for _, section := range []func(io.Writer) error{b.programCosts, b.pipe, b.busyMinute} {
+	for _, section := range []struct {
+		name string
+		run  func(io.Writer) error
+	}{{"stacks", b.stacks}, {"programs", b.programCosts}, {"pipe", b.pipe}, {"busy", b.busyMinute}} {
+		if cfg.only != "" && cfg.only != section.name {
+			continue
+		}
 		begin, err := readTicks()
 		if err != nil {
 			return err
 		}
-		if err := section(w); err != nil {
+		if err := section.run(w); err != nil {
 			return err
 		}
 		end, err := readTicks()

@@ -24,6 +24,7 @@ import (
 // programRun is the kernel's statistics of one program.
 type programRun struct {
 	name  string
+	kind  ebpf.ProgramType
 	runs  uint64
 	nanos uint64
 }
@@ -53,7 +54,7 @@ func programs() (map[ebpf.ProgramID]programRun, error) {
 		if err := errors.Join(err, infoErr); err != nil {
 			return nil, fmt.Errorf("read statistics of BPF program %d: %w", id, err)
 		}
-		all[id] = programRun{info.Name, stats.RunCount, uint64(stats.Runtime.Nanoseconds())}
+		all[id] = programRun{info.Name, info.Type, stats.RunCount, uint64(stats.Runtime.Nanoseconds())}
 	}
 }
 
