@@ -4,6 +4,7 @@ package unwind
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -30,6 +31,7 @@ type File struct {
 	ownIndex index
 	separate bool // the separate debug file was looked for
 	once     map[Skip]int
+	readers  []*reader
 
 	builder builder
 }
@@ -37,7 +39,8 @@ type File struct {
 // Open reads the headers of an ELF file, or of an image of one in memory (the vDSO).
 // debug may be nil.
 func Open(r io.ReaderAt, size int64, debug DebugFunc) (*File, error) {
-	m, err := elffile.Parse(sized{r, size})
+	file := &reader{r: r, size: size}
+	m, err := elffile.Parse(file)
 	if err != nil {
 		var e *elffile.Error
 		switch {
@@ -48,7 +51,7 @@ func Open(r io.ReaderAt, size int64, debug DebugFunc) (*File, error) {
 		}
 		return nil, err
 	}
-	f := &File{image: m, arch: archOf(m.Machine), open: debug, once: map[Skip]int{}}
+	f := &File{image: m, arch: archOf(m.Machine), open: debug, once: map[Skip]int{}, readers: []*reader{file}}
 	if f.arch == nil || !m.Is64 {
 		return nil, fmt.Errorf("%w: machine %d", ErrUnsupported, m.Machine)
 	}
@@ -65,13 +68,46 @@ func Open(r io.ReaderAt, size int64, debug DebugFunc) (*File, error) {
 	return f, nil
 }
 
-// sized is a reader and the size of what it reads.
-type sized struct {
-	io.ReaderAt
+// reader is a file of a size that is believed, and the last error of reading it.
+type reader struct {
+	r    io.ReaderAt
 	size int64
+	err  error
 }
 
-func (s sized) Size() int64 { return s.size }
+func (r *reader) Size() int64 { return r.size }
+
+func (r *reader) ReadAt(p []byte, off int64) (int, error) {
+	n, err := r.r.ReadAt(p, off)
+	if n < len(p) {
+		if r.err = err; err == nil || errors.Is(err, io.EOF) {
+			r.err = io.ErrUnexpectedEOF // it has shrunk: who reads looks at the size before
+		}
+	}
+	return n, err
+}
+
+// failed is the error of reading since it was last asked. What was read meanwhile is
+// forgotten: it may be half of what there is.
+func (f *File) failed() error {
+	var first error
+	for _, r := range f.readers {
+		first = cmp.Or(first, r.err)
+		r.err = nil
+	}
+	if first != nil {
+		if !f.sorted {
+			f.index = nil
+		}
+		f.ownIndex = nil
+		for _, s := range []*section{f.frames, f.own} {
+			if s != nil {
+				s.cies, s.lastCIE, s.window = nil, nil, s.window[:0]
+			}
+		}
+	}
+	return first
+}
 
 // BuildID is the GNU build id in hex, else Go's build id, else empty.
 func (f *File) BuildID() string { return f.image.BuildID }
@@ -141,7 +177,8 @@ func (f *File) openSeparate() {
 	if err != nil {
 		return
 	}
-	m, err := elffile.Parse(sized{r, size})
+	file := &reader{r: r, size: size}
+	m, err := elffile.Parse(file)
 	if err != nil || m.Machine != f.arch.machine || !m.Is64 || m.BuildID != f.image.BuildID {
 		f.once[SkipDebugFile]++
 		return
@@ -151,6 +188,7 @@ func (f *File) openSeparate() {
 		f.once[SkipDebugFile]++
 		return
 	}
+	f.readers = append(f.readers, file)
 	f.own, f.ownIndex = f.debugSection(m, secs), nil
 }
 

@@ -573,10 +573,8 @@ func openPath(t testing.TB, path string) (*File, error) {
 }
 
 func closeFile(f *File) {
-	if s, ok := f.image.Content.(sized); ok {
-		if c, ok := s.ReaderAt.(io.Closer); ok {
-			c.Close()
-		}
+	if c, ok := f.readers[0].r.(io.Closer); ok {
+		c.Close()
 	}
 }
 

@@ -96,9 +96,10 @@ func (f *File) Region(n uint32) (Region, error) {
 			p.lo = done - p.bias
 		}
 		done = p.hi + p.bias
-		if err := b.part(p); err != nil {
-			return Region{}, fmt.Errorf("read region %d: %w", n, err)
-		}
+		b.part(p)
+	}
+	if err := f.failed(); err != nil {
+		return Region{}, fmt.Errorf("read region %d: %w", n, err)
 	}
 	r := b.table()
 	for s, count := range f.once {
@@ -109,7 +110,7 @@ func (f *File) Region(n uint32) (Region, error) {
 }
 
 // part adds the rows of one part.
-func (b *builder) part(p part) error {
+func (b *builder) part(p part) {
 	f := b.file
 	b.fdes, b.code, b.functions = b.fdes[:0], b.code[:0], b.functions[:0]
 	functions := b.golang(b.pieces[:0], p)
@@ -137,7 +138,6 @@ func (b *builder) part(p part) error {
 	for i := range pieces {
 		b.piece(&pieces[i], p)
 	}
-	return nil
 }
 
 // frames appends the FDEs that describe a part. It is false if the index is wrong.
