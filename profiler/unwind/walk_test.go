@@ -35,7 +35,6 @@ type process struct {
 	maps    []mapping
 	tables  map[string]*tables
 	symbols map[string][]elf.Symbol
-	regions int
 }
 
 // stopAt starts a program and stops the thread that has called pause.
