@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -153,10 +154,11 @@ func dropped(s Stats) (n uint64) {
 }
 
 func TestCPUSample(t *testing.T) {
-	c := newCPU(t, 499)
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	before, cpu := bootNanos(t), threadTime(t)
+	before := bootNanos(t) // this thread is sampled before newCPU returns
+	c := newCPU(t, 499)
+	cpu := threadTime(t)
 	burnDeep(0, time.Second)
 	if err := c.Detach(); err != nil {
 		t.Fatal(err)
@@ -182,7 +184,7 @@ func TestCPUSample(t *testing.T) {
 	period := uint64(time.Second) / 499
 
 	var own uint32
-	var inBurn, inUser int
+	var inBurn, inUser, others int
 	last := map[uint32]uint64{}
 	if err := c.Drain(func(s *Sample) {
 		if s.Time < last[s.CPU] {
@@ -222,8 +224,10 @@ func TestCPUSample(t *testing.T) {
 			inUser++
 			if f := runtime.FuncForPC(uintptr(s.User[0] &^ ExactAddr)); f != nil && strings.HasSuffix(f.Name(), "bpf.burn") {
 				inBurn++
-				if caller := runtime.FuncForPC(uintptr(s.User[1]) - 1); !strings.HasSuffix(caller.Name(), "bpf.burnDeep") {
-					t.Errorf("burn was called by %s", caller.Name())
+				if len(s.User) < 2 {
+					t.Errorf("the stack ends at burn: %v", s.UserOutcome)
+				} else if caller := runtime.FuncForPC(uintptr(s.User[1]) - 1); !strings.HasSuffix(caller.Name(), "bpf.burnDeep") {
+					others++
 				}
 			}
 		}
@@ -234,8 +238,17 @@ func TestCPUSample(t *testing.T) {
 	if want := cpu.Seconds() * 499; math.Abs(float64(own)-want) > 10+want/10 {
 		t.Errorf("%d samples of a thread that ran for %v at 499 Hz; dropped: %v", own, cpu, stats(t, c).Dropped)
 	}
-	if inBurn < inUser*9/10 || inBurn < 10 {
+	// QEMU interrupts at jumps, and so at the first instruction of a function often: there
+	// the frame pointer is still the caller's.
+	part := 20
+	if kerneltest.InVM() {
+		part = 4
+	}
+	if inBurn < inUser-inUser*2/part || inBurn < 10 {
 		t.Errorf("%d of %d samples of user mode in burn", inBurn, inUser)
+	}
+	if others > inBurn/part {
+		t.Errorf("%d of %d samples in burn without its caller", others, inBurn)
 	}
 }
 
@@ -309,6 +322,7 @@ func TestCPUAccounting(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes a minute")
 	}
+	kerneltest.SkipInVM(t, "an emulated CPU's time is that of a thread of QEMU, which its clock goes on without")
 	kerneltest.Require(t)
 	kerneltest.MeasureLock(t)
 	const hz = 99
@@ -538,7 +552,7 @@ func TestSampleDecodeFrames(t *testing.T) {
 	for i := range 3 {
 		record[sampleHeaderSize+8*i] = byte(i + 1)
 	}
-	copy(record[64:], "name\x00longer")
+	copy(record[unsafe.Offsetof(cpuHfSample{}.Comm):], "name\x00longer")
 	var s Sample
 	for range 2 {
 		if err := s.decode(record); err != nil {

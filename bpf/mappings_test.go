@@ -280,6 +280,7 @@ func collect(t *testing.T, m *Mappings, want func(*MappingEvent) bool) []Mapping
 
 // A program is told from its fork to its exit, in that order, with its files as stat knows them.
 func TestMappingsOfProgram(t *testing.T) {
+	kerneltest.RequireTool(t, "/bin/sh")
 	m := newMappings(t, MappingsConfig{})
 	before := bootNanos(t)
 	cmd := exec.Command("/bin/sh", "-c", "exit 0")
