@@ -59,7 +59,7 @@ test-race: ## Run the tests that promise no times, with the race detector
 test-kernel: build ## Run the tests of the BPF programs, the command, OTLP, and end to end
 	$(GO) test -p 1 -count 1 -timeout 30m $(MEASURING)
 
-# Of each test that tells kernels apart, what takes seconds where the CPU is emulated: all
+# Of the tests that tell kernels apart, what takes seconds where the CPU is emulated: all
 # objects load and attach, counts equal the kernel's books, known waits and stacks are found.
 # The rest says nothing more of a kernel (parsers, arithmetic), or measures for a minute.
 KERNELS_CI := TestProbeAsRoot|TestCPUSample|TestTables|TestUnwind|TestKnown|TestRequestFlags|TestBlock(Equals|Counts)|TestSched(Counts|Known)
