@@ -117,17 +117,17 @@ static __always_inline __u32 hf_append_user(struct hf_scratch *s, struct task_st
 {
 	struct hf_walk *w = hf_walk_state();
 
-	if (!w)
+	s->head.user_outcome = HF_OUTCOME_BAD_STACK;
+	if (!w || !hf_walk_begin(w, task))
 		return used;
-	hf_walk_begin(w, task);
 	bpf_loop(HF_MAX_USER_FRAMES + 1, hf_step, NULL, 0);
 	s->head.user_outcome = w->outcome;
 	s->head.user_frames = w->frames;
 	s->head.areas = w->areas;
 	used = hf_append(s, used, w->ips, 8 * w->frames, sizeof(w->ips));
 	used = hf_append(s, used, w->area, sizeof(w->area[0]) * w->areas, sizeof(w->area));
-	if (hf_copy_stacks)
-		hf_walk_begin(w, task);
+	if (hf_copy_stacks && !hf_walk_begin(w, task))
+		return used;
 	/* A stack that can not be finished is better than no sample. */
 	if ((hf_copy_stacks || w->outcome == HF_OUTCOME_NO_TABLE) &&
 	    bpf_ringbuf_query(ring, BPF_RB_AVAIL_DATA) < hf_ring_half + hf_ring_half / 2)

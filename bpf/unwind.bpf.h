@@ -488,8 +488,10 @@ static long hf_step(__u32 i, void *unused)
 		}
 		return 1;
 	}
-	w->ips[n & (HF_MAX_USER_FRAMES - 1)] = w->at.exact ? ip | HF_EXACT : ip;
 	w->frames = n + 1;
+	/* Linux 6.1 forgets the bound of what was kept on the stack meanwhile. */
+	bpf_barrier(n);
+	w->ips[n & (HF_MAX_USER_FRAMES - 1)] = w->at.exact ? ip | HF_EXACT : ip;
 
 	rule = hf_rule(w, w->at.exact ? ip : ip - 1);
 	if (w->outcome)
@@ -511,7 +513,7 @@ static long hf_step(__u32 i, void *unused)
 }
 
 /* Fills the leaf from the registers with which the task entered the kernel. */
-static __always_inline void hf_walk_begin(struct hf_walk *w, struct task_struct *task)
+static __always_inline bool hf_walk_begin(struct hf_walk *w, struct task_struct *task)
 {
 	void *user = (void *)bpf_task_pt_regs(task);
 
@@ -521,44 +523,43 @@ static __always_inline void hf_walk_begin(struct hf_walk *w, struct task_struct 
 	w->window_at = w->window_size = 0;
 	w->word = 8;
 	w->at.exact = w->at.leaf = true;
-#if defined(__TARGET_ARCH_x86)
-	struct hf_regs regs = {};
-
-	bpf_probe_read_kernel(&regs, sizeof(regs), user);
-	/* struct pt_regs: r15 ... */
-	w->at.registers[0] = regs.general[10];
-	w->at.registers[1] = regs.general[12];
-	w->at.registers[2] = regs.general[11];
-	w->at.registers[3] = regs.general[5];
-	w->at.registers[4] = regs.general[13];
-	w->at.registers[5] = regs.general[14];
-	w->at.registers[6] = regs.general[4];
-	w->at.registers[7] = regs.sp;
-	w->at.registers[8] = regs.general[9];
-	w->at.registers[9] = regs.general[8];
-	w->at.registers[10] = regs.general[7];
-	w->at.registers[11] = regs.general[6];
-	w->at.registers[12] = regs.general[3];
-	w->at.registers[13] = regs.general[2];
-	w->at.registers[14] = regs.general[1];
-	w->at.registers[15] = regs.general[0];
-	w->at.ip = regs.ip;
-	if (regs.cs == 0x23) /* __USER32_CS */
-		w->word = 4;
-#else
+	/* Not on the stack, which is short. */
 	struct hf_regs *regs = (struct hf_regs *)w->window;
 
-	bpf_probe_read_kernel(regs, sizeof(*regs), user);
+	if (bpf_probe_read_kernel(regs, sizeof(*regs), user))
+		return false;
+	w->at.ip = regs->ip;
+#if defined(__TARGET_ARCH_x86)
+	/* struct pt_regs: r15 ... */
+	w->at.registers[0] = regs->general[10];
+	w->at.registers[1] = regs->general[12];
+	w->at.registers[2] = regs->general[11];
+	w->at.registers[3] = regs->general[5];
+	w->at.registers[4] = regs->general[13];
+	w->at.registers[5] = regs->general[14];
+	w->at.registers[6] = regs->general[4];
+	w->at.registers[7] = regs->sp;
+	w->at.registers[8] = regs->general[9];
+	w->at.registers[9] = regs->general[8];
+	w->at.registers[10] = regs->general[7];
+	w->at.registers[11] = regs->general[6];
+	w->at.registers[12] = regs->general[3];
+	w->at.registers[13] = regs->general[2];
+	w->at.registers[14] = regs->general[1];
+	w->at.registers[15] = regs->general[0];
+	if (regs->cs == 0x23) /* __USER32_CS */
+		w->word = 4;
+#else
 	for (int i = 0; i < 31; i++)
 		w->at.registers[i] = regs->general[i];
 	w->at.registers[31] = regs->sp;
-	w->at.ip = regs->ip;
 	if (regs->pstate & 0x10) /* PSR_MODE32_BIT */
 		w->word = 4;
 #endif
 	w->at.sp = w->at.registers[HF_DWARF_SP];
 	w->at.fp = w->at.registers[HF_DWARF_FP];
 	w->at.second = w->at.registers[HF_DWARF_SECOND];
+	return true;
 }
 
 #endif
