@@ -234,6 +234,8 @@ func (p *Profiler) Run(ctx context.Context) error {
 			p.symbols.warm(stacks)
 		}
 	})
+	// A tenth of a second of work, which the first profile should not have to wait for.
+	others.Go(func() { p.cfg.Symbolizer.Kernel(nil) })
 	if p.unwinder != nil {
 		others.Go(p.unwinder.run)
 	}

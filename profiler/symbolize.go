@@ -47,6 +47,10 @@ type symbolKey struct {
 // maxCachedSymbols bounds each of the two generations of results; some 200 bytes each.
 const maxCachedSymbols = 8 << 10
 
+// maxLookups is how many resolvers are asked at once, so that a big table which is read for
+// the first time does not hold up the others.
+const maxLookups = 3
+
 func newSymbols(s *symbolizer.Symbolizer) *symbols {
 	return &symbols{symbolizer: s, young: map[symbolKey]symbolizer.Result{}}
 }
@@ -60,7 +64,7 @@ type job struct {
 
 // lookup looks up every location of rows once. What is not answered by the deadline is
 // left without names, and late says how many resolvers that concerns; a zero deadline is
-// none. The look-up that is under way then ends on its own, and serves later ones.
+// none. The look-ups that are under way then end on their own, and serve later ones.
 func (s *symbols) lookup(rows []row, deadline time.Time) (found names, late int) {
 	found = names{}
 	for _, r := range rows {
@@ -77,19 +81,26 @@ func (s *symbols) lookup(rows []row, deadline time.Time) (found names, late int)
 	}
 	jobs := s.remembered(found)
 	answers := make(chan *job, len(jobs))
+	work := make(chan *job, len(jobs))
+	for _, j := range jobs {
+		work <- j
+	}
+	close(work)
 	stop := make(chan struct{})
 	defer close(stop)
-	go func() {
-		for _, j := range jobs {
-			select {
-			case <-stop:
-				return
-			default:
+	for range min(maxLookups, len(jobs)) {
+		go func() {
+			for j := range work {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				s.ask(j)
+				answers <- j
 			}
-			s.ask(j)
-			answers <- j
-		}
-	}()
+		}()
+	}
 	var expired <-chan time.Time
 	if !deadline.IsZero() {
 		t := time.NewTimer(time.Until(deadline))

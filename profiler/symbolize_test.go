@@ -3,9 +3,14 @@
 package profiler
 
 import (
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/hostflame/hostflame/symbolizer"
 )
@@ -42,6 +47,36 @@ func TestSymbolsDeadline(t *testing.T) {
 	}
 }
 
+// One that takes its time costs its own names only.
+func TestSymbolsDoNotQueue(t *testing.T) {
+	proc := t.TempDir()
+	kallsyms := filepath.Join(proc, "kallsyms")
+	if err := unix.Mkfifo(kallsyms, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := symbolizer.New(symbolizer.Config{Proc: proc})
+	defer s.Close()
+	table := newProcessTable(newProcfs("/proc"), s, 10)
+	sample := ownSample(t)
+	sample.Kernel = []uint64{0xffffffff81000000}
+	rows := aggregated(table, 10, sample).snapshot()
+	symbols := newSymbols(s)
+	found, late := symbols.lookup(rows, time.Now().Add(5*time.Second))
+	user := slices.IndexFunc(rows[0].stack, func(l Location) bool { return l.Mapping.object != nil })
+	if user < 0 {
+		t.Fatalf("no user frame in %v", rows[0].stack)
+	}
+	if r := found.of(rows[0].stack[user]); late != 1 || len(r.Lines) == 0 {
+		t.Errorf("%d late, %v for a frame of this test: want it named, and the kernel late", late, r)
+	}
+	// Let the reader go.
+	if f, err := os.OpenFile(kallsyms, os.O_WRONLY, 0); err != nil {
+		t.Error(err)
+	} else {
+		f.Close()
+	}
+}
+
 func TestSymbolsAreBounded(t *testing.T) {
 	s := newSymbols(nil)
 	o := new(symbolizer.Object)
@@ -55,4 +90,10 @@ func TestSymbolsAreBounded(t *testing.T) {
 	if _, ok := s.get(last); !ok {
 		t.Error("a result of the generation before is forgotten")
 	}
+}
+
+// The kernel's names are read before there is a sample that needs them.
+func TestKernelNamesAtStart(t *testing.T) {
+	r := run(t, nil, nil)
+	await(t, "the kernel's symbols", func() bool { return r.cfg.Symbolizer.Stats().Kernel.Loads > 0 })
 }
