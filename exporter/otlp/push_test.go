@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/hostflame/hostflame/internal/kerneltest"
 	"github.com/hostflame/hostflame/profiler"
 )
 
@@ -59,6 +60,7 @@ func TestPush(t *testing.T) {
 
 // TestPushLast: what was pushed before the end arrives, even if it is not converted yet.
 func TestPushLast(t *testing.T) {
+	kerneltest.Timed(t)
 	b := startBackend(t)
 	r := start(t, Config{Profiles: plain(b.address)}, nil)
 	for range windowsWaiting {
@@ -186,6 +188,7 @@ func TestPushPartial(t *testing.T) {
 // TestBackendDown: nothing listens. Push does not wait, memory is bounded, the end comes
 // at once, and what did not arrive is counted.
 func TestBackendDown(t *testing.T) {
+	kerneltest.Timed(t)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -231,6 +234,7 @@ func TestBackendDown(t *testing.T) {
 // TestBackendHangs: connections are accepted and never answered. Requests end by their
 // timeout, and where that is long, the end of the run does not wait for it.
 func TestBackendHangs(t *testing.T) {
+	kerneltest.Timed(t)
 	for _, timeout := range []time.Duration{100 * time.Millisecond, time.Hour} {
 		t.Run(timeout.String(), func(t *testing.T) {
 			l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -16,11 +16,22 @@ import (
 )
 
 // Require skips the test when it does not run as root. As root nothing is skipped: what
-// then does not work is a failure, not a reason to look away.
+// then does not work is a failure, not a reason to look away. With the race detector kernel
+// tests skip, because nearly all of them measure or keep up with something.
 func Require(t testing.TB) {
 	t.Helper()
+	Timed(t)
 	if os.Geteuid() != 0 {
 		t.Skip("loads BPF programs: run it as root (sudo make test)")
+	}
+}
+
+// Timed skips a test that promises times under the race detector, which slows everything
+// down tenfold: make test runs such packages without it as well.
+func Timed(t testing.TB) {
+	t.Helper()
+	if Race {
+		t.Skip("promises times: not with the race detector")
 	}
 }
 
