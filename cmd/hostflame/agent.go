@@ -221,7 +221,7 @@ func (a *agent) announce(ctx context.Context, listeners []net.Listener) {
 	for _, l := range listeners {
 		url := urlOf(l, *a.flags.web.WebConfigFile)
 		a.log.Info("ready", "ui", url+"/", "metrics", url+*a.flags.telemetryPath,
-			"profile", "go tool pprof "+url+"/pprof/cpu?seconds=10")
+			"profile", "go tool pprof '"+url+"/pprof/cpu?seconds=10'")
 	}
 }
 

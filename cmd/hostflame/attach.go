@@ -44,7 +44,7 @@ func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
 		{k.blockErr, "block I/O latency", "the hostflame_block_io_* histograms"},
 	} {
 		if part.err != nil {
-			log.Warn(part.what+" does not work here", "err", part.err, "lost", part.lost, "hint", attachHint(part.err, cfg.Event))
+			log.Warn(part.what+" does not work here", "err", withoutGuess(part.err), "lost", part.lost, "hint", attachHint(part.err, cfg.Event))
 		}
 	}
 	return k, nil

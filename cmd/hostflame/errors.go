@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 )
 
 // hintError is an error that says what to do about it.
@@ -41,10 +42,16 @@ func report(w io.Writer, err error) int {
 		}
 	}
 	if !errors.Is(err, errSilent) {
-		fmt.Fprintf(w, "hostflame: error: %v\n", err)
+		fmt.Fprintf(w, "hostflame: error: %s\n", withoutGuess(err))
 	}
 	if hint != "" {
 		fmt.Fprintf(w, "hostflame: hint: %s\n", hint)
 	}
 	return code
+}
+
+// withoutGuess is the text of err without what the BPF library guesses about
+// RLIMIT_MEMLOCK, which no kernel since 5.11 looks at.
+func withoutGuess(err error) string {
+	return strings.ReplaceAll(err.Error(), " (MEMLOCK may be too low, consider rlimit.RemoveMemlock)", "")
 }
