@@ -154,12 +154,14 @@ var cloneSuffix = regexp.MustCompile(`(\.(isra|constprop|part|cold|lto_priv|llvm
 // dressed is a copy of p for pprof's pages. Its first mapping is the host: pprof takes
 // the first mapping as the main binary, and what it calls it is the title of its pages.
 // Where there is little room pprof shows what follows the last dot of a name, so the dots
-// of "schedule.isra.0" become others.
+// of "schedule.isra.0" become others. It writes a mapping without symbols as [name], so
+// one that has brackets already, as [anon] has, does without.
 func (u *ui) dressed(p *profile.Profile) *profile.Profile {
 	p = p.Copy()
 	var last uint64
 	for _, m := range p.Mapping {
 		last = max(last, m.ID)
+		m.File = strings.TrimSuffix(strings.TrimPrefix(m.File, "["), "]")
 	}
 	p.Mapping = append([]*profile.Mapping{{ID: last + 1, File: u.host}}, p.Mapping...)
 	for _, f := range p.Function {

@@ -328,6 +328,19 @@ func TestUICloneNames(t *testing.T) {
 	}
 }
 
+// TestUIBrackets: what has no name is shown by its mapping, in one pair of brackets.
+func TestUIBrackets(t *testing.T) {
+	capturer := newFakeCapturer(t)
+	p := oneStack("")
+	p.Mapping = []*profile.Mapping{{ID: 1, Start: 0, Limit: 1 << 20, File: "[anon]"}}
+	p.Location[0].Mapping, p.Location[0].Line, p.Function = p.Mapping[0], nil, nil
+	capturer.newest = &profiler.Window{Profile: p}
+	s := testServer(t, capturer, nil)
+	if _, body := fetch(t, "GET", s.URL+"/ui/top"); !strings.Contains(body, "[anon]") || strings.Contains(body, "[[anon]]") {
+		t.Errorf("the page does not show [anon], or with more brackets:\n%s", body)
+	}
+}
+
 // TestUIEscapes: names come from the binaries of others.
 func TestUIEscapes(t *testing.T) {
 	const evil = `</script><script>evil()</script><img src=x onerror=evil()>`
