@@ -189,3 +189,27 @@ func TestReadErrors(t *testing.T) {
 		}
 	}
 }
+
+// TestOverlap has FDEs that overlap: each ends where the next one begins, as unwinders see
+// it that look for the last start. And it restores what a CIE has set.
+func TestOverlap(t *testing.T) {
+	frames := cieBytes("", nil, 0x86, 2) // rbp at CFA - 16
+	frames = append(frames, fdeBytes(len(frames), 0x1000, 0x100, 0x41, 0x0e, 16, 0x86, 3, 0x41, 0xc6)...)
+	frames = append(frames, fdeBytes(len(frames), 0x1040, 0x20, 0x06, 6, 0x41, 0x0e, 24)...)
+	frames = append(frames, fdeBytes(len(frames), 0x1040, 0x40, 0x41, 0x0e, 32)...) // the first one counts
+	b := smallELF(elffile.MachineAMD64, ".eh_frame", frames, nil)
+	f, err := Open(bytes.NewReader(b), int64(len(b)), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ts := build(t, f)
+	for addr, want := range map[uint64]Rule{
+		0xfff: 0, 0x1000: narrow(KindSP, 1, 2, 0), 0x1001: narrow(KindSP, 2, 3, 0), 0x1002: narrow(KindSP, 2, 2, 0),
+		0x103f: narrow(KindSP, 2, 2, 0), 0x1040: narrow(KindSP, 1, 2, 0), 0x1041: narrow(KindSP, 3, 2, 0),
+		0x105f: narrow(KindSP, 3, 2, 0), 0x1060: 0, 0x10ff: 0,
+	} {
+		if got := ts.rule(addr); got != want {
+			t.Errorf("%#x: %v, want %v", addr, got, want)
+		}
+	}
+}
