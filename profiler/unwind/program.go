@@ -88,6 +88,7 @@ type program struct {
 	arch       *arch
 	cie        *cie
 	state      state
+	loc        uint64 // from where on state holds
 	remembered []state
 }
 
@@ -125,9 +126,10 @@ func (p *program) set(n uint64, r regRule) {
 
 // run executes b from address loc to end. It calls emit, if not nil, with each address at
 // which other rules begin, in order; the last one's rules hold until end. When it returns
-// a reason, what follows the last address emitted is not known.
+// a reason, the rules from loc on are not known.
 func (p *program) run(b []byte, loc, end uint64, emit func(addr uint64)) Skip {
 	d := cursor{b: b}
+	p.loc = loc
 	dirty := true
 	advance := func(to uint64) bool {
 		if emit == nil {
@@ -140,7 +142,7 @@ func (p *program) run(b []byte, loc, end uint64, emit func(addr uint64)) Skip {
 		if to < loc || to >= end {
 			return false
 		}
-		loc = to
+		loc, p.loc = to, to
 		return true
 	}
 	c := p.cie

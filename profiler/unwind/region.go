@@ -313,19 +313,16 @@ func (b *builder) fdeRules(q *piece, hi uint64, add func(addr uint64, r Rule)) {
 	}
 	prog := &b.program
 	prog.arch, prog.cie, prog.state, prog.remembered = b.file.arch, f.cie, f.cie.initial, prog.remembered[:0]
-	last := q.start
 	skip := prog.run(b.code[f.off:][:f.size], q.start, hi, func(addr uint64) {
 		r, skip := prog.state.compile(prog.arch, f.cie.signal)
 		if skip != "" {
 			b.skipped[skip]++
 		}
-		last = addr
 		add(addr, r)
 	})
 	if skip != "" {
-		// What follows the last row that was complete is not known.
 		b.skipped[skip]++
-		add(last+1, 0)
+		add(prog.loc, 0)
 	}
 }
 
