@@ -78,7 +78,8 @@ struct hf_frame {
 
 /* Header of a sample. After it come, in this order and as many as it says: the addresses of
  * kernel_frames and user_frames (u64, leaf first), areas (struct hf_area), and, where
- * stack_bytes is not 0, a struct hf_frame and so much of the stack from its sp on.
+ * stack_bytes is not 0, a struct hf_frame and so much of the stack from its sp, less
+ * HF_RED_ZONE, on.
  * HF_EXACT is set in the user addresses that are no return addresses.
  * start_ns and exec_id together with pid name one program image: an id that was reused
  * has another start, an execve another exec_id. */

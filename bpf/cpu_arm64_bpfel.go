@@ -159,6 +159,7 @@ type cpuHfUnwindSize uint32
 
 const (
 	cpuHfUnwindSizeHF_REGION_SHIFT   cpuHfUnwindSize = 18
+	cpuHfUnwindSizeHF_REGION_MASK    cpuHfUnwindSize = 262143
 	cpuHfUnwindSizeHF_BUCKET_SHIFT   cpuHfUnwindSize = 9
 	cpuHfUnwindSizeHF_REGION_BUCKETS cpuHfUnwindSize = 512
 	cpuHfUnwindSizeHF_CHUNK_WORDS    cpuHfUnwindSize = 131072
@@ -169,9 +170,11 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	cpuMapHfChanges          = "hf_changes"
 	cpuMapHfChunks           = "hf_chunks"
 	cpuMapHfCount            = "hf_count"
 	cpuMapHfMaple            = "hf_maple"
+	cpuMapHfPlaces           = "hf_places"
 	cpuMapHfRings            = "hf_rings"
 	cpuMapHfScratch          = "hf_scratch"
 	cpuMapHfTables           = "hf_tables"
@@ -244,9 +247,11 @@ type cpuProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type cpuMapSpecs struct {
+	HfChanges    *ebpf.MapSpec `ebpf:"hf_changes"`
 	HfChunks     *ebpf.MapSpec `ebpf:"hf_chunks"`
 	HfCount      *ebpf.MapSpec `ebpf:"hf_count"`
 	HfMaple      *ebpf.MapSpec `ebpf:"hf_maple"`
+	HfPlaces     *ebpf.MapSpec `ebpf:"hf_places"`
 	HfRings      *ebpf.MapSpec `ebpf:"hf_rings"`
 	HfScratch    *ebpf.MapSpec `ebpf:"hf_scratch"`
 	HfTables     *ebpf.MapSpec `ebpf:"hf_tables"`
@@ -295,9 +300,11 @@ func (o *cpuObjects) Close() error {
 //
 // It can be passed to loadCpuObjects or ebpf.CollectionSpec.LoadAndAssign.
 type cpuMaps struct {
+	HfChanges    *ebpf.Map `ebpf:"hf_changes"`
 	HfChunks     *ebpf.Map `ebpf:"hf_chunks"`
 	HfCount      *ebpf.Map `ebpf:"hf_count"`
 	HfMaple      *ebpf.Map `ebpf:"hf_maple"`
+	HfPlaces     *ebpf.Map `ebpf:"hf_places"`
 	HfRings      *ebpf.Map `ebpf:"hf_rings"`
 	HfScratch    *ebpf.Map `ebpf:"hf_scratch"`
 	HfTables     *ebpf.Map `ebpf:"hf_tables"`
@@ -307,9 +314,11 @@ type cpuMaps struct {
 
 func (m *cpuMaps) Close() error {
 	return _CpuClose(
+		m.HfChanges,
 		m.HfChunks,
 		m.HfCount,
 		m.HfMaple,
+		m.HfPlaces,
 		m.HfRings,
 		m.HfScratch,
 		m.HfTables,

@@ -49,9 +49,18 @@ typedef struct {
 	void *vdso;
 } mm_context_t;
 
+struct seqcount {
+	unsigned int sequence;
+};
+
 struct mm_struct {
 	struct maple_tree mm_mt; /* since d4af56c5c7c6 (6.1) */
+	struct seqcount mm_lock_seq; /* since eb449bd96954 (6.13) */
 	mm_context_t context;
+};
+
+struct mm_struct___6_4 {
+	int mm_lock_seq; /* since 5e31275cc997 (6.4) */
 };
 
 struct super_block {

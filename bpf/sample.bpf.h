@@ -82,31 +82,31 @@ static __always_inline __u32 hf_append(struct hf_scratch *s, __u32 used, const v
 	return used + size;
 }
 
-/* Appends the frame at hand and the stack from its sp to the end of its mapping, or so
- * much of that as there is room for and as was ever touched: a stack that Go has made lies
- * between other memory. */
+/* Appends the frame at hand and the stack from its sp, less the red zone, to the end of its
+ * mapping, or so much of that as there is room for and as was ever touched: a stack that Go
+ * has made lies between other memory. */
 static __always_inline __u32 hf_append_stack(struct hf_scratch *s, struct hf_walk *w, __u32 used)
 {
 	struct vm_area_struct *vma = (struct vm_area_struct *)hf_find_vma((__u64)w->mm, w->at.sp);
-	__u64 size = HF_STACK_COPY, end;
+	__u64 size = HF_STACK_COPY, start = w->at.sp - HF_RED_ZONE, end;
 	__u32 at;
 
 	if (!vma || (__u64)vma & 3)
 		return used;
 	end = BPF_CORE_READ(vma, vm_end);
-	if (end - w->at.sp < size)
-		size = (end - w->at.sp) & ~7ULL;
+	if (end - start < size)
+		size = (end - start) & ~7ULL;
 	at = hf_append(s, used, &w->at, sizeof(w->at), sizeof(w->at));
 	if (at == used || at > sizeof(s->rest) - HF_STACK_COPY)
 		return used;
 	for (int i = 0; i < 4; i++) {
 		if (size > HF_STACK_COPY)
 			return used;
-		if (!bpf_probe_read_user(s->rest + at, size, (void *)w->at.sp)) {
+		if (!bpf_probe_read_user(s->rest + at, size, (void *)start)) {
 			s->head.stack_bytes = size;
 			return at + size;
 		}
-		size = i < 2 ? HF_STACK_COPY >> (i + 1) : 4096 - (w->at.sp & 4095);
+		size = i < 2 ? HF_STACK_COPY >> (i + 1) : 4096 - (start & 4095);
 	}
 	return used;
 }

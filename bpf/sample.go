@@ -148,7 +148,8 @@ type Sample struct {
 	Kernel, User  []uint64
 	Areas         []Area // that the user addresses lie in
 	Stop          Frame  // with Stack: where the walk stopped
-	Stack         []byte // from Stop.SP on; empty unless UserOutcome is OutcomeNoTable
+	Stack         []byte // from StackStart on; empty unless UserOutcome is OutcomeNoTable
+	StackStart    uint64 // Stop.SP, less the red zone of amd64
 }
 
 const (
@@ -221,6 +222,7 @@ func (s *Sample) decode(record []byte) error {
 		Areas:         areas,
 		Stop:          stop,
 		Stack:         stack,
+		StackStart:    stop.SP - redZone,
 	}
 	return nil
 }

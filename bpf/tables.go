@@ -80,15 +80,17 @@ var ErrNoRoom = errors.New("no room for the unwind table")
 // find no room the least recently sampled one goes. All programs that walk stacks share
 // them. The methods may be called from any goroutine.
 type Tables struct {
-	limit  uint64
-	index  *ebpf.Map // hf_tables
-	outer  *ebpf.Map // hf_chunks
-	inner  *ebpf.MapSpec
-	mu     sync.Mutex
-	placed map[TableKey]*placement
-	equal  map[[sha256.Size]byte]*placement // by their words
-	chunks []*chunk
-	stats  TableStats
+	limit   uint64
+	index   *ebpf.Map // hf_tables
+	outer   *ebpf.Map // hf_chunks
+	count   *ebpf.Map // hf_changes
+	inner   *ebpf.MapSpec
+	mu      sync.Mutex
+	changed uint32 // as hf_changes has it
+	placed  map[TableKey]*placement
+	equal   map[[sha256.Size]byte]*placement // by their words
+	chunks  []*chunk
+	stats   TableStats
 	// Pieces that a walk on another CPU may still read; free once a moment has passed.
 	retired []retired
 	now     func() uint64 // ktime
@@ -163,6 +165,11 @@ func NewTables(limit uint64) (_ *Tables, err error) {
 		t.index.Close()
 		return nil, fmt.Errorf("make chunks of unwind tables: %w", err)
 	}
+	if t.count, err = ebpf.NewMap(spec.Maps[cpuMapHfChanges]); err != nil {
+		t.index.Close()
+		t.outer.Close()
+		return nil, fmt.Errorf("make counter of unwind tables: %w", err)
+	}
 	return t, nil
 }
 
@@ -176,7 +183,7 @@ func ktime() uint64 {
 func (t *Tables) replace(spec *ebpf.CollectionSpec) map[string]*ebpf.Map {
 	spec.Maps[cpuMapHfTables].MaxEntries = t.index.MaxEntries()
 	spec.Maps[cpuMapHfChunks].MaxEntries = t.outer.MaxEntries()
-	return map[string]*ebpf.Map{cpuMapHfTables: t.index, cpuMapHfChunks: t.outer}
+	return map[string]*ebpf.Map{cpuMapHfTables: t.index, cpuMapHfChunks: t.outer, cpuMapHfChanges: t.count}
 }
 
 func (k TableKey) raw() cpuHfTableKey {
@@ -211,6 +218,15 @@ func (t *Tables) Put(key TableKey, table Table) error {
 		return fmt.Errorf("put unwind table: %w", err)
 	}
 	t.placed[key] = p
+	return t.tell()
+}
+
+// tell makes walks look at the tables again; what they know of them is for a second only.
+func (t *Tables) tell() error {
+	t.changed++
+	if err := t.count.Put(uint32(0), t.changed); err != nil {
+		return fmt.Errorf("count change of unwind tables: %w", err)
+	}
 	return nil
 }
 
@@ -284,6 +300,7 @@ func (t *Tables) remove(key TableKey) {
 	raw := key.raw()
 	// It is there, as only this type writes; if not, it is gone as wanted.
 	_ = t.index.Delete(&raw)
+	_ = t.tell()
 	delete(t.placed, key)
 	t.drop(p)
 }
@@ -505,5 +522,5 @@ func (t *Tables) Close() error {
 	clear(t.placed)
 	clear(t.equal)
 	t.retired, t.limit = nil, 0
-	return errors.Join(append(errs, t.index.Close(), t.outer.Close())...)
+	return errors.Join(append(errs, t.index.Close(), t.outer.Close(), t.count.Close())...)
 }

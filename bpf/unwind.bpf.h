@@ -17,12 +17,14 @@
 #define HF_DWARF_FP 6
 #define HF_DWARF_SP 7
 #define HF_DWARF_SECOND 3 /* rbx */
-#define HF_REGISTERS 16
+#define HF_RECORD_BELOW 0
+#define HF_RED_ZONE 128 /* below the stack pointer, and in use */
 #elif defined(__TARGET_ARCH_arm64)
 #define HF_DWARF_FP 29
 #define HF_DWARF_SP 31
 #define HF_DWARF_SECOND 30 /* the link register */
-#define HF_REGISTERS 32
+#define HF_RECORD_BELOW 8
+#define HF_RED_ZONE 0
 #endif
 
 /* User addresses without the bits that pointer authentication and tags use. */
@@ -58,42 +60,83 @@ struct {
 /* Keeps the compiler from looking through the value, which the verifier has bounds of. */
 #define bpf_barrier(value) asm volatile("" : "+r"(value))
 
-/* Bytes of the stack that are read at once. */
+/* Bytes of the stack that are read at once: at first, and at most. */
+#define HF_FIRST_WINDOW 256
 #define HF_WINDOW 2048
 
-/* The table of the region of a file that the walk was in last. */
-struct hf_table_ref {
-	__u32 region;
-	__u32 state; /* 0: not looked up, else enum hf_table_state */
+enum hf_table_state {
+	HF_TABLE_MISSING,
+	HF_TABLE_FOUND,
+};
+
+/* Where an address lies: a region of a file, as far as it is mapped, and its table. */
+struct hf_place {
+	__u64 lo, hi; /* addresses that this holds for */
+	struct hf_area area;
 	__u32 chunk;
 	__u32 word;
 	__u16 first_bucket;
 	__u16 buckets;
+	__u32 state; /* enum hf_table_state */
+};
+
+/* A place as it was found lately. Looking one up costs some thirty cache and TLB misses (the
+ * maple tree, the mapping, its file, the hash of tables), most of what a walk costs; this
+ * costs two. It is good while the mappings of the process have not changed, which the
+ * mm's own count of them tells, and no table has; and not for long, as tables are to show
+ * that they are in use. */
+struct hf_known_place {
+	struct hf_place place;
+	struct mm_struct *mm;
+	__u64 start_ns; /* of the process: an mm can be another's soon */
+	__u64 until_ns;
+	__u64 mm_changes;
+	__u32 table_changes;
 	__u32 pad;
 };
 
-enum hf_table_state {
-	HF_TABLE_FOUND = 1,
-	HF_TABLE_MISSING = 2,
-};
+#define HF_KNOWN_PLACES 64
+#define HF_KNOWN_NS 1000000000ULL
 
 struct hf_walk {
 	struct hf_frame at;
+	struct hf_place place; /* of the last frame */
 	struct mm_struct *mm;
 	__u64 now;
+	__u64 start_ns;
+	__u64 mm_changes; /* 0: not counted */
+	__u32 table_changes;
 	__u32 frames; /* so far */
 	__u32 areas;
-	__u32 current; /* the area that the last frame was in */
 	__u32 outcome; /* enum hf_outcome; 0: goes on */
 	__u32 word;    /* bytes of an address: 4 for 32-bit programs, which have no tables */
 	__u32 pad;
-	struct hf_area area[HF_MAX_AREAS];
-	struct hf_table_ref ref[HF_MAX_AREAS];
 	__u64 window_at; /* address of window[0] */
 	__u64 window_size;
-	__u8 window[HF_WINDOW + 8];
+	__u64 window_next; /* size of the next one */
+	struct hf_area area[HF_MAX_AREAS];
 	__u64 ips[HF_MAX_USER_FRAMES];
+	__u8 window[HF_WINDOW + 8];
 };
+
+struct hf_known_places {
+	struct hf_known_place at[HF_KNOWN_PLACES];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct hf_known_places);
+} hf_places SEC(".maps");
+
+/* Counts the changes that user space makes to the tables. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} hf_changes SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -110,30 +153,32 @@ static __always_inline struct hf_walk *hf_walk_state(void)
 }
 
 /* Reads a word of the stack. What lies around it is read along, as the next frames will
- * want it: the cache misses are the same, the calls are not. */
-static __always_inline bool hf_read(struct hf_walk *w, __u64 address, __u64 *value)
+ * want it: a little at first, as every line that is not used is a cache miss for nothing,
+ * and then more each time. */
+static __noinline bool hf_read(struct hf_walk *w, __u64 address, __u64 *value)
 {
-	__u64 at = address - w->window_at, size = HF_WINDOW;
+	__u64 at = address - w->window_at, size;
 
 	if (at + 8 > w->window_size || at > HF_WINDOW) {
+		size = w->window_next;
 		w->window_at = address;
 		/* From the frame's own end on, if that is near. */
-		if (address - w->at.sp < HF_WINDOW / 2)
+		if (address - w->at.sp < size / 2)
 			w->window_at = w->at.sp;
-		w->window_size = HF_WINDOW;
-		if (bpf_probe_read_user(w->window, HF_WINDOW, (void *)w->window_at)) {
+		if (size > HF_WINDOW)
+			size = HF_WINDOW;
+		if (bpf_probe_read_user(w->window, size, (void *)w->window_at)) {
 			/* The stack ends, or was never touched, beyond this page. */
-			size = 4096 - (w->window_at & 4095);
-			if (size > HF_WINDOW)
-				size = HF_WINDOW;
-			w->window_size = size;
-			if (bpf_probe_read_user(w->window, size, (void *)w->window_at)) {
-				w->window_size = 0;
-				return false;
-			}
+			if (size > 4096 - (w->window_at & 4095))
+				size = 4096 - (w->window_at & 4095);
+			if (bpf_probe_read_user(w->window, size, (void *)w->window_at))
+				size = 0;
 		}
+		w->window_size = size;
+		if (w->window_next < HF_WINDOW)
+			w->window_next *= 2;
 		at = address - w->window_at;
-		if (at + 8 > w->window_size) {
+		if (at + 8 > size) {
 			w->window_size = 0;
 			return !bpf_probe_read_user(value, 8, (void *)address);
 		}
@@ -188,93 +233,109 @@ __noinline __u64 hf_find_rule(__u32 chunk, __u32 word, __u32 buckets, __u32 buck
 	return rule;
 }
 
-/* The area of the walk that address lies in; HF_MAX_AREAS if there is none. */
-__noinline __u32 hf_area_of(__u64 address)
+/* Notes an area that a frame lies in, once. */
+static __always_inline void hf_add_area(struct hf_walk *w)
 {
-	struct hf_walk *w = hf_walk_state();
+	__u64 start = w->place.area.start;
 	__u32 i;
 
-	if (!w)
-		return HF_MAX_AREAS;
 	for (i = 0; i < HF_MAX_AREAS; i++) {
 		if (i >= w->areas)
-			return HF_MAX_AREAS;
-		if (address >= w->area[i].start && address < w->area[i].end)
 			break;
+		if (w->area[i].start == start)
+			return;
 	}
-	return i;
+	/* Frames in areas beyond the limit have none. */
+	if (i >= HF_MAX_AREAS)
+		return;
+	w->area[i] = w->place.area;
+	w->areas = i + 1;
 }
 
-/* Makes current the area that address lies in: one that the walk has been in, or the
- * mapping itself. False where there is no executable memory. */
-static __always_inline bool hf_find_area(struct hf_walk *w, __u64 address)
+static __always_inline struct hf_known_place *hf_known(struct hf_walk *w, __u64 address)
 {
-	struct hf_area *a;
-	__u32 i = w->current;
+	struct hf_known_places *known;
+	__u32 zero = 0;
+	__u64 slot;
 
-	if (i < HF_MAX_AREAS && i < w->areas) {
-		a = &w->area[i];
-		if (address >= a->start && address < a->end)
-			return true;
-	}
-	i = hf_area_of(address);
-	if (i < HF_MAX_AREAS) {
-		w->current = i;
+	known = bpf_map_lookup_elem(&hf_places, &zero);
+	if (!known)
+		return NULL;
+	slot = ((__u64)w->mm >> 6 ^ address >> HF_REGION_SHIFT) * 0x9e3779b97f4a7c15ULL >> 58;
+	return &known->at[slot & (HF_KNOWN_PLACES - 1)];
+}
+
+/* Finds the place of address. False where there is no executable memory. */
+static __noinline bool hf_find_place(struct hf_walk *w, __u64 address)
+{
+	struct hf_known_place *known = hf_known(w, address);
+	struct hf_place *p = &w->place;
+	struct hf_table_key key = {};
+	struct hf_table *table;
+	__u64 offset;
+
+	if (known && known->mm == w->mm && address >= known->place.lo && address < known->place.hi &&
+	    known->start_ns == w->start_ns && known->until_ns > w->now &&
+	    known->mm_changes == w->mm_changes && known->table_changes == w->table_changes) {
+		*p = known->place;
+		hf_add_area(w);
 		return true;
 	}
-	/* Where there are too many the last one is taken again; its frames have no area then. */
-	i = w->areas < HF_MAX_AREAS ? w->areas : HF_MAX_AREAS - 1;
-	if (i >= HF_MAX_AREAS)
+	if (!hf_vma_area(w->mm, address, &p->area)) {
+		p->lo = p->hi = 0;
 		return false;
-	if (!hf_vma_area(w->mm, address, &w->area[i]))
-		return false;
-	w->ref[i].state = 0;
-	w->current = i;
-	w->areas = i + 1;
+	}
+	p->lo = p->area.start;
+	p->hi = p->area.end;
+	p->chunk = p->word = 0;
+	p->first_bucket = p->buckets = 0;
+	p->state = HF_TABLE_FOUND;
+	if (p->area.file.inode && w->word == 8) {
+		offset = address - p->area.start + p->area.offset;
+		key.file = p->area.file;
+		key.region = offset >> HF_REGION_SHIFT;
+		/* The region's ends, if they lie within the mapping. */
+		if ((offset & HF_REGION_MASK) <= address - p->lo)
+			p->lo = address - (offset & HF_REGION_MASK);
+		if (p->hi - address > HF_REGION_MASK + 1 - (offset & HF_REGION_MASK))
+			p->hi = address + HF_REGION_MASK + 1 - (offset & HF_REGION_MASK);
+		table = bpf_map_lookup_elem(&hf_tables, &key);
+		if (table) {
+			p->chunk = table->chunk;
+			p->word = table->word;
+			p->first_bucket = table->first_bucket;
+			p->buckets = table->buckets;
+			table->used_ns = w->now;
+		} else {
+			p->state = HF_TABLE_MISSING;
+		}
+	}
+	hf_add_area(w);
+	if (known && w->mm_changes && p->state == HF_TABLE_FOUND) {
+		known->place = *p;
+		known->mm = w->mm;
+		known->start_ns = w->start_ns;
+		known->until_ns = w->now + HF_KNOWN_NS;
+		known->mm_changes = w->mm_changes;
+		known->table_changes = w->table_changes;
+	}
 	return true;
 }
 
-/* The rule for address, which lies in the current area. */
+/* The rule for address, which lies in the walk's place. */
 static __always_inline __u64 hf_rule(struct hf_walk *w, __u64 address)
 {
-	struct hf_table_key key = {};
-	struct hf_table_ref *ref;
-	struct hf_table *table;
-	struct hf_area *a;
-	__u32 i = w->current, bucket;
-	__u64 offset;
+	struct hf_place *p = &w->place;
+	__u64 offset = address - p->area.start + p->area.offset;
+	__u32 bucket = (offset & HF_REGION_MASK) >> HF_BUCKET_SHIFT;
 
-	if (i >= HF_MAX_AREAS)
-		return HF_RULE_NONE;
-	a = &w->area[i];
-	ref = &w->ref[i];
-	if (!a->file.inode || w->word != 8)
-		return HF_RULE_NONE;
-	offset = address - a->start + a->offset;
-	key.region = offset >> HF_REGION_SHIFT;
-	if (!ref->state || ref->region != key.region) {
-		key.file = a->file;
-		ref->region = key.region;
-		table = bpf_map_lookup_elem(&hf_tables, &key);
-		if (!table) {
-			ref->state = HF_TABLE_MISSING;
-		} else {
-			ref->state = HF_TABLE_FOUND;
-			ref->chunk = table->chunk;
-			ref->word = table->word;
-			ref->first_bucket = table->first_bucket;
-			ref->buckets = table->buckets;
-			table->used_ns = w->now;
-		}
-	}
-	if (ref->state == HF_TABLE_MISSING) {
+	if (p->state == HF_TABLE_MISSING) {
 		w->outcome = HF_OUTCOME_NO_TABLE;
 		return HF_RULE_NONE;
 	}
-	bucket = (offset & ((1 << HF_REGION_SHIFT) - 1)) >> HF_BUCKET_SHIFT;
-	if (bucket < ref->first_bucket)
+	if (!p->buckets || bucket < p->first_bucket)
 		return HF_RULE_NONE;
-	return hf_find_rule(ref->chunk, ref->word, ref->buckets, bucket - ref->first_bucket, offset & 0xffff);
+	return hf_find_rule(p->chunk, p->word, p->buckets, bucket - p->first_bucket, offset & 0xffff);
 }
 
 /* Follows the frame pointer. As nothing says that there is one, it must look like one. */
@@ -288,7 +349,8 @@ static __always_inline void hf_step_pointer(struct hf_walk *w)
 		w->outcome = HF_OUTCOME_COMPLETE; /* the ABI's mark of the outermost frame */
 		return;
 	}
-	if (fp < w->at.sp || fp & (w->word - 1) || fp - w->at.sp > (1 << 23)) {
+	/* Go on arm64 keeps the frame record below the stack pointer. */
+	if (fp + HF_RECORD_BELOW < w->at.sp || fp & (w->word - 1) || fp + HF_RECORD_BELOW - w->at.sp > (1 << 23)) {
 		w->outcome = HF_OUTCOME_NO_RULE;
 		return;
 	}
@@ -347,13 +409,17 @@ static __always_inline bool hf_register(struct hf_walk *w, __u32 number, __u64 *
 	return true;
 }
 
-/* One register of the caller. kind is enum hf_saved. */
-static __always_inline bool hf_saved(struct hf_walk *w, __u32 kind, __u64 offset, __u64 cfa, __u64 fp, __u64 *value)
+/* One register of the caller. kind is enum hf_saved, base the CFA's register. */
+static __always_inline bool hf_saved(struct hf_walk *w, __u32 kind, __u64 offset, __u64 cfa, __u64 base, __u64 *value)
 {
 	if (kind == HF_SAVED_CFA)
 		return hf_read(w, cfa - 8 * offset, value);
 	if (kind == HF_SAVED_FP)
-		return hf_read(w, fp - 8 * offset, value);
+#if defined(__TARGET_ARCH_x86)
+		return hf_read(w, w->at.fp - 8 * offset, value);
+#else
+		return hf_read(w, base + 8 * offset, value);
+#endif
 	if (kind == HF_SAVED_LOST)
 		*value = 0;
 	return true;
@@ -379,11 +445,11 @@ static __always_inline bool hf_go_stack(struct hf_walk *w, __u64 *old)
 /* Goes to the caller by a rule that has a CFA. */
 static __always_inline void hf_step_rule(struct hf_walk *w, __u64 rule)
 {
-	__u32 kind = rule & 7, fp_kind, second_kind;
-	__u64 fp_offset, second_offset, cfa, fp = w->at.fp, second = w->at.second, ip = 0;
+	__u32 kind = rule & 7, fp_kind, second_kind, in_register = 0;
+	__u64 fp_offset, second_offset, cfa, base = 0, fp = w->at.fp, second = w->at.second, ip = 0;
 
 	if (kind == HF_RULE_WIDE) {
-		__u64 base;
+		__u64 top;
 
 		if (!hf_register(w, rule >> 3 & 31, &base)) {
 			w->outcome = HF_OUTCOME_REGISTER;
@@ -391,11 +457,13 @@ static __always_inline void hf_step_rule(struct hf_walk *w, __u64 rule)
 		}
 		cfa = base + 8 * ((__s64)(rule << 12) >> 44);
 		if (rule >> 8 & 1) {
-			if (!hf_read(w, cfa, &base)) {
+			if (!hf_read(w, cfa, &top)) {
 				w->outcome = HF_OUTCOME_BAD_STACK;
 				return;
 			}
-			cfa = base + 8 * (__s64)(signed char)(rule >> 13);
+			cfa = top + 8 * (__s64)(signed char)(rule >> 13);
+		} else {
+			in_register = rule >> 13 & 255;
 		}
 		fp_kind = rule >> 9 & 3;
 		second_kind = rule >> 11 & 3;
@@ -429,24 +497,31 @@ static __always_inline void hf_step_rule(struct hf_walk *w, __u64 rule)
 		w->outcome = HF_OUTCOME_BAD_STACK;
 		return;
 	}
-	if (!hf_saved(w, second_kind, second_offset, cfa, w->at.fp, &second) ||
-	    !hf_saved(w, fp_kind, fp_offset, cfa, w->at.fp, &fp)) {
+	if (!hf_saved(w, second_kind, second_offset, cfa, base, &second) ||
+	    !hf_saved(w, fp_kind, fp_offset, cfa, base, &fp)) {
 		w->outcome = HF_OUTCOME_BAD_STACK;
 		return;
 	}
+	if (in_register) {
+		if (!hf_register(w, in_register - 1, &ip)) {
+			w->outcome = HF_OUTCOME_REGISTER;
+			return;
+		}
+	}
 #if defined(__TARGET_ARCH_x86)
-	if (!hf_read(w, cfa - 8, &ip)) {
+	else if (!hf_read(w, cfa - 8, &ip)) {
 		w->outcome = HF_OUTCOME_BAD_STACK;
 		return;
 	}
 	w->at.second = second;
 #else
 	/* A function that has called another has saved its return address. */
-	if (second_kind == HF_SAVED_NOT && !w->at.exact) {
+	else if (second_kind == HF_SAVED_NOT && !w->at.exact) {
 		w->outcome = HF_OUTCOME_REGISTER;
 		return;
+	} else {
+		ip = second;
 	}
-	ip = second;
 	w->at.second = 0;
 #endif
 	w->at.sp = cfa;
@@ -459,7 +534,7 @@ static __always_inline void hf_step_rule(struct hf_walk *w, __u64 rule)
 static long hf_step(__u32 i, void *unused)
 {
 	struct hf_walk *w = hf_walk_state();
-	__u64 ip, rule;
+	__u64 ip, rule, address;
 	__u32 n;
 
 	if (!w)
@@ -479,7 +554,8 @@ static long hf_step(__u32 i, void *unused)
 		w->outcome = HF_OUTCOME_TRUNCATED;
 		return 1;
 	}
-	if (!hf_find_area(w, w->at.exact ? ip : ip - 1)) {
+	address = w->at.exact ? ip : ip - 1;
+	if ((address < w->place.lo || address >= w->place.hi) && !hf_find_place(w, address)) {
 		w->outcome = HF_OUTCOME_BAD_ADDRESS;
 		/* That of a leaf is what the CPU was at; others are no addresses of code. */
 		if (!n) {
@@ -493,7 +569,7 @@ static long hf_step(__u32 i, void *unused)
 	bpf_barrier(n);
 	w->ips[n & (HF_MAX_USER_FRAMES - 1)] = w->at.exact ? ip | HF_EXACT : ip;
 
-	rule = hf_rule(w, w->at.exact ? ip : ip - 1);
+	rule = hf_rule(w, address);
 	if (w->outcome)
 		return 1;
 	switch (rule & 7) {
@@ -516,11 +592,18 @@ static long hf_step(__u32 i, void *unused)
 static __always_inline bool hf_walk_begin(struct hf_walk *w, struct task_struct *task)
 {
 	void *user = (void *)bpf_task_pt_regs(task);
+	__u32 *changes, zero = 0;
 
+	changes = bpf_map_lookup_elem(&hf_changes, &zero);
 	w->mm = task->mm;
 	w->now = bpf_ktime_get_ns();
-	w->frames = w->areas = w->current = w->outcome = 0;
+	w->start_ns = BPF_CORE_READ(task, group_leader, start_boottime);
+	w->mm_changes = hf_mm_changes(w->mm);
+	w->table_changes = changes ? *changes : 0;
+	w->place.lo = w->place.hi = 0;
+	w->frames = w->areas = w->outcome = 0;
 	w->window_at = w->window_size = 0;
+	w->window_next = HF_FIRST_WINDOW;
 	w->word = 8;
 	w->at.exact = w->at.leaf = true;
 	/* Not on the stack, which is short. */

@@ -35,6 +35,7 @@
 
 enum hf_unwind_size {
 	HF_REGION_SHIFT = 18,
+	HF_REGION_MASK = (1 << HF_REGION_SHIFT) - 1,
 	HF_BUCKET_SHIFT = 9,
 	HF_REGION_BUCKETS = 1 << (HF_REGION_SHIFT - HF_BUCKET_SHIFT),
 	HF_CHUNK_WORDS = 1 << 17,
@@ -59,7 +60,8 @@ enum hf_rule_kind {
  *     bit    8      CFA = [base + 8 * offset] + 8 * add, else CFA = base + 8 * offset
  *     bits   9-10   frame pointer: enum hf_saved
  *     bits  11-12   second register: enum hf_saved
- *     bits  13-20   add, signed
+ *     bits  13-20   add, signed; without bit 8: 0, or 1 more than the number of the register
+ *                   that holds the return address
  *     bits  21-31   frame pointer: offset, unsigned
  *     bits  32-51   CFA: offset, signed
  *     bits  52-63   second register: offset, unsigned

@@ -74,6 +74,19 @@ __noinline __u64 hf_find_vma(__u64 mm_address, __u64 address)
 	return 0;
 }
 
+/* Counts the changes of an mm's mappings: it differs after each release of the lock that
+ * they take (CONFIG_PER_VMA_LOCK). 0 where the kernel does not count. */
+static __always_inline __u64 hf_mm_changes(struct mm_struct *mm)
+{
+	struct mm_struct___6_4 *old = (void *)mm;
+
+	if (bpf_core_field_exists(mm->mm_lock_seq))
+		return BPF_CORE_READ(mm, mm_lock_seq.sequence) + 1ULL;
+	if (bpf_core_field_exists(old->mm_lock_seq))
+		return (__u32)BPF_CORE_READ(old, mm_lock_seq) + 1ULL;
+	return 0;
+}
+
 static __always_inline __u64 hf_mtime(struct inode *inode)
 {
 	if (bpf_core_field_exists(inode->i_mtime_sec))

@@ -198,7 +198,7 @@ func (u *unwinder) finish(job *unfinished) {
 	u.walker.Lookup = func(addr uint64) (*unwind.Region, uint64, bool) { return u.lookup(job, addr) }
 	// The last frame is the one that the walk stopped at.
 	stopped := max(len(s.User)-1, 0)
-	s.User, s.UserOutcome = u.walker.Walk(s.User[:stopped], s.Stop, stopped, s.Stack, s.Stop.SP)
+	s.User, s.UserOutcome = u.walker.Walk(s.User[:stopped], s.Stop, stopped, s.Stack, s.StackStart)
 	s.Stack = nil
 }
 

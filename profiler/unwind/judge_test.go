@@ -201,7 +201,11 @@ func (j *judged) meaning(a *arch) (m meaning) {
 	m.signal = j.signal
 	m.end = ra == "?" && j.ra == "undefined"
 	if a == &amd64 && !m.end && !m.signal && ra != "c-8" {
-		m.cfa = "no: ra " + ra
+		if ops := parseOps(j.ra); base != "" && len(ops) == 1 && ops[0].atom == 0x90 { // DW_OP_regx
+			m.cfa += fmt.Sprintf(" ra in r%d", ops[0].n)
+		} else {
+			m.cfa = "no: ra " + ra
+		}
 	}
 	if j.sp != "9c:0:0,9f:0:0" && j.sp != "same" && j.sp != "undefined" && !m.signal {
 		m.cfa = "no: sp " + j.sp
@@ -247,6 +251,8 @@ func ruleMeaning(a *arch, r Rule) (m meaning) {
 		m.cfa = fmt.Sprintf("r%d%+d", w.base, 8*w.offset)
 		if w.deref {
 			m.cfa = fmt.Sprintf("[r%d%+d]%+d", w.base, 8*w.offset, 8*w.add)
+		} else if w.add > 0 {
+			m.cfa += fmt.Sprintf(" ra in r%d", w.add-1)
 		}
 	}
 	return m

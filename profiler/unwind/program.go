@@ -328,6 +328,13 @@ func (s *state) compile(a *arch, signal bool) (Rule, Skip) {
 		if second.saved == savedLost {
 			return 0, SkipReturn
 		}
+	} else if s.ra.kind == regRegister && s.ra.off < 32 && s.cfa.kind == cfaReg && s.cfa.off%8 == 0 {
+		// glibc's vfork keeps it there while parent and child share the stack.
+		w := wideRule{base: s.cfa.base, offset: s.cfa.off / 8, add: s.ra.off + 1, fp: fp, second: second}
+		if r, ok := w.rule(); ok {
+			return r, ""
+		}
+		return 0, SkipReturn
 	} else if at := s.slot(a, s.ra, a.ra); at != (slot{savedCFA, 1}) {
 		return 0, SkipReturn
 	}

@@ -65,7 +65,7 @@ type wideRule struct {
 	base       uint8 // DWARF number
 	deref      bool
 	offset     int64 // words
-	add        int64 // words
+	add        int64 // words; without deref 0, or 1 more than the register that holds the return address
 	fp, second slot
 }
 

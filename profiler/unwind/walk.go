@@ -165,10 +165,14 @@ const maxPointer = 8 << 20 // from the stack pointer to a frame pointer that hol
 
 // pointer follows the frame pointer, which must look like one.
 func (w *walk) pointer() {
+	below := uint64(0)
+	if w.arch == &arm64 {
+		below = 8 // Go keeps the frame record below the stack pointer
+	}
 	switch fp := w.FP; {
 	case fp == 0 && w.frames > 1:
 		w.outcome = bpf.OutcomeComplete // the ABI's mark of the outermost frame
-	case fp < w.SP || fp%8 != 0 || fp-w.SP > maxPointer:
+	case fp+below < w.SP || fp%8 != 0 || fp+below-w.SP > maxPointer:
 		w.outcome = bpf.OutcomeNoRule
 	default:
 		next, ok := w.read(fp)
@@ -188,6 +192,18 @@ func (w *walk) pointer() {
 func (w *walk) caller(ip, sp, fp, second uint64) {
 	w.IP, w.SP, w.FP, w.Second = ip, sp, fp, second
 	w.Exact, w.Leaf = false, false
+}
+
+// returnAddress is on the stack, or, by some wide rules, in a register.
+func (w *walk) returnAddress(r Rule, cfa uint64) (uint64, bool) {
+	if wide := r.wide(); r.Kind() == KindWide && !wide.deref && wide.add > 0 {
+		ip, ok := w.register(uint8(wide.add - 1))
+		if !ok {
+			w.outcome = bpf.OutcomeRegister
+		}
+		return ip, ok
+	}
+	return w.read(cfa - 8)
 }
 
 // signal takes all registers from the frame that the kernel made for a signal handler.
@@ -318,7 +334,7 @@ func (w *walk) rule(r Rule) {
 		return
 	}
 	if w.arch.ra != w.arch.second {
-		if ip, ok := w.read(cfa - 8); ok {
+		if ip, ok := w.returnAddress(r, cfa); ok {
 			w.caller(ip, cfa, fp, second)
 		}
 		return

@@ -160,9 +160,9 @@ func (l *load) take(s *bpf.Sample) {
 	if len(s.Stack) == 0 {
 		r.bare++
 	} else {
-		got.copy = Copy{Set: set, Regs: registers(&s.Stop), Address: s.Stop.SP, Bytes: bytes.Clone(s.Stack)}
+		got.copy = Copy{Set: set, Regs: registers(&s.Stop), Address: s.StackStart, Bytes: bytes.Clone(s.Stack)}
 		l.walker.Lookup = func(addr uint64) (*tables.Region, uint64, bool) { return l.lookup(s, r.sets[set], addr) }
-		got.walked, got.again = l.walker.Walk(nil, s.Stop, 0, s.Stack, s.Stop.SP)
+		got.walked, got.again = l.walker.Walk(nil, s.Stop, 0, s.Stack, s.StackStart)
 		if s.UserOutcome == bpf.OutcomeNoTable {
 			// As the agent does. It has the tables from then on.
 			r.late++
