@@ -171,7 +171,8 @@ static __noinline bool hf_read(struct hf_walk *w, __u64 address, __u64 *value)
 			/* The stack ends, or was never touched, beyond this page. */
 			if (size > 4096 - (w->window_at & 4095))
 				size = 4096 - (w->window_at & 4095);
-			if (bpf_probe_read_user(w->window, size, (void *)w->window_at))
+			bpf_barrier(size);
+			if (size > HF_WINDOW || bpf_probe_read_user(w->window, size, (void *)w->window_at))
 				size = 0;
 		}
 		w->window_size = size;
