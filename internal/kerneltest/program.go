@@ -30,6 +30,7 @@ type Program struct {
 // for the virtual machine has no compiler.
 var Programs = []Program{
 	{Name: "known", Source: "bpf/testdata/known.c", Flags: []string{"-static", "-pthread"}},
+	{Name: "signals", Source: "test/workload/src/signals.c", Flags: []string{"-static", "-pthread"}},
 	{Name: "waiters", Source: "bpf/testdata/waiters.c", Flags: []string{"-static", "-pthread"}},
 }
 
