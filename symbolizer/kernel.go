@@ -43,7 +43,7 @@ type kernel struct {
 
 const (
 	checkInterval = time.Second
-	reloadShare   = 500
+	reloadShare   = 2000
 	// blindReload is how old a table gets that is asked for addresses outside of the
 	// kernel's text, where the ids of BPF programs are not ours to see.
 	blindReload = time.Minute
