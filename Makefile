@@ -76,6 +76,11 @@ test-kernels-ci:
 	$(GO) run ./test/kernels -short -packages ./bpf,./profiler/unwind -kernel 6.1 -arch amd64 -run '$(KERNELS_CI)'
 	$(GO) run ./test/kernels -short -packages ./bpf,./profiler/unwind -kernel 6.12 -arch arm64 -run '$(KERNELS_CI)'
 
+# The ordinary tests do this for a dozen files and a few releases.
+.PHONY: test-unwind
+test-unwind: packages ## Compare the unwind tables of all files of this machine with elfutils (20 minutes)
+	$(GO) test ./profiler/unwind -run RowsAgree -all -count 1 -v -timeout 90m
+
 .PHONY: bench
 bench: packages build ## Measure the agent beside runqlat and biolatency, in one run (root)
 	$(SUDO) env "PATH=$$PATH" $(GO) run ./test/bench $(ARGS)

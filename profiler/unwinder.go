@@ -4,6 +4,7 @@ package profiler
 
 import (
 	"debug/elf"
+	"errors"
 	"io"
 	"log/slog"
 	"runtime"
@@ -244,18 +245,24 @@ func (u *unwinder) region(pid PID, p *program, id bpf.File, n uint32) *unwind.Re
 		return nil
 	}
 	key := bpf.TableKey{File: id, Region: n}
-	if p == nil || p.object == nil {
-		f := u.failed[key]
-		if p == nil {
-			f = failure{f.tries + 1, time.Now()}
-			u.failed[key] = f
-		}
-		if (p != nil || f.tries >= maxOpenTries) && !u.tables.Has(key) {
+	if p != nil && p.object == nil {
+		if !u.tables.Has(key) {
 			u.put(key, &unwind.Region{})
 		}
 		return nil
 	}
-	r := u.make(pid, p, n)
+	var r *unwind.Region
+	if p != nil {
+		r = u.make(pid, p, n)
+	}
+	if r == nil {
+		f := failure{u.failed[key].tries + 1, time.Now()}
+		u.failed[key] = f
+		if f.tries >= maxOpenTries && !u.tables.Has(key) {
+			u.put(key, &unwind.Region{})
+		}
+		return nil
+	}
 	if _, failed := u.failed[key]; failed {
 		u.tables.Delete(key)
 		delete(u.failed, key)
@@ -264,15 +271,17 @@ func (u *unwinder) region(pid PID, p *program, id bpf.File, n uint32) *unwind.Re
 		return r
 	}
 	u.put(key, r)
-	f := u.file(pid, p)
-	if f == nil {
+	f, err := u.file(pid, p)
+	if f == nil || err != nil || len(f.Regions()) > smallFile {
 		return r
 	}
-	if regions := f.Regions(); len(regions) <= smallFile {
-		for _, other := range regions {
-			if k := (bpf.TableKey{File: id, Region: other}); !u.tables.Has(k) {
-				u.put(k, u.make(pid, p, other))
-			}
+	for _, other := range f.Regions() {
+		k := bpf.TableKey{File: id, Region: other}
+		if u.tables.Has(k) {
+			continue
+		}
+		if more := u.make(pid, p, other); more != nil {
+			u.put(k, more)
 		}
 	}
 	return r
@@ -285,34 +294,41 @@ func (u *unwinder) put(key bpf.TableKey, r *unwind.Region) {
 	}
 }
 
-// make returns the table of a region of a program, made once.
+// make returns the table of a region of a program, made once; nil where the file could not
+// be read.
 func (u *unwinder) make(pid PID, p *program, n uint32) *unwind.Region {
 	key := madeKey{p.object, n}
 	if r, ok := u.made.get(key); ok {
 		return r
 	}
-	r := u.read(pid, p, n)
+	r, err := u.read(pid, p, n)
+	if err != nil {
+		u.log.Debug("no unwind table", "file", p.path, "region", n, "err", err)
+		return nil
+	}
 	u.made.put(key, r)
 	return r
 }
 
 // read takes the table from the cache on disk, or makes it and puts it there.
-func (u *unwinder) read(pid PID, p *program, n uint32) *unwind.Region {
+func (u *unwinder) read(pid PID, p *program, n uint32) (*unwind.Region, error) {
 	_, _, mtime, ok := p.object.Stat()
 	cached := unwind.CacheKey{BuildID: p.object.BuildID(), Size: p.object.Content().Size(), MtimeNanos: mtime}
 	if ok = ok && u.cache != nil; ok {
 		if r, found := u.cache.Get(cached, n); found {
-			return &r
+			return &r, nil
 		}
 	}
-	f := u.file(pid, p)
+	f, err := u.file(pid, p)
+	if err != nil {
+		return nil, err
+	}
 	if f == nil {
-		return new(unwind.Region)
+		return new(unwind.Region), nil
 	}
 	r, err := f.Region(n)
 	if err != nil {
-		u.log.Debug("no unwind table", "file", p.path, "region", n, "err", err)
-		return new(unwind.Region)
+		return nil, err
 	}
 	u.count(&r)
 	if ok {
@@ -321,7 +337,7 @@ func (u *unwinder) read(pid PID, p *program, n uint32) *unwind.Region {
 			u.cacheFailing = true
 		}
 	}
-	return &r
+	return &r, nil
 }
 
 // count counts what was made, and what of it could not be.
@@ -334,22 +350,25 @@ func (u *unwinder) count(r *unwind.Region) {
 	}
 }
 
-// file returns the unwind information of a program, nil if there is none.
-func (u *unwinder) file(pid PID, p *program) *unwind.File {
+// file returns the unwind information of a program, nil if it can have none. The error is
+// one of reading.
+func (u *unwinder) file(pid PID, p *program) (*unwind.File, error) {
 	if f, ok := u.files.get(p.object); ok {
-		return f
+		return f, nil
 	}
 	c := p.object.Content()
 	f, err := unwind.Open(c, c.Size(), func(buildID, link string, crc uint32) (io.ReaderAt, int64, error) {
 		// The file is closed when nothing refers to it any more.
 		return openDebugFile(pid, p.path, buildID, link, crc)
 	})
+	if errors.Is(err, unwind.ErrNotELF) || errors.Is(err, unwind.ErrUnsupported) {
+		f, err = nil, nil
+	}
 	if err != nil {
-		u.log.Debug("no unwind information", "file", p.path, "err", err)
-		f = nil
+		return nil, err
 	}
 	u.files.put(p.object, f)
-	return f
+	return f, nil
 }
 
 // generations is a map of bounded size: what is used stays, what was not used since limit
