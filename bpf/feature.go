@@ -93,7 +93,7 @@ func probes() []probe {
 		{"perf-cycles", "--sampling.event=cycles; cpu-clock does without", "nothing on a virtual machine without a PMU; else run with CAP_PERFMON", func() (string, error) {
 			return tryPerfEvent(unix.PERF_TYPE_HARDWARE, unix.PERF_COUNT_HW_CPU_CYCLES)
 		}},
-		{"perf-event-paranoid", "cpu profiles without CAP_PERFMON", "give the agent CAP_PERFMON, which passes at any value", perfEventParanoid},
+		{"perf-event-paranoid", "the cpu profile", "give the agent CAP_PERFMON; Debian's kernels refuse even that at 3: set the sysctl kernel.perf_event_paranoid=2, or add CAP_SYS_ADMIN", perfEventParanoid},
 		{"kprobe", "nothing in this version", "CONFIG_KPROBES=y, and no kernel lockdown", tryKprobe},
 		{"fentry", "nothing in this version", "CONFIG_FUNCTION_TRACER=y, and no kernel lockdown", tryFentry},
 		{"lockdown", "kprobe and fentry, where it is in force", "boot with lockdown=none if you need them; the agent does not", lockdown},
@@ -246,12 +246,21 @@ func perfEventParanoid() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	detail := "kernel.perf_event_paranoid=" + strings.TrimSpace(string(b))
-	// Per-CPU events are refused at 1 and above without the capability.
-	if have, err := haveCapability(unix.CAP_PERFMON); err == nil && !have {
-		if v := strings.TrimSpace(string(b)); v != "0" && v != "-1" {
-			return "", errors.New(detail + " and no CAP_PERFMON")
-		}
+	v := strings.TrimSpace(string(b))
+	detail := "kernel.perf_event_paranoid=" + v
+	if admin, err := haveCapability(unix.CAP_SYS_ADMIN); err != nil || admin {
+		return detail, err
+	}
+	// Per-CPU events are refused at 1 and above without the capability, and above 2, which
+	// only some distributions' kernels know, with it.
+	perfmon, err := haveCapability(unix.CAP_PERFMON)
+	switch {
+	case err != nil:
+		return detail, err
+	case !perfmon && v != "0" && v != "-1":
+		return "", errors.New(detail + " and no CAP_PERFMON")
+	case perfmon && v != "0" && v != "-1" && v != "1" && v != "2":
+		return "", errors.New(detail + " and no CAP_SYS_ADMIN")
 	}
 	return detail, nil
 }
