@@ -5,6 +5,7 @@ package main
 import (
 	"errors"
 	"log/slog"
+	"sync"
 
 	"github.com/hostflame/hostflame/bpf"
 )
@@ -24,8 +25,11 @@ type kernel struct {
 // is left.
 func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
 	k := &kernel{}
-	k.sched, k.schedErr = bpf.NewSched(bpf.SchedConfig{CgroupV1: cfg.CgroupV1})
-	k.block, k.blockErr = bpf.NewBlock(bpf.BlockConfig{})
+	// The verifier takes its time, so two at once.
+	var loading sync.WaitGroup
+	loading.Go(func() { k.sched, k.schedErr = bpf.NewSched(bpf.SchedConfig{CgroupV1: cfg.CgroupV1}) })
+	loading.Go(func() { k.block, k.blockErr = bpf.NewBlock(bpf.BlockConfig{}) })
+	loading.Wait()
 	// Last, as its samples are waiting from then on.
 	if k.cpu, k.cpuErr = bpf.NewCPU(cfg); k.cpuErr == nil {
 		k.mappings = newMappings(log)

@@ -278,7 +278,8 @@ func (s *stack) testDashboard(t *testing.T) {
 		"job": ".*", "instance": ".*", "device": s.fio.device, "operation": "read|write",
 	}
 	for name, p := range map[string]*prometheus{"classic": s.classic, "native": s.native} {
-		eventually(t, 20*time.Second, func() error {
+		// The queries are over a minute: a machine that stood still meanwhile has that to fill.
+		eventually(t, 90*time.Second, func() error {
 			some := map[string]bool{}
 			var errs []error
 			for _, q := range m.Queries() {
