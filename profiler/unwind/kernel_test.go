@@ -107,7 +107,7 @@ func TestUnwindKnown(t *testing.T) {
 			}
 			stack[len(stack)-1-i] = names.name(addr &^ bpf.ExactAddr)
 		}
-		for _, chain := range workload.KnownNamed("signals").Chains {
+		for _, chain := range chainsOfSignals() {
 			part, ok := chain.Witnessed(stack)
 			if !ok {
 				continue
@@ -153,6 +153,18 @@ func TestUnwindKnown(t *testing.T) {
 	if complete < total*98/100 {
 		t.Errorf("%d of %d stacks are complete: %v", complete, total, outcomes)
 	}
+}
+
+// chainsOfSignals are the chains of the program, but with whatever the timer interrupted
+// below interrupted: an emulated CPU can be late.
+func chainsOfSignals() []workload.Chain {
+	chains := slices.Clone(workload.KnownNamed("signals").Chains)
+	for i, c := range chains {
+		if at := slices.Index(c, "interrupted_a"); at >= 0 {
+			chains[i] = append(append(slices.Clone(c[:at]), "..."), c[at+3:]...)
+		}
+	}
+	return chains
 }
 
 // giveTables puts the tables of a file into the kernel.
