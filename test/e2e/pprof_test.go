@@ -125,6 +125,10 @@ func (s *stack) testPprof(t *testing.T) {
 		t.Parallel()
 		s.checkLeaves(t, "comm=burn", "load::")
 	})
+	t.Run("GoLeaves", func(t *testing.T) {
+		t.Parallel()
+		s.checkLeaves(t, fmt.Sprintf("pid=%d", s.burnGo.PID), "main.")
+	})
 	t.Run("Focus", func(t *testing.T) {
 		t.Parallel()
 		top := pprofTop(t, "-tagfocus=comm=^burn$", s.agent.URL+"/pprof/cpu?seconds=30")
