@@ -232,6 +232,10 @@ enum rqf_flags {
 
 #pragma clang attribute pop
 
+/* Keeps the compiler from looking through the value: the verifier has bounds of it, or is to
+ * see no branch. */
+#define bpf_barrier(value) asm volatile("" : "+r"(value))
+
 #define VM_EXEC 0x00000004
 #define PF_EXITING 0x00000004
 #define PF_KTHREAD 0x00200000

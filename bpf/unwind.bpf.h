@@ -57,9 +57,6 @@ struct {
 	__array(values, struct hf_chunk_map);
 } hf_chunks SEC(".maps");
 
-/* Keeps the compiler from looking through the value, which the verifier has bounds of. */
-#define bpf_barrier(value) asm volatile("" : "+r"(value))
-
 /* Bytes of the stack that are read at once: at first, and at most. */
 #define HF_FIRST_WINDOW 256
 #define HF_WINDOW 2048
@@ -94,6 +91,9 @@ struct hf_known_place {
 	__u32 table_changes;
 	__u32 pad;
 };
+
+/* Functions that are not static are verified once, not for each path that calls them: they
+ * keep loading fast, and check pointers that are never NULL. */
 
 #define HF_KNOWN_PLACES 64
 #define HF_KNOWN_NS 1000000000ULL
@@ -155,10 +155,13 @@ static __always_inline struct hf_walk *hf_walk_state(void)
 /* Reads a word of the stack. What lies around it is read along, as the next frames will
  * want it: a little at first, as every line that is not used is a cache miss for nothing,
  * and then more each time. */
-static __noinline bool hf_read(struct hf_walk *w, __u64 address, __u64 *value)
+__noinline bool hf_read(struct hf_walk *w, __u64 address, __u64 *value)
 {
-	__u64 at = address - w->window_at, size;
+	__u64 at, size;
 
+	if (!w || !value)
+		return false;
+	at = address - w->window_at;
 	if (at + 8 > w->window_size || at > HF_WINDOW) {
 		size = w->window_next;
 		w->window_at = address;
@@ -193,9 +196,9 @@ static __noinline bool hf_read(struct hf_walk *w, __u64 address, __u64 *value)
  * what it should. */
 __noinline __u64 hf_find_rule(__u32 chunk, __u32 word, __u32 buckets, __u32 bucket, __u32 offset)
 {
-	__u32 zero = 0, lo, hi, first, mid, row;
+	__u32 zero = 0, first, row;
+	__u64 lo, hi, mid, beyond, rule;
 	struct hf_chunk *c;
-	__u64 rule;
 	__u16 *at;
 	void *map;
 
@@ -216,10 +219,13 @@ __noinline __u64 hf_find_rule(__u32 chunk, __u32 word, __u32 buckets, __u32 buck
 		row = first + HF_ROW_WORDS * mid;
 		if (row >= HF_CHUNK_WORDS)
 			return 0;
-		if (c->words[row] <= offset)
-			lo = mid + 1;
-		else
-			hi = mid;
+		/* All ones where the row is beyond offset. Without a branch, which neither the
+		 * CPU nor the verifier can foresee. */
+		beyond = (__u64)offset - c->words[row];
+		bpf_barrier(beyond);
+		beyond = (__s64)beyond >> 63;
+		lo = (lo & beyond) | ((mid + 1) & ~beyond);
+		hi = (hi & ~beyond) | (mid & beyond);
 	}
 	/* lo is the first row beyond it. User space leaves the first words of a chunk free, so
 	 * that there is a row before every row. */
@@ -267,14 +273,18 @@ static __always_inline struct hf_known_place *hf_known(struct hf_walk *w, __u64 
 }
 
 /* Finds the place of address. False where there is no executable memory. */
-static __noinline bool hf_find_place(struct hf_walk *w, __u64 address)
+__noinline bool hf_find_place(struct hf_walk *w, __u64 address)
 {
-	struct hf_known_place *known = hf_known(w, address);
-	struct hf_place *p = &w->place;
 	struct hf_table_key key = {};
+	struct hf_known_place *known;
 	struct hf_table *table;
+	struct hf_place *p;
 	__u64 offset;
 
+	if (!w)
+		return false;
+	known = hf_known(w, address);
+	p = &w->place;
 	if (known && known->mm == w->mm && address >= known->place.lo && address < known->place.hi &&
 	    known->start_ns == w->start_ns && known->until_ns > w->now &&
 	    known->mm_changes == w->mm_changes && known->table_changes == w->table_changes) {

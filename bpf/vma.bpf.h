@@ -48,23 +48,27 @@ __noinline __u64 hf_find_vma(__u64 mm_address, __u64 address)
 	if ((entry & 3) != 2) /* no node: no or one mapping */
 		return 0;
 	for (int depth = 0; depth < HF_MAPLE_DEPTH; depth++) {
-		__u32 type = entry >> 3 & 15;
-		__u64 arange = type == HF_MAPLE_ARANGE_64, goes_on = 1, slot = 0;
+		__u64 type = entry >> 3 & 15, arange = (type ^ HF_MAPLE_ARANGE_64) - 1;
+		__u64 goes_on = 1, slot = 0;
 
 		if (entry < 4096 || bpf_probe_read_kernel(n, sizeof(*n), (void *)(entry & ~255ULL)))
 			return 0;
+		bpf_barrier(arange);
+		arange >>= 63;
 		/* The first pivot that is not below address; those after the last are 0. No
 		 * branch depends on the data, so the verifier has one path to follow.
 		 * Addresses are halved, to compare by the sign of the difference. */
 #pragma unroll
 		for (int i = 0; i < 15; i++) {
 			__u64 pivot = n->words[1 + i];
-			__u64 below = ((pivot >> 1) - (address >> 1)) >> 63;
-			__u64 used = i ? (pivot | -pivot) >> 63 : 1;
+			__u64 below = (pivot >> 1) - (address >> 1);
+			__u64 used = i ? pivot | -pivot : 1ULL << 63;
 
+			bpf_barrier(below);
+			bpf_barrier(used);
 			if (i >= 9)
-				used &= arange ^ 1;
-			goes_on &= below & used;
+				used &= (arange ^ 1) << 63;
+			goes_on &= (below & used) >> 63;
 			slot += goes_on;
 		}
 		entry = n->words[(16 - 6 * arange + slot) & 31];
