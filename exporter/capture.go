@@ -4,6 +4,7 @@ package exporter
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -21,16 +22,6 @@ import (
 	"github.com/hostflame/hostflame/profiler"
 )
 
-// profileType is one of the paths below /pprof/.
-type profileType struct {
-	name        string
-	sampleTypes []string // what sample_index takes, the default first
-}
-
-var profileTypes = []profileType{
-	{"cpu", []string{"samples", "cpu"}},
-}
-
 const (
 	defaultSeconds = 10
 	maxSeconds     = 3600
@@ -38,6 +29,23 @@ const (
 	maxComm        = 15      // TASK_COMM_LEN less the zero
 	maxFilter      = 256     // values of one filter
 )
+
+// filters are the parameters of all types that may be given several times; those of a
+// type's labels come to them.
+var filters = []string{"pid", "comm", "container"}
+
+// parameters are what /pprof/<type> takes, and which of it several times.
+func parameters(t *profiler.Type) (allowed, repeatable []string) {
+	repeatable = slices.Clone(filters)
+	for _, l := range t.Labels {
+		repeatable = append(repeatable, l.Name)
+	}
+	allowed = append([]string{"seconds"}, repeatable...)
+	if t.Least != nil {
+		allowed = append(allowed, t.Least.Parameter)
+	}
+	return append(allowed, "format", "sample_index"), repeatable
+}
 
 // captureQuery is a request for a profile, checked.
 type captureQuery struct {
@@ -47,17 +55,17 @@ type captureQuery struct {
 }
 
 // parseCapture reads the query of /pprof/<type>. Errors are for the client.
-func parseCapture(t profileType, query string) (captureQuery, error) {
+func parseCapture(t *profiler.Type, query string) (captureQuery, error) {
+	sampleTypes := t.SampleTypes()
 	q := captureQuery{
-		Request:     profiler.Request{Type: t.name, Duration: defaultSeconds * time.Second},
-		sampleIndex: t.sampleTypes[0],
+		Request:     profiler.Request{Type: t.Name, Duration: defaultSeconds * time.Second},
+		sampleIndex: sampleTypes[0],
 	}
 	params, err := url.ParseQuery(query)
 	if err != nil {
 		return q, fmt.Errorf("the query can not be parsed: %w", err)
 	}
-	allowed := []string{"seconds", "pid", "comm", "container", "format", "sample_index"}
-	repeatable := allowed[1:4]
+	allowed, repeatable := parameters(t)
 	for _, name := range sortedKeys(params) {
 		if !slices.Contains(allowed, name) {
 			return q, fmt.Errorf("unknown parameter %q: allowed are %s", name, strings.Join(allowed, ", "))
@@ -95,6 +103,25 @@ func parseCapture(t profileType, query string) (captureQuery, error) {
 		}
 		q.Filter.Containers = append(q.Filter.Containers, v)
 	}
+	for _, l := range t.Labels {
+		for _, v := range params[l.Name] {
+			if v == "" {
+				return q, fmt.Errorf("%s is empty", l.Name)
+			}
+			if q.Filter.Labels == nil {
+				q.Filter.Labels = map[string][]string{}
+			}
+			q.Filter.Labels[l.Name] = append(q.Filter.Labels[l.Name], v)
+		}
+	}
+	if t.Least != nil && params.Has(t.Least.Parameter) {
+		v := params.Get(t.Least.Parameter)
+		d, err := time.ParseDuration(v)
+		if err != nil || d < 0 {
+			return q, fmt.Errorf("%s=%q: want a duration with a unit, such as 500us or 10ms", t.Least.Parameter, v)
+		}
+		q.Filter.Least = uint64(d)
+	}
 	switch format := params.Get("format"); {
 	case format == "folded":
 		q.folded = true
@@ -106,8 +133,8 @@ func parseCapture(t profileType, query string) (captureQuery, error) {
 			return q, errors.New("sample_index needs format=folded: a pprof profile holds all values")
 		}
 		q.sampleIndex = params.Get("sample_index")
-		if !slices.Contains(t.sampleTypes, q.sampleIndex) {
-			return q, fmt.Errorf("sample_index=%q: want %s", q.sampleIndex, strings.Join(t.sampleTypes, " or "))
+		if !slices.Contains(sampleTypes, q.sampleIndex) {
+			return q, fmt.Errorf("sample_index=%q: want %s", q.sampleIndex, strings.Join(sampleTypes, " or "))
 		}
 	}
 	return q, nil
@@ -125,7 +152,9 @@ func sortedKeys(params url.Values) []string {
 // captures serves /pprof/<type>.
 type captures struct {
 	capturer Capturer
-	none     error // why there is nothing to capture
+	types    []profiler.Type
+	none     error            // why there is nothing to capture
+	missing  map[string]error // likewise, of a type
 	host     string
 	logger   *slog.Logger
 	slots    slots
@@ -134,7 +163,9 @@ type captures struct {
 func newCaptures(cfg HandlerConfig) *captures {
 	return &captures{
 		capturer: cfg.Capturer,
+		types:    cfg.Types,
 		none:     cfg.NoProfiles,
+		missing:  cfg.MissingTypes,
 		host:     cfg.Host,
 		logger:   cfg.Logger,
 		slots:    slots{limit: cfg.MaxCaptures, ends: map[int]time.Time{}},
@@ -142,7 +173,7 @@ func newCaptures(cfg HandlerConfig) *captures {
 }
 
 func (c *captures) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	t, err := findType(r.PathValue("type"))
+	t, err := findType(c.types, r.PathValue("type"))
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusNotFound)
 		return
@@ -152,8 +183,8 @@ func (c *captures) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
-	if c.none != nil {
-		http.Error(w, fmt.Sprintf(noProfiles, c.none), http.StatusServiceUnavailable)
+	if why := cmp.Or(c.none, c.missing[t.Name]); why != nil {
+		http.Error(w, fmt.Sprintf(noProfiles, why), http.StatusServiceUnavailable)
 		return
 	}
 	if r.Method == http.MethodHead {
@@ -233,19 +264,19 @@ func fileName(s string) string {
 	}, s)
 }
 
-func findType(name string) (profileType, error) {
+func findType(types []profiler.Type, name string) (*profiler.Type, error) {
 	var names []string
-	for _, t := range profileTypes {
-		if t.name == name {
-			return t, nil
+	for i := range types {
+		if types[i].Name == name {
+			return &types[i], nil
 		}
-		names = append(names, t.name)
+		names = append(names, types[i].Name)
 	}
 	have := strings.Join(names, ", ")
 	if name == "" {
-		return profileType{}, fmt.Errorf("which profile? there is: %s", have)
+		return nil, fmt.Errorf("which profile? there is: %s", have)
 	}
-	return profileType{}, fmt.Errorf("no profile type %q here; there is: %s", name, have)
+	return nil, fmt.Errorf("no profile type %q here; there is: %s", name, have)
 }
 
 // slots bounds the captures that run at once, and knows when the next one ends.

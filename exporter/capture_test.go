@@ -53,6 +53,52 @@ func TestCapture(t *testing.T) {
 	}
 }
 
+// What a type says of itself is what its path takes.
+func TestCaptureOfAnotherType(t *testing.T) {
+	capturer := newFakeCapturer(t)
+	capturer.capture = func(context.Context, profiler.Request) error { return nil }
+	wait := profiler.Type{
+		Name:   "wait",
+		Values: []profiler.Value{{ValueType: profiler.ValueType{Name: "waits", Unit: "count"}}, {ValueType: profiler.ValueType{Name: "delay", Unit: "nanoseconds"}}},
+		Labels: []profiler.Label{{Name: "state"}},
+		Least:  &profiler.Least{Parameter: "min_delay"},
+	}
+	capturer.newest.Profiles = append(capturer.newest.Profiles, profiler.Profile{Type: "wait", Profile: oneStack("waitingFunction")})
+	s := testServer(t, capturer, func(c *HandlerConfig, _ *http.Server) {
+		c.Types = []profiler.Type{testTypes[0], wait, {Name: "absent", Values: wait.Values}}
+		c.MissingTypes = map[string]error{"absent": errors.New("no such hook")}
+	})
+	for _, test := range []struct {
+		path   string
+		status int
+		body   string
+	}{
+		{"/pprof/wait?seconds=1&state=D&state=S&min_delay=1.5ms", 200, ""},
+		{"/pprof/wait?format=folded&sample_index=cpu", 400, "want waits or delay"},
+		{"/pprof/wait?min_delay=7", 400, "such as 500us or 10ms"},
+		{"/pprof/wait?min_delay=1s&min_delay=2s", 400, "min_delay is given 2 times"},
+		{"/pprof/wait?state=", 400, "state is empty"},
+		{"/pprof/cpu?state=D", 400, "unknown parameter \"state\""},
+		{"/pprof/absent", 503, "no such hook"},
+		{"/pprof/nothing", 404, "cpu, wait, absent"},
+		{"/ui/wait/flamegraph", 200, "waitingFunction"},
+		{"/ui/wait/flamegraph", 200, `<a href="../../">`},
+		{"/ui/wait/source", 404, "/pprof/wait?seconds"},
+		{"/", 200, `href="pprof/wait?seconds=10"`},
+	} {
+		answer, body := fetch(t, "GET", s.URL+test.path)
+		if answer.StatusCode != test.status || !strings.Contains(body, test.body) {
+			t.Errorf("%s: %s %.300s", test.path, answer.Status, body)
+		}
+	}
+	want := []profiler.Request{{Type: "wait", Duration: time.Second, Filter: profiler.Filter{
+		Labels: map[string][]string{"state": {"D", "S"}}, Least: 1_500_000,
+	}}}
+	if diff := cmp.Diff(want, capturer.requests); diff != "" {
+		t.Errorf("request (-want +got):\n%s", diff)
+	}
+}
+
 // TestCaptureHTTP2: there the server's WriteTimeout ends a stream that waits, too.
 func TestCaptureHTTP2(t *testing.T) {
 	plain := testServer(t, newFakeCapturer(t), nil)

@@ -36,6 +36,10 @@ type Capturer interface {
 type HandlerConfig struct {
 	Gatherer prometheus.Gatherer
 	Capturer Capturer
+	// Types are the profile types that Capturer has, at least one. Those in MissingTypes are
+	// answered with why they are not to be had after all.
+	Types        []profiler.Type
+	MissingTypes map[string]error
 	// Registerer takes the metrics of the scrape handler itself. May be nil.
 	Registerer prometheus.Registerer
 	// Collector is where the landing page learns how the metric groups read. May be nil.
@@ -81,6 +85,9 @@ func NewHandler(cfg HandlerConfig) (http.Handler, error) {
 	}
 	if cfg.MaxCaptures == 0 {
 		cfg.MaxCaptures = 8
+	}
+	if len(cfg.Types) == 0 {
+		return nil, errors.New("serve profiles: no profile types")
 	}
 	landing, err := newLanding(cfg)
 	if err != nil {

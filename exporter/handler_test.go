@@ -35,6 +35,7 @@ func testServer(t *testing.T, capturer Capturer, change func(*HandlerConfig, *ht
 		Gatherer:   reg,
 		Registerer: reg,
 		Capturer:   capturer,
+		Types:      testTypes,
 		Collector:  collector,
 		Build:      buildinfo.Info{Version: "1.2.3", Revision: "0123456789abcdef", GoVersion: "go1.26", Platform: "linux/amd64"},
 		Host:       "testhost",
@@ -207,7 +208,7 @@ func TestNoProfiles(t *testing.T) {
 
 func TestMetricsPath(t *testing.T) {
 	for _, bad := range []string{"metrics", "/", "/ui", "/ui/metrics", "/pprof/cpu", "/-/metrics", "/debug/vars", "/a b", "/{x}"} {
-		if _, err := NewHandler(HandlerConfig{MetricsPath: bad}); err == nil {
+		if _, err := NewHandler(HandlerConfig{MetricsPath: bad, Types: testTypes}); err == nil {
 			t.Errorf("took %q", bad)
 		}
 	}

@@ -45,8 +45,15 @@ type landingData struct {
 	NotReady    bool
 	Collectors  []CollectorStatus
 	Window      *profiler.Window
-	Lost        uint64
+	Profiles    []windowProfile // of Window
+	Types       []profiler.Type
 	Base        string // URL of this agent as the client reaches it
+}
+
+// windowProfile is what the page says of one profile of the newest window.
+type windowProfile struct {
+	Type          string
+	Samples, Lost uint64
 }
 
 func newLanding(cfg HandlerConfig) (*landing, error) {
@@ -82,14 +89,19 @@ func (l *landing) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		NoProfiles:  l.cfg.NoProfiles,
 		NotReady:    !l.cfg.Capturer.Ready(),
 		Window:      l.cfg.Capturer.Newest(),
+		Types:       l.cfg.Types,
 		Base:        baseURL(r),
 	}
 	if l.cfg.Collector != nil {
 		data.Collectors = l.cfg.Collector.Status()
 	}
 	if data.Window != nil {
-		for _, n := range data.Window.Lost {
-			data.Lost += n
+		for _, p := range data.Window.Profiles {
+			of := windowProfile{Type: p.Type, Samples: p.Samples}
+			for _, n := range p.Lost {
+				of.Lost += n
+			}
+			data.Profiles = append(data.Profiles, of)
 		}
 	}
 	var body bytes.Buffer

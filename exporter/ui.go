@@ -32,6 +32,7 @@ import (
 // these pages do not exist here, and neither do their menu entries.
 type ui struct {
 	capturer Capturer
+	types    []profiler.Type
 	none     error // why there is nothing to show
 	host     string
 	logger   *slog.Logger
@@ -39,12 +40,13 @@ type ui struct {
 
 	mu     sync.Mutex
 	window *profiler.Window
-	pages  map[string]http.Handler
+	pages  map[string]map[string]http.Handler // of window, by type and path
 }
 
 func newUI(cfg HandlerConfig) *ui {
 	return &ui{
 		capturer: cfg.Capturer,
+		types:    cfg.Types,
 		none:     cfg.NoProfiles,
 		host:     cfg.Host,
 		logger:   cfg.Logger,
@@ -57,7 +59,7 @@ const uiPolicy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'uns
 
 // notHere says why pages of pprof are missing, and how to get them.
 const notHere = `this page of pprof needs graphviz or the profiled binaries, which the agent does not touch; see it on your own machine:
-go tool pprof -http=: '%s/pprof/cpu?seconds=10'`
+go tool pprof -http=: '%s/pprof/%s?seconds=10'`
 
 func (u *ui) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Cache-Control", "no-store")
@@ -70,24 +72,29 @@ func (u *ui) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		u.waiting(w)
 		return
 	}
-	page := r.PathValue("page")
+	typ, page, up := u.path(r.PathValue("page"))
+	of := window.Of(typ)
+	if of == nil {
+		http.Error(w, fmt.Sprintf("there are no profiles of type %s", typ), http.StatusNotFound)
+		return
+	}
 	switch page {
 	case "":
 		w.Header().Set("Location", "flamegraph")
 		w.WriteHeader(http.StatusFound)
 		return
 	case "download":
-		attachment(w, u.host, "cpu", window.End)
+		attachment(w, u.host, typ, window.End)
 		if r.Method == http.MethodHead {
 			return
 		}
-		if err := window.Profile.Write(w); err != nil {
+		if err := of.Profile.Write(w); err != nil {
 			u.logger.Debug("send window failed", "err", err)
 		}
 		return
 	case "flamegraph", "top", "peek":
 	case "graph", "source", "disasm":
-		http.Error(w, fmt.Sprintf(notHere, baseURL(r)), http.StatusNotFound)
+		http.Error(w, fmt.Sprintf(notHere, baseURL(r), typ), http.StatusNotFound)
 		return
 	default:
 		http.Error(w, "no such page: there are flamegraph, top, peek and download", http.StatusNotFound)
@@ -100,7 +107,7 @@ func (u *ui) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		unavailable(w, time.Second, "%d pages are being made, which is the limit: try again", cap(u.reports))
 		return
 	}
-	handler, err := u.page(window, page)
+	handler, err := u.page(window, of, page)
 	if err != nil {
 		u.logger.Error("make web UI failed", "err", err)
 		http.Error(w, fmt.Sprintf("make web UI: %v", err), http.StatusInternalServerError)
@@ -108,7 +115,18 @@ func (u *ui) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	answer := &recorder{header: http.Header{}, status: http.StatusOK}
 	handler.ServeHTTP(answer, r)
-	u.send(w, answer)
+	u.send(w, answer, up)
+}
+
+// path takes apart what follows /ui/: the first profile type has its pages there, each other
+// below its name. up leads to the landing page.
+func (u *ui) path(path string) (typ, page, up string) {
+	for _, t := range u.types[1:] {
+		if page, ok := strings.CutPrefix(path, t.Name+"/"); ok {
+			return t.Name, page, "../../"
+		}
+	}
+	return u.types[0].Name, path, "../"
 }
 
 var waitingPage = template.Must(template.New("waiting").Parse(`<!DOCTYPE html>
@@ -130,18 +148,21 @@ func (u *ui) waiting(w http.ResponseWriter) {
 	}
 }
 
-// page returns pprof's handler of a page of window, the newest.
-func (u *ui) page(window *profiler.Window, name string) (http.Handler, error) {
+// page returns pprof's handler of a page of a profile of window, the newest.
+func (u *ui) page(window *profiler.Window, of *profiler.Profile, name string) (http.Handler, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.window != window {
-		pages, err := newPages(u.dressed(window.Profile), u.logger)
+		u.window, u.pages = window, map[string]map[string]http.Handler{}
+	}
+	if u.pages[of.Type] == nil {
+		pages, err := newPages(u.dressed(of.Profile), u.logger)
 		if err != nil {
 			return nil, err
 		}
-		u.window, u.pages = window, pages
+		u.pages[of.Type] = pages
 	}
-	h := u.pages["/"+name]
+	h := u.pages[of.Type]["/"+name]
 	if h == nil {
 		return nil, fmt.Errorf("pprof has no page %q", name)
 	}
@@ -176,17 +197,18 @@ func (u *ui) dressed(p *profile.Profile) *profile.Profile {
 // entries of the pages that are not here.
 const (
 	headerMark = `<div class="header">`
-	back       = headerMark + "\n" + `  <div class="menu-item"><div class="menu-name"><a href="../">hostflame</a></div></div>`
+	back       = headerMark + "\n" + `  <div class="menu-item"><div class="menu-name"><a href="%s">hostflame</a></div></div>`
 	headMark   = "</head>"
 	hide       = `<style>#graphbtn,#list,#disasm,#config,#action-source,#action-source-tab,#action-source-tab+hr{display:none!important}</style>` + "\n" + headMark
 )
 
-// send passes on what pprof answered, its pages changed to what is here.
-func (u *ui) send(w http.ResponseWriter, answer *recorder) {
+// send passes on what pprof answered, its pages changed to what is here. up is the way to
+// the landing page.
+func (u *ui) send(w http.ResponseWriter, answer *recorder, up string) {
 	body := answer.body.Bytes()
 	if answer.status == http.StatusOK {
 		body = bytes.Replace(body, []byte(headMark), []byte(hide), 1)
-		body = bytes.Replace(body, []byte(headerMark), []byte(back), 1)
+		body = bytes.Replace(body, []byte(headerMark), fmt.Appendf(nil, back, up), 1)
 		w.Header().Set("Content-Security-Policy", uiPolicy)
 	}
 	for name, values := range answer.header {

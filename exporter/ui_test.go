@@ -19,8 +19,6 @@ import (
 	"github.com/chromedp/cdproto/runtime"
 	"github.com/chromedp/chromedp"
 	"github.com/google/pprof/profile"
-
-	"github.com/hostflame/hostflame/profiler"
 )
 
 // tab is a tab of a headless chromium whose complaints fail the test.
@@ -202,7 +200,7 @@ func TestLandingPage(t *testing.T) {
 		chromedp.Click(chromedp.CSS(".command button")),
 		chromedp.WaitVisible(`//button[text()="Copied" or text()="Selected"]`),
 	)
-	for _, want := range []string{"testhost", "1.2.3", "0123456789abcdef", "1009 CPU samples, 3 lost", "runqueue", "block", "works"} {
+	for _, want := range []string{"testhost", "1.2.3", "0123456789abcdef", "1009 samples of cpu, 3 lost", "runqueue", "block", "works"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the page does not say %q:\n%s", want, text)
 		}
@@ -273,7 +271,7 @@ func TestUIWindows(t *testing.T) {
 		}
 	}
 	for _, name := range []string{"first_function", "second_function"} {
-		capturer.setNewest(&profiler.Window{Start: testStart, End: testStart, Profile: oneStack(name)})
+		capturer.setNewest(windowOf(oneStack(name)))
 		for _, path := range []string{"/ui/flamegraph", "/ui/top", "/ui/peek?f=function"} {
 			answer, body := fetch(t, "GET", s.URL+path)
 			if answer.StatusCode != 200 || !strings.Contains(body, name) {
@@ -334,7 +332,7 @@ func TestUIBrackets(t *testing.T) {
 	p := oneStack("")
 	p.Mapping = []*profile.Mapping{{ID: 1, Start: 0, Limit: 1 << 20, File: "[anon]"}}
 	p.Location[0].Mapping, p.Location[0].Line, p.Function = p.Mapping[0], nil, nil
-	capturer.newest = &profiler.Window{Profile: p}
+	capturer.newest = windowOf(p)
 	s := testServer(t, capturer, nil)
 	if _, body := fetch(t, "GET", s.URL+"/ui/top"); !strings.Contains(body, "[anon]") || strings.Contains(body, "[[anon]]") {
 		t.Errorf("the page does not show [anon], or with more brackets:\n%s", body)
@@ -345,7 +343,7 @@ func TestUIBrackets(t *testing.T) {
 func TestUIEscapes(t *testing.T) {
 	const evil = `</script><script>evil()</script><img src=x onerror=evil()>`
 	capturer := newFakeCapturer(t)
-	capturer.newest = &profiler.Window{Profile: oneStack(evil)}
+	capturer.newest = windowOf(oneStack(evil))
 	s := testServer(t, capturer, nil)
 	for _, path := range []string{"/ui/flamegraph", "/ui/top", "/ui/peek?f=."} {
 		if _, body := fetch(t, "GET", s.URL+path); strings.Contains(body, "<script>evil") || strings.Contains(body, "<img") {
@@ -422,7 +420,7 @@ func TestUIConcurrent(t *testing.T) {
 		})
 	}
 	for i := range 50 {
-		capturer.setNewest(&profiler.Window{Profile: oneStack(fmt.Sprintf("function_%d", i))})
+		capturer.setNewest(windowOf(oneStack(fmt.Sprintf("function_%d", i))))
 		time.Sleep(2 * time.Millisecond)
 	}
 	wg.Wait()

@@ -107,6 +107,7 @@ type key struct {
 	tid          TID
 	comm, thread bpf.Comm
 	container    string
+	attributes   attributes
 }
 
 // row is one sample of a profile: a stack, its labels and its values. It is what the
@@ -117,12 +118,15 @@ type row struct {
 	tid          TID
 	comm, thread string
 	container    string
-	count        uint64 // samples, by weight
-	value        uint64
+	labels       [maxLabels]string
+	count        uint64             // samples, by weight
+	values       [maxValues]uint64  // by the type's Values
+	numbers      [maxNumbers]uint64 // sums by weight, of the type's Numbers
 }
 
-// aggregate merges the samples of a window or of a capture.
+// aggregate merges the samples of one type, of a window or of a capture.
 type aggregate struct {
+	typ      *Type
 	limit    int // of rows
 	index    map[key]int
 	rows     []row
@@ -131,10 +135,14 @@ type aggregate struct {
 	overflow row // what found no room
 }
 
-func newAggregate(limit int) *aggregate {
-	return &aggregate{limit: limit, index: map[key]int{}, overflow: row{
+func newAggregate(t *Type, limit int) *aggregate {
+	a := &aggregate{typ: t, limit: limit, index: map[key]int{}, overflow: row{
 		stack: Stack{{Mapping: frameOverflow}}, comm: otherName, thread: otherName, container: otherName,
 	}}
+	for i := range t.Labels {
+		a.overflow.labels[i] = otherName
+	}
+	return a
 }
 
 // full tells whether a new trace would find no room.
@@ -144,11 +152,10 @@ func (a *aggregate) full() bool { return len(a.rows) >= a.limit }
 // sample was counted with its stack.
 func (a *aggregate) add(s *bpf.Sample, tr *trace, container string) bool {
 	a.samples += uint64(s.Weight)
-	k := key{tr, TID(s.TID), s.Comm, s.Thread, container}
+	k := key{tr, TID(s.TID), s.Comm, s.Thread, container, a.typ.attributes(s)}
 	i, ok := a.index[k]
 	if !ok && (tr == nil || a.full()) {
-		a.overflow.count += uint64(s.Weight)
-		a.overflow.value += s.Value
+		a.overflow.add(a.typ, s)
 		return false
 	}
 	if !ok {
@@ -158,12 +165,21 @@ func (a *aggregate) add(s *bpf.Sample, tr *trace, container string) bool {
 		a.rows = append(a.rows, row{
 			pid: PID(s.PID), tid: k.tid,
 			comm: s.Comm.String(), thread: s.Thread.String(), container: container,
+			labels: k.attributes.labels,
 		})
 	}
-	r := &a.rows[i]
-	r.count += uint64(s.Weight)
-	r.value += s.Value
+	a.rows[i].add(a.typ, s)
 	return true
+}
+
+func (r *row) add(t *Type, s *bpf.Sample) {
+	r.count += uint64(s.Weight)
+	for i := range t.Values {
+		r.values[i] += t.Values[i].Of(s)
+	}
+	for i := range t.Numbers {
+		r.numbers[i] += t.Numbers[i].Of(s) * uint64(s.Weight)
+	}
 }
 
 // keepTraces marks the traces of a for traces.retain.

@@ -35,9 +35,12 @@ func golden(t *testing.T, name string, got []byte) {
 	}
 }
 
+// cpuType is what most tests profile.
+var cpuType = CPU("", 99)
+
 // aggregated puts samples together as a window does. The memory of each is used again.
 func aggregated(table *processTable, limit int, samples ...bpf.Sample) *aggregate {
-	all, agg := newTraces(), newAggregate(limit)
+	all, agg := newTraces(), newAggregate(&cpuType, limit)
 	for _, s := range samples {
 		s.Kernel, s.User = slices.Clone(s.Kernel), slices.Clone(s.User)
 		p := table.lookup(&s)
@@ -107,12 +110,12 @@ func TestAggregate(t *testing.T) {
 		t.Errorf("%d rows for %d samples of which one is another's like", len(rows), len(samples))
 	}
 	var buf bytes.Buffer
-	writeRows(&buf, rows)
+	writeRows(&buf, &cpuType, rows)
 	golden(t, "aggregate.txt", buf.Bytes())
 	var count, value uint64
 	for _, r := range rows {
 		count += r.count
-		value += r.value
+		value += r.values[1]
 	}
 	if want := uint64(2 * (len(samples) + 2)); count != want || value != 10*want || agg.samples != want {
 		t.Errorf("%d samples, %d by rows, %d ns; want %d and 10 times that", agg.samples, count, value, want)

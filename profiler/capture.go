@@ -18,13 +18,15 @@ import (
 // will do.
 type Filter struct {
 	PIDs       []uint32
-	Comms      []string // of the process, as the kernel has it: 15 bytes at most
-	Containers []string // as ContainerName has them
+	Comms      []string            // of the process, as the kernel has it: 15 bytes at most
+	Containers []string            // as ContainerName has them
+	Labels     map[string][]string // by the name of one of the type's Labels
+	Least      uint64              // of the type's Least, ns
 }
 
 // Request asks for one profile.
 type Request struct {
-	Type     string // "cpu", also where it is empty
+	Type     string // the first of Config.Types where it is empty
 	Duration time.Duration
 	Filter   Filter
 }
@@ -39,8 +41,11 @@ type capture struct {
 	pids       map[uint32]bool
 	comms      map[bpf.Comm]bool
 	containers map[string]bool
+	labels     [maxLabels]map[string]bool
+	least      uint64
 	duration   time.Duration
 
+	typ    int // index in Profiler.types
 	start  instant
 	losses map[string]uint64 // at start
 	agg    *aggregate
@@ -61,13 +66,21 @@ const symbolsWithin = 700 * time.Millisecond
 // second after that; symbols that are not read by then are left out and it says so. It
 // returns ctx's error as soon as ctx ends. Any number of captures can run at once.
 func (p *Profiler) Capture(ctx context.Context, r Request) (*profile.Profile, error) {
-	if r.Type != "" && r.Type != profileCPU {
-		return nil, fmt.Errorf("capture profile: unknown type %q, want %q", r.Type, profileCPU)
-	}
 	if r.Duration <= 0 {
 		return nil, fmt.Errorf("capture profile: duration %v is not positive", r.Duration)
 	}
-	c := newCapture(r, p.cfg.MaxStacks)
+	typ := 0
+	if r.Type != "" {
+		typ = slices.IndexFunc(p.types, func(t Type) bool { return t.Name == r.Type })
+	}
+	if typ < 0 {
+		return nil, fmt.Errorf("capture profile: unknown type %q", r.Type)
+	}
+	c, err := newCapture(&p.types[typ], r, p.cfg.MaxStacks)
+	if err != nil {
+		return nil, fmt.Errorf("capture profile: %w", err)
+	}
+	c.typ = typ
 	if err := p.do(func() { p.startCapture(c) }); err != nil {
 		return nil, fmt.Errorf("capture profile: %w", err)
 	}
@@ -84,13 +97,13 @@ func (p *Profiler) Capture(ctx context.Context, r Request) (*profile.Profile, er
 	}
 }
 
-func newCapture(r Request, limit int) *capture {
+func newCapture(t *Type, r Request, limit int) (*capture, error) {
 	c := &capture{
 		pids:       map[uint32]bool{},
 		comms:      map[bpf.Comm]bool{},
 		containers: map[string]bool{},
 		duration:   r.Duration,
-		agg:        newAggregate(limit),
+		agg:        newAggregate(t, limit),
 		done:       make(chan captured, 1),
 	}
 	for _, pid := range r.Filter.PIDs {
@@ -102,10 +115,32 @@ func newCapture(r Request, limit int) *capture {
 	for _, container := range r.Filter.Containers {
 		c.containers[container] = true
 	}
-	return c
+	for name, values := range r.Filter.Labels {
+		i := slices.IndexFunc(t.Labels, func(l Label) bool { return l.Name == name })
+		if i < 0 {
+			return nil, fmt.Errorf("%s has no label %q", t.Name, name)
+		}
+		c.labels[i] = map[string]bool{}
+		for _, v := range values {
+			c.labels[i][v] = true
+		}
+	}
+	if c.least = r.Filter.Least; c.least > 0 && t.Least == nil {
+		return nil, fmt.Errorf("%s has no least value", t.Name)
+	}
+	return c, nil
 }
 
 func (c *capture) matches(s *bpf.Sample, container string) bool {
+	t := c.agg.typ
+	if !t.takes(s.Profile) || c.least > 0 && t.Least.Of(s) < c.least {
+		return false
+	}
+	for i, values := range c.labels {
+		if len(values) > 0 && !values[t.Labels[i].Of(s)] {
+			return false
+		}
+	}
 	return (len(c.pids) == 0 || c.pids[s.PID]) &&
 		(len(c.comms) == 0 || c.comms[s.Comm]) &&
 		(len(c.containers) == 0 || c.containers[container])
@@ -119,7 +154,7 @@ func (c *capture) fail(err error) { c.done <- captured{err: err} }
 // The rest is of the draining goroutine.
 
 func (p *Profiler) startCapture(c *capture) {
-	c.start, c.losses = now(), p.losses()
+	c.start, c.losses = now(), p.losses()[c.typ]
 	p.captures = append(p.captures, c)
 }
 
@@ -139,7 +174,7 @@ func (p *Profiler) endCaptures() {
 		p.completeLate(c.agg)
 		c.done <- captured{
 			rows: c.agg.snapshot(),
-			meta: p.meta(c.start, now(), c.agg.samples, lossesSince(c.losses, p.losses())),
+			meta: p.meta(c.agg, c.start, now(), lossesSince(c.losses, p.losses()[c.typ])),
 		}
 		return true
 	})

@@ -15,7 +15,9 @@ func (p *Profiler) Dump(w io.Writer) error {
 	done := make(chan struct{})
 	if err := p.do(func() {
 		p.processes.write(&b)
-		writeRows(&b, p.window.agg.snapshot())
+		for _, agg := range p.window.aggs {
+			writeRows(&b, agg.typ, agg.snapshot())
+		}
 		close(done)
 	}); err != nil {
 		return fmt.Errorf("dump profiler: %w", err)
@@ -47,10 +49,16 @@ func (t *processTable) write(w io.Writer) {
 }
 
 // writeRows dumps what was aggregated, before symbols.
-func writeRows(w io.Writer, rows []row) {
+func writeRows(w io.Writer, t *Type, rows []row) {
 	for _, r := range rows {
-		fmt.Fprintf(w, "pid %d tid %d comm %q thread %q container %q: %d samples, %d ns\n",
-			r.pid, r.tid, r.comm, r.thread, r.container, r.count, r.value)
+		fmt.Fprintf(w, "pid %d tid %d comm %q thread %q container %q", r.pid, r.tid, r.comm, r.thread, r.container)
+		for i, l := range t.Labels {
+			fmt.Fprintf(w, " %s %q", l.Name, r.labels[i])
+		}
+		for i, v := range t.Values {
+			fmt.Fprintf(w, ", %s %d", v.Name, r.values[i])
+		}
+		fmt.Fprintln(w)
 		for _, l := range r.stack {
 			fmt.Fprintf(w, "  %s\n", l)
 		}

@@ -182,7 +182,10 @@ func sampling(t *testing.T, hz int, length time.Duration) (*Profiler, <-chan *Wi
 		t.Fatal(err)
 	}
 	s := symbolizer.New(symbolizer.Config{})
-	p, err := New(Config{Source: cpu, Symbolizer: s, Tables: cpu.Tables(), Mappings: mappings, Frequency: hz, Window: length})
+	p, err := New(Config{
+		Feeds: []Feed{{Source: cpu, Profiles: []bpf.Profile{bpf.ProfileCPU}}}, Types: []Type{CPU("", hz)},
+		Symbolizer: s, Tables: cpu.Tables(), Mappings: mappings, Window: length,
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -285,7 +288,7 @@ func TestKernelShares(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			w := workload.Start(t, workload.Build(t, test.name), "1", "60")
 			_, windows := sampling(t, 997, 4*time.Second)
-			got := stacksOf((<-windows).Profile, w.PID)
+			got := stacksOf((<-windows).Of("cpu").Profile, w.PID)
 			var spent [3]float64
 			var names [3]string
 			if _, err := fmt.Sscan(w.Stop(), &names[0], &spent[0], &names[1], &spent[1], &names[2], &spent[2]); err != nil {
@@ -335,7 +338,7 @@ func TestKernelMappings(t *testing.T) {
 	}
 	_, windows := sampling(t, 997, 6*time.Second)
 	pids["exec"] = start(t, "exec")
-	got := (<-windows).Profile
+	got := (<-windows).Of("cpu").Profile
 	of := func(name string) stacks { return stacksOf(got, pids[name]) }
 
 	// The system call is made by a function without a frame.
@@ -402,7 +405,7 @@ func TestKernelBriefProcesses(t *testing.T) {
 		pids[int64(cmd.Process.Pid)] = true
 	}
 	var samples, due, whole int64
-	for _, s := range (<-windows).Profile.Sample {
+	for _, s := range (<-windows).Of("cpu").Profile.Sample {
 		if len(s.NumLabel["pid"]) == 0 || !pids[s.NumLabel["pid"][0]] {
 			continue
 		}

@@ -15,18 +15,14 @@ import (
 
 // meta is what a profile says of itself.
 type meta struct {
-	host      string
-	event     string
-	frequency int
-	start     time.Time
-	duration  time.Duration
-	samples   uint64
-	lost      map[string]uint64
-	late      int // binaries whose symbols were not ready
+	typ      *Type
+	host     string
+	start    time.Time
+	duration time.Duration
+	samples  uint64
+	lost     map[string]uint64
+	late     int // binaries whose symbols were not ready
 }
-
-// period is the CPU time between two samples, as it was set.
-func (m meta) period() time.Duration { return time.Second / time.Duration(m.frequency) }
 
 // comments say where and how the profile was taken, and what is missing.
 func (m meta) comments() []string {
@@ -34,15 +30,11 @@ func (m meta) comments() []string {
 	for _, n := range m.lost {
 		lost += n
 	}
-	rate := 0.0
-	if m.samples > 0 {
-		rate = float64(m.samples) / float64(m.samples+lost) * float64(time.Second) / float64(m.period())
+	c := []string{"host: " + m.host}
+	if m.typ.Describe != nil {
+		c = append(c, m.typ.Describe(m.samples, lost))
 	}
-	c := []string{
-		"host: " + m.host,
-		fmt.Sprintf("event: %s, %d Hz requested, %.2f Hz delivered", m.event, m.frequency, rate),
-		fmt.Sprintf("samples: %d delivered, %d lost", m.samples, lost),
-	}
+	c = append(c, fmt.Sprintf("samples: %d delivered, %d lost", m.samples, lost))
 	for _, reason := range slices.Sorted(maps.Keys(m.lost)) {
 		if n := m.lost[reason]; n > 0 {
 			c = append(c, fmt.Sprintf("lost: %s %d", reason, n))
@@ -56,15 +48,18 @@ func (m meta) comments() []string {
 
 // buildProfile makes the pprof profile of rows.
 func buildProfile(rows []row, n names, m meta) (*profile.Profile, error) {
-	b := newBuilder(n)
+	b := newBuilder(m.typ, n)
 	b.p = &profile.Profile{
-		SampleType:    []*profile.ValueType{{Type: "samples", Unit: "count"}, {Type: "cpu", Unit: "nanoseconds"}},
+		SampleType:    make([]*profile.ValueType, len(m.typ.Values)),
 		Sample:        make([]*profile.Sample, len(rows)),
-		PeriodType:    &profile.ValueType{Type: "cpu", Unit: "nanoseconds"},
-		Period:        int64(m.period()),
+		PeriodType:    m.typ.Period.pprof(),
+		Period:        m.typ.Period.Value,
 		TimeNanos:     m.start.UnixNano(),
 		DurationNanos: int64(m.duration),
 		Comments:      m.comments(),
+	}
+	for i, v := range m.typ.Values {
+		b.p.SampleType[i] = v.pprof()
 	}
 	samples := make([]profile.Sample, len(rows))
 	for i, r := range rows {
@@ -81,6 +76,10 @@ func buildProfile(rows []row, n names, m meta) (*profile.Profile, error) {
 		return nil, fmt.Errorf("make profile: %w", err)
 	}
 	return b.p, nil
+}
+
+func (v ValueType) pprof() *profile.ValueType {
+	return &profile.ValueType{Type: v.Name, Unit: v.Unit}
 }
 
 type mappingKey struct {
@@ -103,6 +102,7 @@ type functionKey struct {
 // builder makes what the samples of a profile share, each once.
 type builder struct {
 	p         *profile.Profile
+	typ       *Type
 	names     names
 	files     map[*Mapping]*profile.Mapping // of one file or perf map each
 	mappings  map[mappingKey]*profile.Mapping
@@ -118,12 +118,13 @@ type builder struct {
 	store  slab[profile.Location]
 }
 
-func newBuilder(n names) *builder {
+func newBuilder(t *Type, n names) *builder {
 	asked := 0
 	for _, byAddr := range n {
 		asked += len(byAddr)
 	}
 	return &builder{
+		typ:       t,
 		names:     n,
 		files:     map[*Mapping]*profile.Mapping{},
 		mappings:  map[mappingKey]*profile.Mapping{},
@@ -150,14 +151,31 @@ func (b *builder) sample(s *profile.Sample, r row) {
 	for i, l := range r.stack {
 		s.Location[i] = b.location(l)
 	}
-	s.Value = b.values.take(2)
-	s.Value[0], s.Value[1] = int64(r.count), int64(r.value)
-	s.Label = map[string][]string{"comm": b.label(r.comm), "thread": b.label(r.thread), "container": b.label(r.container)}
-	if r.pid != 0 {
-		pid, tid := b.values.take(1), b.values.take(1)
-		pid[0], tid[0] = int64(r.pid), int64(r.tid)
-		s.NumLabel = map[string][]int64{"pid": pid, "tid": tid}
+	s.Value = b.values.take(len(b.typ.Values))
+	for i := range s.Value {
+		s.Value[i] = int64(r.values[i])
 	}
+	s.Label = map[string][]string{"comm": b.label(r.comm), "thread": b.label(r.thread), "container": b.label(r.container)}
+	for i, l := range b.typ.Labels {
+		s.Label[l.Name] = b.label(r.labels[i])
+	}
+	if r.pid == 0 {
+		return
+	}
+	s.NumLabel = map[string][]int64{"pid": b.number(int64(r.pid)), "tid": b.number(int64(r.tid))}
+	if len(b.typ.Numbers) > 0 {
+		s.NumUnit = make(map[string][]string, len(b.typ.Numbers))
+	}
+	for i, n := range b.typ.Numbers {
+		s.NumLabel[n.Name] = b.number(int64(r.numbers[i] / r.count))
+		s.NumUnit[n.Name] = b.label(n.Unit)
+	}
+}
+
+func (b *builder) number(v int64) []int64 {
+	l := b.values.take(1)
+	l[0] = v
+	return l
 }
 
 func (b *builder) label(v string) []string {

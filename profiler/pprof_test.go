@@ -50,7 +50,7 @@ func testRows() ([]row, names) {
 		},
 	}
 	sample := func(pid PID, comm string, count uint64, stack ...Location) row {
-		return row{stack: stack, pid: pid, tid: TID(pid + 1), comm: comm, thread: comm + "-t", container: "/", count: count, value: 10 * count}
+		return row{stack: stack, pid: pid, tid: TID(pid + 1), comm: comm, thread: comm + "-t", container: "/", count: count, values: [maxValues]uint64{count, 10 * count}}
 	}
 	return []row{
 		sample(1, "app", 5, Location{kernelMapping, kernel + 0x10}, Location{kernelMapping, kernel}, Location{text1, 0x1010}, Location{text1, 0x1020}),
@@ -60,13 +60,13 @@ func testRows() ([]row, names) {
 		sample(4, "py", 3, Location{code2, 0x7010}),
 		sample(5, "gone", 1, Location{frameUnknown, 0x1234}, Location{frameUnknown, 0x5678}, Location{Mapping: frameExited}),
 		sample(6, "x", 1, Location{raw, 0x10}, Location{kernelMapping, kernel + 0x20}),
-		{stack: Stack{{Mapping: frameOverflow}}, comm: otherName, thread: otherName, container: otherName, count: 4, value: 40},
+		{stack: Stack{{Mapping: frameOverflow}}, comm: otherName, thread: otherName, container: otherName, count: 4, values: [maxValues]uint64{4, 40}},
 	}, found
 }
 
 func testMeta() meta {
 	return meta{
-		host: "host1", event: "cpu-clock", frequency: 99,
+		typ: &cpuType, host: "host1",
 		start: time.Unix(1_700_000_000, 5).UTC(), duration: 10*time.Second + 7,
 		samples: 90, lost: map[string]uint64{"ring_full": 9, "no_ring": 0, "zz": 1}, late: 2,
 	}
@@ -164,7 +164,7 @@ func BenchmarkBuildProfile(b *testing.B) {
 		mappings = append(mappings, &Mapping{Start: 0x1000, Limit: 0x500000, Offset: 0x400, File: "/usr/lib/x86_64-linux-gnu/app", BuildID: "0123456789abcdef0123456789abcdef01234567", object: app})
 	}
 	for i := range 2000 {
-		r := row{pid: PID(i % 50), tid: TID(i % 100), comm: "app", thread: "worker", container: "/", count: 1, value: 10}
+		r := row{pid: PID(i % 50), tid: TID(i % 100), comm: "app", thread: "worker", container: "/", count: 1, values: [maxValues]uint64{1, 10}}
 		for range 3 {
 			addr := Addr(1<<63 + rnd.Uint64N(300))
 			r.stack = append(r.stack, Location{kernelMapping, addr})

@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -27,7 +28,7 @@ import (
 	"github.com/hostflame/hostflame/symbolizer"
 )
 
-// Source delivers kernel samples. *bpf.CPU is one.
+// Source delivers kernel samples. *bpf.CPU is one. A profiler calls it from one goroutine.
 type Source interface {
 	// Drain hands every sample that is there to fn. The sample is valid during the call only.
 	Drain(fn func(*bpf.Sample)) error
@@ -35,18 +36,24 @@ type Source interface {
 	Wait(ctx context.Context, d time.Duration) error
 }
 
+// Feed is a source and what is known of it.
+type Feed struct {
+	Source   Source
+	Profiles []bpf.Profile // what its samples are of
+	// Losses returns what the kernel side lost of a profile, by reason, since it was loaded.
+	// May be nil.
+	Losses func(bpf.Profile) map[string]uint64
+}
+
 // Config configures a Profiler. The zero value of a limit stands for its default.
 type Config struct {
-	Source     Source
+	Feeds      []Feed // at least one
+	Types      []Type // what is made of the samples; at least one, no two of a name
 	Symbolizer *symbolizer.Symbolizer
 	Window     time.Duration // what is published together; 10 s if zero
-	Frequency  int           // requested samples a second and CPU
-	Event      string        // what triggers a sample; cpu-clock if empty
 	Logger     *slog.Logger  // nothing is logged if nil
-	// Losses returns what the kernel side lost, by reason, since it was loaded. May be nil.
-	Losses func() map[string]uint64
-	// Tables are the unwind tables that the source's stacks are walked by; they are filled
-	// as samples need them. May be nil: then stacks stay as the source delivers them.
+	// Tables are the unwind tables that the sources' stacks are walked by; they are filled
+	// as samples need them. May be nil: then stacks stay as the sources deliver them.
 	Tables *bpf.Tables
 	// Mappings tell what processes map; nil: /proc is read when it is asked for. They are the
 	// caller's to close, after Run.
@@ -55,32 +62,37 @@ type Config struct {
 	TableCache *unwind.Cache
 
 	MaxProcesses  int // program images whose mappings are kept; 4096
-	MaxStacks     int // different samples of one profile; 16,384, the rest is one "[stacks overflow]"
+	MaxStacks     int // different samples of one profile, of each type; 16,384, the rest is one "[stacks overflow]"
 	MaxContainers int // in CPUByContainer; 200, the rest is in "~other"
 }
 
 func (c *Config) setDefaults() error {
 	switch {
-	case c.Source == nil:
+	case len(c.Feeds) == 0 || slices.ContainsFunc(c.Feeds, func(f Feed) bool { return f.Source == nil }):
 		return errors.New("make profiler: no source")
+	case len(c.Types) == 0:
+		return errors.New("make profiler: no profile types")
 	case c.Symbolizer == nil:
 		return errors.New("make profiler: no symbolizer")
-	case c.Frequency < 1:
-		return fmt.Errorf("make profiler: frequency %d Hz is not positive", c.Frequency)
 	case c.Window < 0:
 		return fmt.Errorf("make profiler: window %v is negative", c.Window)
+	}
+	named := map[string]bool{}
+	for i := range c.Types {
+		t := &c.Types[i]
+		if err := t.check(); err != nil {
+			return fmt.Errorf("make profiler: %w", err)
+		}
+		if named[t.Name] {
+			return fmt.Errorf("make profiler: two profile types %s", t.Name)
+		}
+		named[t.Name] = true
 	}
 	if c.Window == 0 {
 		c.Window = 10 * time.Second
 	}
-	if c.Event == "" {
-		c.Event = string(bpf.EventCPUClock)
-	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
-	}
-	if c.Losses == nil {
-		c.Losses = func() map[string]uint64 { return nil }
 	}
 	if c.MaxProcesses <= 0 {
 		c.MaxProcesses = 4096
@@ -99,32 +111,33 @@ const (
 	drainInterval = 250 * time.Millisecond
 	// lastSymbols bounds the symbolizing of the last window, so that the agent ends soon.
 	lastSymbols = 2 * time.Second
-	profileCPU  = "cpu"
 	// settleWithin is what the end of a window or a capture waits for stacks that are
 	// being finished. What takes longer is in the next.
 	settleWithin = 200 * time.Millisecond
 )
 
-// Profiler makes profiles of one source. Run is called once; the other methods may be
+// Profiler makes the profiles of all types. Run is called once; the other methods may be
 // called from any goroutine.
 type Profiler struct {
-	cfg        Config
-	host       string
-	processes  *processTable
-	told       *eventMappings // nil without mapping events
-	unwinder   *unwinder      // nil without tables
-	containers *Containers
-	traces     *traces
-	symbols    *symbols
-	cpu        *cpuTimes
-	counters   counters
-	window     *window
-	captures   []*capture // that are running; of the draining goroutine
-	fresh      []Stack    // made since they were last handed to warming
-	warming    chan []Stack
-	closing    chan closedWindow
-	newest     atomic.Pointer[Window]
-	ready      atomic.Bool
+	cfg         Config
+	host        string
+	processes   *processTable
+	told        *eventMappings // nil without mapping events
+	unwinder    *unwinder      // nil without tables
+	containers  *Containers
+	traces      *traces
+	symbols     *symbols
+	cpu         *cpuTimes
+	types       []Type
+	counters    []counters // by type
+	window      *window
+	captures    []*capture // that are running; of the draining goroutine
+	fresh       []Stack    // made since they were last handed to warming
+	warming     chan []Stack
+	closing     chan closedWindow
+	drainErrors []atomic.Uint64 // by feed
+	newest      atomic.Pointer[Window]
+	ready       atomic.Bool
 
 	mu          sync.Mutex
 	state       runState
@@ -141,33 +154,53 @@ const (
 	stateEnded
 )
 
-// counters are what Stats shows.
+// counters are what Stats shows of a type.
 type counters struct {
-	samples     atomic.Uint64
-	drainErrors atomic.Uint64
-	stacks      [outcomes]atomic.Uint64
+	samples atomic.Uint64
+	stacks  [outcomes]atomic.Uint64
 }
 
 // Window is what was sampled between two moments. It is shared: treat it as read-only.
 type Window struct {
 	Start, End time.Time // wall clock; End is Start plus what passed on the boot clock
-	Profile    *profile.Profile
-	Samples    uint64            // delivered
-	Lost       map[string]uint64 // by reason, those that have none left out
+	Profiles   []Profile // one a type, in the order of Config.Types
+}
+
+// Profile is what a window has of one type.
+type Profile struct {
+	Type    string
+	Profile *profile.Profile
+	Samples uint64            // delivered
+	Lost    map[string]uint64 // by reason, those that have none left out
+}
+
+// Of returns the profile of a type, by name, nil if w has none.
+func (w *Window) Of(name string) *Profile {
+	for i := range w.Profiles {
+		if w.Profiles[i].Type == name {
+			return &w.Profiles[i]
+		}
+	}
+	return nil
 }
 
 // window is the one that is open.
 type window struct {
 	start  instant
-	losses map[string]uint64 // at start
-	agg    *aggregate
+	losses []map[string]uint64 // at start, by type
+	aggs   []*aggregate        // by type
 }
 
 // closedWindow is one that is to be symbolized and published.
 type closedWindow struct {
-	rows     []row
-	meta     meta
-	deadline time.Time
+	start, end instant
+	parts      []closedProfile
+	deadline   time.Time
+}
+
+type closedProfile struct {
+	rows []row
+	meta meta
 }
 
 // New returns a Profiler that does nothing until Run.
@@ -188,16 +221,19 @@ func New(cfg Config) (*Profiler, error) {
 		source = told
 	}
 	p := &Profiler{
-		told:       told,
-		cfg:        cfg,
-		host:       host,
-		processes:  newProcessTable(source, cfg.Symbolizer, cfg.MaxProcesses),
-		containers: NewContainers(bpf.CPUControllerV1()),
-		traces:     newTraces(),
-		symbols:    newSymbols(cfg.Symbolizer),
-		cpu:        newCPUTimes(cfg.MaxContainers),
-		warming:    make(chan []Stack, 1),
-		closing:    make(chan closedWindow, 1),
+		told:        told,
+		cfg:         cfg,
+		host:        host,
+		processes:   newProcessTable(source, cfg.Symbolizer, cfg.MaxProcesses),
+		containers:  NewContainers(bpf.CPUControllerV1()),
+		traces:      newTraces(),
+		symbols:     newSymbols(cfg.Symbolizer),
+		cpu:         newCPUTimes(cfg.MaxContainers),
+		types:       cfg.Types,
+		counters:    make([]counters, len(cfg.Types)),
+		drainErrors: make([]atomic.Uint64, len(cfg.Feeds)),
+		warming:     make(chan []Stack, 1),
+		closing:     make(chan closedWindow, 1),
 	}
 	if cfg.Tables != nil {
 		if p.unwinder, err = newUnwinder(&cfg, source); err != nil {
@@ -215,10 +251,10 @@ func (p *Profiler) OnWindow(fn func(*Window)) {
 	p.subscribers = append(p.subscribers, fn)
 }
 
-// Run drains the source every 250 ms, or earlier when the source asks for it, and closes
+// Run drains the sources every 250 ms, or earlier when one asks for it, and closes
 // windows, until ctx ends. Then it drains once more, ends the captures that are running,
 // closes the last window, hands it to the subscribers and returns nil. The caller stops
-// the source's sampling before it ends ctx. It returns an error when the source is closed.
+// the sources' sampling before it ends ctx. It returns an error when a source is closed.
 func (p *Profiler) Run(ctx context.Context) error {
 	if err := p.begin(); err != nil {
 		return err
@@ -299,8 +335,8 @@ func (p *Profiler) loop(ctx context.Context) error {
 	for ended := false; !ended; {
 		err := p.wait(ctx)
 		ended = ctx.Err() != nil
-		if derr := p.cfg.Source.Drain(p.take); derr != nil {
-			p.counters.drainErrors.Add(1)
+		derr := p.drain()
+		if derr != nil {
 			err = derr
 		} else {
 			p.ready.Store(true)
@@ -318,6 +354,18 @@ func (p *Profiler) loop(ctx context.Context) error {
 		p.afterDrain()
 	}
 	return nil
+}
+
+// drain takes what all sources have.
+func (p *Profiler) drain() error {
+	var errs []error
+	for i := range p.cfg.Feeds {
+		if err := p.cfg.Feeds[i].Source.Drain(p.take); err != nil {
+			p.drainErrors[i].Add(1)
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // collect takes the samples whose stacks were finished.
@@ -355,10 +403,29 @@ func (p *Profiler) wait(ctx context.Context) error {
 		cancel()
 	}
 	p.mu.Unlock()
-	if err := p.cfg.Source.Wait(wait, max(d, 0)); wait.Err() == nil {
+	if err := p.waitForSource(wait, max(d, 0)); wait.Err() == nil {
 		return err
 	}
 	return nil
+}
+
+// waitForSource returns when a source can not wait any more, after d, or when ctx ends.
+func (p *Profiler) waitForSource(ctx context.Context, d time.Duration) error {
+	if len(p.cfg.Feeds) == 1 {
+		return p.cfg.Feeds[0].Source.Wait(ctx, d)
+	}
+	all, cancel := context.WithCancel(ctx)
+	defer cancel()
+	woken := make(chan error)
+	for i := range p.cfg.Feeds {
+		go func() { woken <- p.cfg.Feeds[i].Source.Wait(all, d) }()
+	}
+	err := <-woken // that of the others is that they were called off
+	cancel()
+	for range len(p.cfg.Feeds) - 1 {
+		<-woken
+	}
+	return err
 }
 
 // pause keeps a source that fails at once from being asked all the time.
@@ -427,15 +494,21 @@ func (p *Profiler) take(s *bpf.Sample) {
 // container that it knows.
 func (p *Profiler) deliver(s *bpf.Sample) {
 	weight := uint64(s.Weight)
-	p.counters.samples.Add(weight)
 	container := p.containers.Name(s.Cgroup, PID(s.PID))
-	p.cpu.add(container, s)
+	if s.Profile == bpf.ProfileCPU {
+		p.cpu.add(container, s)
+	}
 	tr := p.trace(s)
-	stacked := p.window.agg.add(s, tr, container)
-	if stacked {
-		p.counters.stacks[tr.outcome].Add(weight)
-	} else {
-		p.counters.stacks[outcomeOverflow].Add(weight)
+	for i := range p.types {
+		if !p.types[i].takes(s.Profile) {
+			continue
+		}
+		p.counters[i].samples.Add(weight)
+		if p.window.aggs[i].add(s, tr, container) {
+			p.counters[i].stacks[tr.outcome].Add(weight)
+		} else {
+			p.counters[i].stacks[outcomeOverflow].Add(weight)
+		}
 	}
 	for _, c := range p.captures {
 		if c.matches(s, container) {
@@ -449,8 +522,8 @@ func (p *Profiler) trace(s *bpf.Sample) *trace {
 	proc := p.processes.lookup(s)
 	tr := p.traces.find(proc, s)
 	if tr == nil {
-		// Those of this window, of the one before, and of each capture.
-		if p.traces.n >= (2+len(p.captures))*p.cfg.MaxStacks {
+		// Those of this window and of the one before, of each type, and of each capture.
+		if p.traces.n >= (2*len(p.types)+len(p.captures))*p.cfg.MaxStacks {
 			return nil
 		}
 		tr = p.traces.insert(proc, s)
@@ -464,23 +537,30 @@ func (p *Profiler) trace(s *bpf.Sample) *trace {
 
 // openWindow begins a window at the end of the one before.
 func (p *Profiler) openWindow(at instant) {
-	p.window = &window{start: at, losses: p.losses(), agg: newAggregate(p.cfg.MaxStacks)}
+	p.window = &window{start: at, losses: p.losses()}
+	for i := range p.types {
+		p.window.aggs = append(p.window.aggs, newAggregate(&p.types[i], p.cfg.MaxStacks))
+	}
 }
 
 // closeWindow ends the open window and opens the next.
 func (p *Profiler) closeWindow(deadline time.Time) closedWindow {
 	w := p.window
-	p.completeLate(w.agg)
+	for _, agg := range w.aggs {
+		p.completeLate(agg)
+	}
 	at := now()
 	p.openWindow(at)
-	c := closedWindow{
-		rows:     w.agg.snapshot(),
-		meta:     p.meta(w.start, at, w.agg.samples, lossesSince(w.losses, p.window.losses)),
-		deadline: deadline,
+	c := closedWindow{start: w.start, end: at, deadline: deadline}
+	for i, agg := range w.aggs {
+		c.parts = append(c.parts, closedProfile{
+			rows: agg.snapshot(),
+			meta: p.meta(agg, w.start, at, lossesSince(w.losses[i], p.window.losses[i])),
+		})
+		// The next window will see most of these stacks again.
+		agg.keepTraces()
 	}
 	p.fresh = nil // these are looked up now
-	// The next window will see most of these stacks again.
-	w.agg.keepTraces()
 	for _, running := range p.captures {
 		running.agg.keepTraces()
 	}
@@ -500,28 +580,29 @@ func (p *Profiler) completeLate(a *aggregate) {
 	}
 }
 
-func (p *Profiler) meta(start, end instant, samples uint64, lost map[string]uint64) meta {
+func (p *Profiler) meta(a *aggregate, start, end instant, lost map[string]uint64) meta {
 	return meta{
-		host:      p.host,
-		event:     p.cfg.Event,
-		frequency: p.cfg.Frequency,
-		start:     start.wall,
-		duration:  end.boot - start.boot,
-		samples:   samples,
-		lost:      lost,
+		typ:      a.typ,
+		host:     p.host,
+		start:    start.wall,
+		duration: end.boot - start.boot,
+		samples:  a.samples,
+		lost:     lost,
 	}
 }
 
 // publish symbolizes a window and hands it out.
 func (p *Profiler) publish(c closedWindow) {
-	pp, err := p.profile(c.rows, c.meta, c.deadline)
-	if err != nil {
-		p.cfg.Logger.Error("close window failed", "err", err)
-		return
-	}
-	w := &Window{
-		Start: c.meta.start, End: c.meta.start.Add(c.meta.duration),
-		Profile: pp, Samples: c.meta.samples, Lost: c.meta.lost,
+	w := &Window{Start: c.start.wall, End: c.start.wall.Add(c.end.boot - c.start.boot)}
+	for _, part := range c.parts {
+		pp, err := p.profile(part.rows, part.meta, c.deadline)
+		if err != nil {
+			p.cfg.Logger.Error("close window failed", "type", part.meta.typ.Name, "err", err)
+			return
+		}
+		w.Profiles = append(w.Profiles, Profile{
+			Type: part.meta.typ.Name, Profile: pp, Samples: part.meta.samples, Lost: part.meta.lost,
+		})
 	}
 	p.newest.Store(w)
 	p.mu.Lock()
@@ -539,7 +620,7 @@ func (p *Profiler) profile(rows []row, m meta, deadline time.Time) (*profile.Pro
 	return buildProfile(rows, found, m)
 }
 
-// Ready tells whether the source has been drained once.
+// Ready tells whether the sources have been drained once.
 func (p *Profiler) Ready() bool { return p.ready.Load() }
 
 // Newest returns the window that closed last, nil before the first has closed.

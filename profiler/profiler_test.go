@@ -76,6 +76,11 @@ func (s *scripted) Drain(fn func(*bpf.Sample)) error {
 	return s.err
 }
 
+// cpuFeed delivers what s has as samples of CPU time.
+func cpuFeed(s Source) []Feed {
+	return []Feed{{Source: s, Profiles: []bpf.Profile{bpf.ProfileCPU}}}
+}
+
 // ownSample is a sample of this process in a function of this test.
 func ownSample(t *testing.T) bpf.Sample {
 	t.Helper()
@@ -116,7 +121,7 @@ func run(t *testing.T, change func(*Config), onWindow func(*Window)) running {
 	t.Helper()
 	s := symbolizer.New(symbolizer.Config{})
 	source := newScripted()
-	cfg := Config{Source: source, Symbolizer: s, Frequency: 100, Window: time.Hour}
+	cfg := Config{Feeds: cpuFeed(source), Types: []Type{CPU("", 100)}, Symbolizer: s, Window: time.Hour}
 	if change != nil {
 		change(&cfg)
 	}
@@ -192,10 +197,13 @@ func TestNewRefuses(t *testing.T) {
 	s := symbolizer.New(symbolizer.Config{})
 	defer s.Close()
 	for _, cfg := range []Config{
-		{Symbolizer: s, Frequency: 1},
-		{Source: newScripted(), Frequency: 1},
-		{Source: newScripted(), Symbolizer: s},
-		{Source: newScripted(), Symbolizer: s, Frequency: 1, Window: -1},
+		{Symbolizer: s, Types: []Type{cpuType}},
+		{Feeds: cpuFeed(newScripted()), Types: []Type{cpuType}},
+		{Feeds: cpuFeed(newScripted()), Symbolizer: s},
+		{Feeds: cpuFeed(newScripted()), Symbolizer: s, Types: []Type{cpuType, cpuType}},
+		{Feeds: cpuFeed(newScripted()), Symbolizer: s, Types: []Type{{Name: "empty"}}},
+		{Feeds: cpuFeed(nil), Symbolizer: s, Types: []Type{cpuType}},
+		{Feeds: cpuFeed(newScripted()), Symbolizer: s, Types: []Type{cpuType}, Window: -1},
 	} {
 		if _, err := New(cfg); err == nil {
 			t.Errorf("%+v: no error", cfg)
@@ -209,7 +217,7 @@ func TestLastWindow(t *testing.T) {
 	var windows []*Window
 	r := run(t, func(c *Config) {
 		n := uint64(0)
-		c.Losses = func() map[string]uint64 {
+		c.Feeds[0].Losses = func(bpf.Profile) map[string]uint64 {
 			n += 5
 			return map[string]uint64{"ring_full": n, "no_ring": 3}
 		}
@@ -230,15 +238,15 @@ func TestLastWindow(t *testing.T) {
 		t.Fatalf("%d windows, want one, the newest", len(windows))
 	}
 	w := windows[0]
-	if got := functions(t, w.Profile); !slices.Equal(got, []string{"leafFunction", "callerFunction"}) {
+	if got := functions(t, w.Of("cpu").Profile); !slices.Equal(got, []string{"leafFunction", "callerFunction"}) {
 		t.Errorf("stack %q", got)
 	}
-	sample := w.Profile.Sample[0]
-	if w.Samples != 5 || sample.Value[0] != 5 || sample.Value[1] != 50_000_000 {
-		t.Errorf("%d samples, values %d; want 5", w.Samples, sample.Value)
+	sample := w.Of("cpu").Profile.Sample[0]
+	if w.Of("cpu").Samples != 5 || sample.Value[0] != 5 || sample.Value[1] != 50_000_000 {
+		t.Errorf("%d samples, values %d; want 5", w.Of("cpu").Samples, sample.Value)
 	}
-	if w.Lost["ring_full"] != 5 || len(w.Lost) != 1 {
-		t.Errorf("lost %v, want 5 to a full ring", w.Lost)
+	if w.Of("cpu").Lost["ring_full"] != 5 || len(w.Of("cpu").Lost) != 1 {
+		t.Errorf("lost %v, want 5 to a full ring", w.Of("cpu").Lost)
 	}
 	if l := sample.Label; l["comm"][0] != s.Comm.String() || l["thread"][0] != "thread" || len(l["container"]) != 1 {
 		t.Errorf("labels %v", l)
@@ -258,8 +266,8 @@ func TestLastWindow(t *testing.T) {
 	if addr := sample.Location[0].Address; addr != s.User[0]&^bpf.ExactAddr {
 		t.Errorf("leaf at %#x, want %#x", addr, s.User[0]&^bpf.ExactAddr)
 	}
-	if d := w.End.Sub(w.Start); d != time.Duration(w.Profile.DurationNanos) || d <= 0 {
-		t.Errorf("window of %v, profile of %d ns", d, w.Profile.DurationNanos)
+	if d := w.End.Sub(w.Start); d != time.Duration(w.Of("cpu").Profile.DurationNanos) || d <= 0 {
+		t.Errorf("window of %v, profile of %d ns", d, w.Of("cpu").Profile.DurationNanos)
 	}
 	if since := time.Since(w.End); since < 0 || since > 10*time.Second {
 		t.Errorf("window ended %v ago", since)
@@ -296,9 +304,9 @@ func TestWindowsFollowEachOther(t *testing.T) {
 	r.stop(t)
 	sum := uint64(0)
 	for i, w := range windows {
-		sum += w.Samples
-		if uint64(total(w.Profile)) != w.Samples {
-			t.Errorf("window %d: %d samples in the profile, %d in the window", i, total(w.Profile), w.Samples)
+		sum += w.Of("cpu").Samples
+		if uint64(total(w.Of("cpu").Profile)) != w.Of("cpu").Samples {
+			t.Errorf("window %d: %d samples in the profile, %d in the window", i, total(w.Of("cpu").Profile), w.Of("cpu").Samples)
 		}
 		if i > 0 {
 			if gap := w.Start.Sub(windows[i-1].End); gap.Abs() > 5*time.Millisecond {
@@ -322,7 +330,7 @@ func TestSlowSubscriber(t *testing.T) {
 	r := run(t, func(c *Config) { c.Window = 50 * time.Millisecond }, func(w *Window) {
 		<-release
 		windows++
-		samples += w.Samples
+		samples += w.Of("cpu").Samples
 	})
 	s := ownSample(t)
 	for range 20 {
@@ -511,7 +519,7 @@ func TestCaptureEnds(t *testing.T) {
 func TestCaptureBeforeRun(t *testing.T) {
 	s := symbolizer.New(symbolizer.Config{})
 	defer s.Close()
-	p, err := New(Config{Source: newScripted(), Symbolizer: s, Frequency: 1})
+	p, err := New(Config{Feeds: cpuFeed(newScripted()), Types: []Type{cpuType}, Symbolizer: s})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -559,8 +567,8 @@ func TestStacksOverflow(t *testing.T) {
 		r.source.put(s)
 	}
 	r.stop(t)
-	if last.Samples != 100 || total(last.Profile) != 100 || len(last.Profile.Sample) != 11 {
-		t.Errorf("%d samples, %d in %d rows of the profile; want 100 in 11", last.Samples, total(last.Profile), len(last.Profile.Sample))
+	if last.Of("cpu").Samples != 100 || total(last.Of("cpu").Profile) != 100 || len(last.Of("cpu").Profile.Sample) != 11 {
+		t.Errorf("%d samples, %d in %d rows of the profile; want 100 in 11", last.Of("cpu").Samples, total(last.Of("cpu").Profile), len(last.Of("cpu").Profile.Sample))
 	}
 	st := r.Stats()
 	if st.Stacks["cpu"]["stacks_overflow"] != 90 {
@@ -619,7 +627,7 @@ func (w lockedWriter) Write(p []byte) (int, error) {
 func TestTakeDoesNotAllocate(t *testing.T) {
 	s := symbolizer.New(symbolizer.Config{})
 	defer s.Close()
-	p, err := New(Config{Source: newScripted(), Symbolizer: s, Frequency: 1})
+	p, err := New(Config{Feeds: cpuFeed(newScripted()), Types: []Type{cpuType}, Symbolizer: s})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -638,7 +646,7 @@ func TestTakeDoesNotAllocate(t *testing.T) {
 func BenchmarkTake(b *testing.B) {
 	s := symbolizer.New(symbolizer.Config{})
 	defer s.Close()
-	p, err := New(Config{Source: newScripted(), Symbolizer: s, Frequency: 1})
+	p, err := New(Config{Feeds: cpuFeed(newScripted()), Types: []Type{cpuType}, Symbolizer: s})
 	if err != nil {
 		b.Fatal(err)
 	}

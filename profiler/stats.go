@@ -4,6 +4,7 @@ package profiler
 
 import (
 	"maps"
+	"slices"
 
 	"github.com/hostflame/hostflame/bpf"
 	"github.com/hostflame/hostflame/profiler/unwind"
@@ -44,14 +45,15 @@ const reasonUndecodable = "undecodable"
 
 // Stats returns the counters. Every reason and outcome is there from the start.
 func (p *Profiler) Stats() Stats {
-	stacks := make(map[string]uint64, outcomes)
-	for o := range outcomes {
-		stacks[o.String()] = p.counters.stacks[o].Load()
-	}
-	s := Stats{
-		Samples: map[string]uint64{profileCPU: p.counters.samples.Load()},
-		Lost:    map[string]map[string]uint64{profileCPU: {reasonUndecodable: p.counters.drainErrors.Load()}},
-		Stacks:  map[string]map[string]uint64{profileCPU: stacks},
+	s := Stats{Samples: map[string]uint64{}, Lost: map[string]map[string]uint64{}, Stacks: map[string]map[string]uint64{}}
+	for i := range p.types {
+		t, c := &p.types[i], &p.counters[i]
+		stacks := make(map[string]uint64, outcomes)
+		for o := range outcomes {
+			stacks[o.String()] = c.stacks[o].Load()
+		}
+		s.Samples[t.Name], s.Stacks[t.Name] = c.samples.Load(), stacks
+		s.Lost[t.Name] = map[string]uint64{reasonUndecodable: p.undecodable(t)}
 	}
 	if p.unwinder != nil {
 		s.Unwind = p.unwinder.snapshot()
@@ -59,16 +61,37 @@ func (p *Profiler) Stats() Stats {
 	return s
 }
 
-// losses is what the kernel and we lost by now.
-func (p *Profiler) losses() map[string]uint64 {
-	l := maps.Clone(p.cfg.Losses())
-	if n := p.counters.drainErrors.Load(); n > 0 {
-		if l == nil {
-			l = map[string]uint64{}
+// undecodable counts the drains that failed of the feeds that have samples of t.
+func (p *Profiler) undecodable(t *Type) (n uint64) {
+	for i, f := range p.cfg.Feeds {
+		if slices.ContainsFunc(f.Profiles, t.takes) {
+			n += p.drainErrors[i].Load()
 		}
-		l[reasonUndecodable] += n
 	}
-	return l
+	return n
+}
+
+// losses is what the kernel and we lost by now, by type.
+func (p *Profiler) losses() []map[string]uint64 {
+	all := make([]map[string]uint64, len(p.types))
+	for i := range p.types {
+		t := &p.types[i]
+		all[i] = map[string]uint64{}
+		for _, f := range p.cfg.Feeds {
+			for _, profile := range f.Profiles {
+				if f.Losses == nil || !t.takes(profile) {
+					continue
+				}
+				for reason, n := range f.Losses(profile) {
+					all[i][reason] += n
+				}
+			}
+		}
+		if n := p.undecodable(t); n > 0 {
+			all[i][reasonUndecodable] += n
+		}
+	}
+	return all
 }
 
 // lossesSince is what was lost between two readings, the reasons without a loss left out.

@@ -33,7 +33,7 @@ func TestSymbolsDeadline(t *testing.T) {
 	if r := found.of(rows[0].stack[0]); len(r.Lines) != 0 {
 		t.Errorf("names after the deadline: %v", r)
 	}
-	if got := (meta{frequency: 1, late: late}).comments(); !strings.Contains(got[len(got)-1], "symbols: 1 binaries") {
+	if got := (meta{typ: &cpuType, late: late}).comments(); !strings.Contains(got[len(got)-1], "symbols: 1 binaries") {
 		t.Errorf("comments %q", got)
 	}
 	found, late = symbols.lookup(rows, time.Time{})

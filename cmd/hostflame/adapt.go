@@ -155,17 +155,6 @@ func (k *kernel) objects() []counted {
 	return list
 }
 
-// cpuLosses is what the kernel side of the cpu profile lost, by reason.
-func cpuLosses(c *bpf.CPU) map[string]uint64 {
-	lost := map[string]uint64{}
-	// Without counters nothing is known to be lost; the agent collector reports the error.
-	s, _ := c.Stats()
-	for reason, n := range s.Dropped {
-		lost[reason.String()] = n
-	}
-	return lost
-}
-
 // pulse is a profiler.Source that knows when it was last drained.
 type pulse struct {
 	profiler.Source

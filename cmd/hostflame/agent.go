@@ -90,13 +90,14 @@ func (a *agent) run(ctx context.Context, listeners []net.Listener) error {
 // assemble makes what stands on the attached kernel side, and hands the HTTP surface to
 // the servers, which run already.
 func (a *agent) assemble(sym *symbolizer.Symbolizer, cache *unwind.Cache, created time.Time) (err error) {
+	types, missing := profileTypes(a.kernel, a.flags.config())
 	var capturer exporter.Capturer = noProfiles{a.kernel.cpuErr}
 	if a.kernel.cpu != nil {
 		a.pulse = newPulse(a.kernel.cpu)
 		cfg := profiler.Config{
-			Source: a.pulse, Symbolizer: sym, Tables: a.kernel.cpu.Tables(), TableCache: cache,
-			Window: *a.flags.interval, Frequency: *a.flags.frequency, Event: *a.flags.event,
-			Logger: a.log, Losses: func() map[string]uint64 { return cpuLosses(a.kernel.cpu) },
+			Feeds: []profiler.Feed{cpuFeed(a.kernel.cpu, a.pulse)}, Types: types,
+			Symbolizer: sym, Tables: a.kernel.cpu.Tables(), TableCache: cache,
+			Window: *a.flags.interval, Logger: a.log,
 		}
 		if a.kernel.mappings != nil {
 			cfg.Mappings = a.kernel.mappings
@@ -126,7 +127,8 @@ func (a *agent) assemble(sym *symbolizer.Symbolizer, cache *unwind.Cache, create
 		return err // the os package says what it did
 	}
 	cfg := exporter.HandlerConfig{
-		Gatherer: registry, Capturer: capturer, NoProfiles: a.kernel.cpuErr, Collector: collector,
+		Gatherer: registry, Capturer: capturer, Types: types, MissingTypes: missing,
+		NoProfiles: a.kernel.cpuErr, Collector: collector,
 		MetricsPath: *a.flags.telemetryPath, MaxScrapes: *a.flags.maxRequests,
 		DebugPprof: *a.flags.debugPprof,
 		Build:      a.build, Host: host, Logger: a.log,

@@ -67,10 +67,11 @@ func (r *record) run(ctx context.Context, env environment) error {
 	if err != nil {
 		return err
 	}
-	if err := out.commit(func(w2 io.Writer) error { return r.encode(w2, w.Profile) }); err != nil {
+	recorded := &w.Profiles[0]
+	if err := out.commit(func(w2 io.Writer) error { return r.encode(w2, recorded.Profile) }); err != nil {
 		return err
 	}
-	bannerf(env.stderr, "%s", summary(w, *r.frequency))
+	bannerf(env.stderr, "%s", summary(recorded, *r.frequency))
 	if out.w == nil {
 		bannerf(env.stderr, "wrote %s", *r.output)
 	}
@@ -86,12 +87,12 @@ func (r *record) sample(ctx context.Context, env environment, cpu *bpf.CPU) (*pr
 	if cache != nil {
 		defer cache.Close()
 	}
+	typ := profiler.CPU(bpf.Event(*r.event), *r.frequency)
 	cfg := profiler.Config{
-		Source: cpu, Symbolizer: sym, Tables: cpu.Tables(), TableCache: cache,
-		Window:    *r.duration + time.Hour, // never closes by itself
-		Frequency: *r.frequency, Event: *r.event,
+		Feeds: []profiler.Feed{cpuFeed(cpu, cpu)}, Types: []profiler.Type{typ},
+		Symbolizer: sym, Tables: cpu.Tables(), TableCache: cache,
+		Window: *r.duration + time.Hour, // never closes by itself
 		Logger: log,
-		Losses: func() map[string]uint64 { return cpuLosses(cpu) },
 	}
 	mappings := newMappings(log)
 	if mappings != nil {
@@ -115,7 +116,7 @@ func (r *record) sample(ctx context.Context, env environment, cpu *bpf.CPU) (*pr
 		go mappings.Follow(run, nil)
 	}
 
-	r.wait(ctx, env, ended, func() uint64 { return p.Stats().Samples["cpu"] })
+	r.wait(ctx, env, ended, func() uint64 { return p.Stats().Samples[typ.Name] })
 	if err := cpu.Detach(); err != nil {
 		return nil, fmt.Errorf("stop sampling: %w", err)
 	}
@@ -182,14 +183,14 @@ func (r *record) encode(w io.Writer, p *profile.Profile) error {
 }
 
 // summary is the last line: what was recorded, what is missing, and what is on top.
-func summary(w *profiler.Window, hz int) string {
+func summary(p *profiler.Profile, hz int) string {
 	var lost uint64
-	for _, n := range w.Lost {
+	for _, n := range p.Lost {
 		lost += n
 	}
-	elapsed := w.End.Sub(w.Start)
-	s := fmt.Sprintf("%d samples in %.1f s at %d Hz, %d lost", w.Samples, elapsed.Seconds(), hz, lost)
-	if name, share := topFunction(w.Profile); name != "" {
+	elapsed := time.Duration(p.Profile.DurationNanos)
+	s := fmt.Sprintf("%d samples in %.1f s at %d Hz, %d lost", p.Samples, elapsed.Seconds(), hz, lost)
+	if name, share := topFunction(p.Profile); name != "" {
 		s += fmt.Sprintf("; on top: %s, %.1f %%", name, 100*share)
 	}
 	return s

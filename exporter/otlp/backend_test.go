@@ -23,6 +23,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/pprof/profile"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	metricspb "go.opentelemetry.io/proto/otlp/collector/metrics/v1"
@@ -225,7 +226,11 @@ func (r *running) waitLog(t *testing.T, text string) {
 // plain is a Signal without TLS.
 func plain(address string) Signal { return Signal{Target: address, Timeout: 5 * time.Second} }
 
-func window() *profiler.Window { return &profiler.Window{Profile: hostProfile()} }
+func window() *profiler.Window { return windowOf(hostProfile()) }
+
+func windowOf(p *profile.Profile) *profiler.Window {
+	return &profiler.Window{Profiles: []profiler.Profile{{Type: "cpu", Profile: p}}}
+}
 
 type logBuffer struct {
 	mu sync.Mutex

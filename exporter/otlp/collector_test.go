@@ -29,7 +29,7 @@ func TestCollector(t *testing.T) {
 	goWindow := goProfile(t, 500*time.Millisecond)
 	host := hostProfile()
 	large := largeProfile(2_000, 12_000)
-	for _, p := range []*profiler.Window{{Profile: goWindow}, {Profile: host}, {Profile: large}} {
+	for _, p := range []*profiler.Window{windowOf(goWindow), windowOf(host), windowOf(large)} {
 		r.Push(p)
 	}
 	r.wantValue(t, 4, "hostflame_otlp_exports_total", "success", "profiles") // the large one is split

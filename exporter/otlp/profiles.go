@@ -102,14 +102,16 @@ func (p *profiles) convert(ctx context.Context) {
 }
 
 func (p *profiles) enqueue(w *profiler.Window) {
-	c, err := convert(w.Profile, p.resource, p.limit)
-	if err != nil {
-		p.drop(dropUnsupported, 1)
-		p.bad.warn("profile not sent by OTLP", "err", err)
-	}
-	p.drop(dropTooLarge, c.tooLarge)
-	for _, m := range c.messages {
-		p.drop(dropQueueFull, p.queue.put(m))
+	for _, of := range w.Profiles {
+		c, err := convert(of.Profile, p.resource, p.limit)
+		if err != nil {
+			p.drop(dropUnsupported, 1)
+			p.bad.warn("profile not sent by OTLP", "type", of.Type, "err", err)
+		}
+		p.drop(dropTooLarge, c.tooLarge)
+		for _, m := range c.messages {
+			p.drop(dropQueueFull, p.queue.put(m))
+		}
 	}
 }
 

@@ -20,7 +20,6 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/hostflame/hostflame/internal/kerneltest"
-	"github.com/hostflame/hostflame/profiler"
 )
 
 // quick makes retries fast enough for a test.
@@ -81,7 +80,7 @@ func TestPushLarge(t *testing.T) {
 	s := plain(b.address)
 	s.Uncompressed, s.Timeout = true, time.Minute // gzip is slow with the race detector
 	r := start(t, Config{Profiles: s}, nil)
-	r.Push(&profiler.Window{Profile: p})
+	r.Push(windowOf(p))
 	b.wait(t, 2)
 	r.stop()
 	var messages []*profilesv1.ProfilesData
@@ -114,7 +113,7 @@ func TestPushRetries(t *testing.T) {
 	}
 	r := start(t, Config{Profiles: plain(b.address)}, quick)
 	first, second := window(), window()
-	second.Profile.TimeNanos++
+	second.Profiles[0].Profile.TimeNanos++
 	r.Push(first)
 	r.Push(second)
 	b.wait(t, 4)
@@ -125,7 +124,7 @@ func TestPushRetries(t *testing.T) {
 	for _, m := range b.profiles {
 		p := m.ResourceProfiles[0].ScopeProfiles[0].Profiles[0]
 		ids = append(ids, string(p.ProfileId))
-		times = append(times, int64(p.TimeUnixNano)-first.Profile.TimeNanos)
+		times = append(times, int64(p.TimeUnixNano)-first.Profiles[0].Profile.TimeNanos)
 	}
 	if diff := cmp.Diff([]any{int64(0), int64(0), int64(0), int64(1)}, times); diff != "" {
 		t.Errorf("order: -want +got\n%s", diff)
@@ -313,7 +312,7 @@ func TestPushUnsupported(t *testing.T) {
 	b := startBackend(t)
 	r := start(t, Config{Profiles: plain(b.address)}, nil)
 	bad := window()
-	bad.Profile.SampleType = []*profile.ValueType{{Type: "a", Unit: "b"}, {Type: "c", Unit: "d"}}
+	bad.Profiles[0].Profile.SampleType = []*profile.ValueType{{Type: "a", Unit: "b"}, {Type: "c", Unit: "d"}}
 	r.Push(bad)
 	r.Push(window())
 	b.wait(t, 1)

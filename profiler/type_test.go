@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package profiler
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/hostflame/hostflame/bpf"
+)
+
+// waitType is a type that has all that a type can have.
+func waitType() Type {
+	return Type{
+		Name:    "wait",
+		Samples: []bpf.Profile{bpf.ProfileRunqueue},
+		Values: []Value{
+			{ValueType{"waits", "count"}, weighed},
+			{ValueType{"delay", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value * uint64(s.Weight) }},
+		},
+		Period:  Period{ValueType{"wait", "count"}, 1},
+		Labels:  []Label{{"parity", func(s *bpf.Sample) string { return []string{"even", "odd"}[s.CPU%2] }}},
+		Numbers: []Number{{ValueType{"delay_ns", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value }}},
+		Least:   &Least{"min_delay", func(s *bpf.Sample) uint64 { return s.Value }},
+	}
+}
+
+// Each type takes the samples of its profiles from whatever feed, and a sample can be of
+// several types.
+func TestTypes(t *testing.T) {
+	waits, windows, lost := newScripted(), make(chan *Window, 1), uint64(0)
+	both := Type{Name: "both", Samples: []bpf.Profile{bpf.ProfileCPU, bpf.ProfileRunqueue}, Values: []Value{{ValueType{"n", "count"}, weighed}}}
+	r := run(t, func(c *Config) {
+		c.Types = append(c.Types, waitType(), both)
+		c.Feeds = append(c.Feeds, Feed{waits, []bpf.Profile{bpf.ProfileRunqueue}, func(bpf.Profile) map[string]uint64 {
+			return map[string]uint64{"ring_full": atomic.AddUint64(&lost, 1)}
+		}})
+	}, func(w *Window) { windows <- w })
+	cpu := ownSample(t)
+	wait := func(cpu uint32, value uint64) bpf.Sample {
+		s := ownSample(t)
+		s.Profile, s.CPU, s.Value, s.Weight = bpf.ProfileRunqueue, cpu, value, 2
+		return s
+	}
+	captured := make(chan error, 1)
+	got := new(bytes.Buffer)
+	go func() {
+		p, err := r.Capture(context.Background(), Request{
+			Type: "wait", Duration: 600 * time.Millisecond,
+			Filter: Filter{Labels: map[string][]string{"parity": {"even"}}, Least: 65},
+		})
+		if err == nil {
+			err = WriteFolded(got, p, "delay")
+		}
+		captured <- err
+	}()
+	await(t, "the capture", func() bool {
+		n := 0
+		r.do(func() { n = len(r.captures) })
+		time.Sleep(20 * time.Millisecond)
+		return n == 1
+	})
+	r.source.put(cpu)
+	waits.put(wait(0, 64), wait(0, 100), wait(1, 70), wait(2, 127), wait(0, 128))
+	if err := <-captured; err != nil {
+		t.Fatal(err)
+	}
+	if !strings.HasSuffix(got.String(), " 710\n") || strings.Count(got.String(), "\n") != 1 {
+		t.Errorf("captured %q, want one stack of twice 100 + 127 + 128 ns", got)
+	}
+	if err := r.stop(t); err != nil {
+		t.Fatal(err)
+	}
+	w := <-windows
+	for name, want := range map[string]uint64{"cpu": 1, "wait": 10, "both": 11} {
+		if of := w.Of(name); of == nil || of.Samples != want || r.Stats().Samples[name] != want {
+			t.Errorf("%s: %+v, %d by the counters, want %d samples", name, of, r.Stats().Samples[name], want)
+		}
+	}
+	if w.Of("cpu").Lost["ring_full"] != 0 || w.Of("wait").Lost["ring_full"] == 0 || w.Of("both").Lost["ring_full"] == 0 {
+		t.Errorf("lost %v, %v, %v; want what the feed of waits lost in the types that take them", w.Of("cpu").Lost, w.Of("wait").Lost, w.Of("both").Lost)
+	}
+	type line struct {
+		parity               string
+		waits, delay, number int64
+	}
+	var lines []line
+	p := w.Of("wait").Profile
+	for _, s := range p.Sample {
+		lines = append(lines, line{s.Label["parity"][0], s.Value[0], s.Value[1], s.NumLabel["delay_ns"][0]})
+		if s.NumUnit["delay_ns"][0] != "nanoseconds" {
+			t.Errorf("unit of delay_ns: %v", s.NumUnit)
+		}
+	}
+	// Those of one power of two are one, with their mean.
+	want := []line{{"even", 6, 2 * (64 + 100 + 127), (64 + 100 + 127) / 3}, {"odd", 2, 140, 70}, {"even", 2, 256, 128}}
+	if !slices.Equal(lines, want) {
+		t.Errorf("rows %+v, want %+v", lines, want)
+	}
+	if p.PeriodType.Type != "wait" || p.Period != 1 {
+		t.Errorf("period %v %d", p.PeriodType, p.Period)
+	}
+	if w.Of("nothing") != nil {
+		t.Error("a window has a profile of a type that there is not")
+	}
+}
+
+func TestCaptureRefusesTypes(t *testing.T) {
+	r := run(t, func(c *Config) { c.Types = append(c.Types, waitType()) }, nil)
+	for _, q := range []Request{
+		{Type: "nothing", Duration: time.Second},
+		{Type: "cpu", Duration: time.Second, Filter: Filter{Least: 1}},
+		{Type: "cpu", Duration: time.Second, Filter: Filter{Labels: map[string][]string{"parity": {"even"}}}},
+		{Type: "wait", Duration: time.Second, Filter: Filter{Labels: map[string][]string{"device": {"vda"}}}},
+	} {
+		if _, err := r.Capture(context.Background(), q); err == nil || errors.Is(err, context.Canceled) {
+			t.Errorf("%+v: %v", q, err)
+		}
+	}
+}
