@@ -32,7 +32,7 @@ func newCgroup(t *testing.T, name string) *cgroup {
 		t.Fatal(err)
 	}
 	c := &cgroup{dir: filepath.Join(root, "hostflame-"+name)}
-	if err := os.Mkdir(c.dir, 0o755); err != nil {
+	if err := os.MkdirAll(c.dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { syscall.Rmdir(c.dir) })
