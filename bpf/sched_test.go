@@ -100,7 +100,8 @@ func knownWaits(t *testing.T, s *Sched) {
 	ours := above(t, d.Latency, 50_000_000) - above(t, d.Latency, 100_000_000)
 	stamps := above(t, d.wait, 50_000_000) - above(t, d.wait, 100_000_000)
 	t.Logf("%d waits of 50 to 100 ms, by time stamps %d", ours, stamps)
-	if ours < 23 {
+	// A virtual machine that pauses makes some of them longer.
+	if ours < min(23, stamps) || stamps < 15 {
 		t.Errorf("%d waits of 50 to 100 ms, want the 23 of 51 ms", ours)
 	}
 	// Others on a busy machine wait as long, some of them right at a bound.
