@@ -243,6 +243,30 @@ func TestSchedStartUnderLoad(t *testing.T) {
 	}
 }
 
+// Waits add up under load, also where the kernel preempts threads on their way to sleep
+// (preempt=full), of which sched_info knows nothing.
+func TestSchedUnderLoad(t *testing.T) {
+	bothMethods(t, func(t *testing.T, s *Sched) {
+		j := newJudge(t)
+		startWorkload(t, kerneltest.BuildProgram(t, "waiters"))
+		before := observe(t, s, j)
+		time.Sleep(4 * time.Second)
+		d := observe(t, s, j).since(before)
+		t.Logf("%d waits, %v; by time stamps %d, %v; %d of them the kernel does not book; %v dropped", d.Latency.Count(),
+			time.Duration(d.Latency.Sum), d.wait.Count(), time.Duration(d.wait.Sum), d.unbooked, d.dropped)
+		var lost uint64
+		for _, n := range d.dropped {
+			lost += n
+		}
+		if off := math.Abs(float64(d.Latency.Count()) - float64(d.wait.Count())); off > float64(lost)+0.01*float64(d.wait.Count()) {
+			t.Errorf("%d waits, by time stamps %d", d.Latency.Count(), d.wait.Count())
+		}
+		if off := float64(d.Latency.Sum)/float64(d.wait.Sum) - 1; math.Abs(off) > 0.03 {
+			t.Errorf("waits of %v, by time stamps %v", time.Duration(d.Latency.Sum), time.Duration(d.wait.Sum))
+		}
+	})
+}
+
 // A sleeper that is moved while its dequeue is delayed gets its sleep into run_delay, but
 // not into the histogram.
 func TestSchedDelayedDequeue(t *testing.T) {
