@@ -254,14 +254,14 @@ func TestSchedUnderLoad(t *testing.T) {
 		d := observe(t, s, j).since(before)
 		t.Logf("%d waits, %v; by time stamps %d, %v; %d of them the kernel does not book; %v dropped", d.Latency.Count(),
 			time.Duration(d.Latency.Sum), d.wait.Count(), time.Duration(d.wait.Sum), d.unbooked, d.dropped)
-		var lost uint64
-		for _, n := range d.dropped {
-			lost += n
+		if n := d.wait.Count() + d.unknown; n < d.seen[0] || n > d.seen[1] {
+			t.Errorf("%d to %d switch-ins recorded or dropped, by time stamps %d", d.seen[0], d.seen[1], n)
 		}
-		if off := math.Abs(float64(d.Latency.Count()) - float64(d.wait.Count())); off > float64(lost)+0.01*float64(d.wait.Count()) {
-			t.Errorf("%d waits, by time stamps %d", d.Latency.Count(), d.wait.Count())
+		tolerance := 0.03
+		if kerneltest.InVM() {
+			tolerance = 0.2 // emulated, reading takes a part of a second
 		}
-		if off := float64(d.Latency.Sum)/float64(d.wait.Sum) - 1; math.Abs(off) > 0.03 {
+		if off := float64(d.Latency.Sum)/float64(d.wait.Sum) - 1; math.Abs(off) > tolerance {
 			t.Errorf("waits of %v, by time stamps %v", time.Duration(d.Latency.Sum), time.Duration(d.wait.Sum))
 		}
 	})
