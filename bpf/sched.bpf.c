@@ -9,6 +9,7 @@
 #include "cgroup.bpf.h"
 #include "container.bpf.h"
 #include "counters.bpf.h"
+#include "draw.bpf.h"
 #include "histogram.bpf.h"
 #include "rqclock.bpf.h"
 #include "sched_runs.bpf.h"
@@ -230,6 +231,54 @@ static __always_inline void hf_account(struct task_struct *task, struct hf_task 
 		w->culprit = HF_RUNNER_QUOTA;
 }
 
+static __always_inline __u8 hf_cause_of(__u32 runner, __u32 slot)
+{
+	switch (runner) {
+	case HF_RUNNER_QUOTA:
+		return HF_CAUSE_QUOTA;
+	case HF_RUNNER_KERNEL:
+		return HF_CAUSE_KERNEL;
+	case HF_RUNNER_NOBODY:
+		return HF_CAUSE_IDLE;
+	case HF_RUNNER_STOLEN:
+		return HF_CAUSE_STOLEN;
+	case HF_RUNNER_UNKNOWN:
+		return HF_CAUSE_UNKNOWN;
+	}
+	return runner == slot ? HF_CAUSE_OWN : HF_CAUSE_OTHER;
+}
+
+/* Draws from the wait and the blocked time that have ended; waits.bpf.c takes the samples
+ * when the task runs. culprit is enum hf_runner, running the one that prev is. */
+static __always_inline void hf_draw_waits(struct task_struct *prev, struct task_struct *task, __u32 slot, __u64 ktime,
+					  __u64 wait, __u64 blocked, __u32 culprit, __u32 running)
+{
+	struct hf_waiting *p;
+	__u32 zero = 0;
+
+	if (!hf_wait_mean_ns && !hf_blocked_mean_ns)
+		return;
+	p = bpf_map_lookup_elem(&hf_waitings, &zero);
+	if (!p)
+		return;
+	p->wait_ns = p->blocked_ns = 0;
+	if (hf_wait_mean_ns && hf_drawn(&p->wait_draw, wait, hf_wait_mean_ns, ktime, &p->wait_mean_ns)) {
+		p->wait_ns = wait;
+		p->cause = hf_cause_of(culprit, slot);
+		p->by_pid = 0;
+		if (culprit == running && prev->pid) {
+			p->by_pid = prev->tgid;
+			bpf_probe_read_kernel_str(p->by, sizeof(p->by), prev->comm);
+		}
+	}
+	if (hf_blocked_mean_ns && blocked &&
+	    hf_drawn(&p->blocked_draw, blocked, hf_blocked_mean_ns, ktime, &p->blocked_mean_ns)) {
+		p->blocked_ns = blocked;
+		p->iowait = BPF_CORE_READ_BITFIELD(task, in_iowait);
+	}
+	p->tid = p->wait_ns || p->blocked_ns ? task->pid : 0;
+}
+
 static __always_inline void handle_switch_in(struct task_struct *prev, struct task_struct *task, struct hf_task *t,
 					     struct hf_sched_cpu *cpu, __u32 slot, __u64 ktime, __u64 now, __u64 clock)
 {
@@ -260,9 +309,9 @@ static __always_inline void handle_switch_in(struct task_struct *prev, struct ta
 		cells->wait_ns += wait;
 		hf_time_count(cells->wait, wait);
 		hf_account(task, t, cpu, cells, slot, ktime, wait, w);
-		/* Here all is known that a sample of this wait, and of the time blocked before,
-		 * would carry: wait, blocked, state, w->culprit, and prev, whose container and
-		 * process are the culprit's where w->culprit is cpu->runner. */
+		if (t->drawn_ns > t->out_ns)
+			blocked = blocked + t->out_ns > t->drawn_ns ? blocked + t->out_ns - t->drawn_ns : 0;
+		hf_draw_waits(prev, task, slot, ktime, wait, blocked, w->culprit, cpu->runner);
 	} else {
 		drop(reason);
 	}

@@ -43,6 +43,9 @@ type Feed struct {
 	// Losses returns what the kernel side lost of a profile, by reason, since it was loaded.
 	// May be nil.
 	Losses func(bpf.Profile) map[string]uint64
+	// Observe makes samples of what has begun and not ended. It is called before the drain
+	// that begins or ends a window or a capture. May be nil.
+	Observe func() error
 }
 
 // Config configures a Profiler. The zero value of a limit stands for its default.
@@ -335,6 +338,7 @@ func (p *Profiler) loop(ctx context.Context) error {
 	for ended := false; !ended; {
 		err := p.wait(ctx)
 		ended = ctx.Err() != nil
+		p.observe(ended)
 		derr := p.drain()
 		if derr != nil {
 			err = derr
@@ -354,6 +358,27 @@ func (p *Profiler) loop(ctx context.Context) error {
 		p.afterDrain()
 	}
 	return nil
+}
+
+// observe makes the sources tell of what has not ended, if a window or a capture begins or
+// ends with the drain that follows.
+func (p *Profiler) observe(last bool) {
+	p.mu.Lock()
+	due := last || len(p.pending) > 0
+	p.mu.Unlock()
+	due = due || bootTime() >= p.window.start.boot+p.cfg.Window ||
+		slices.ContainsFunc(p.captures, func(c *capture) bool { return bootTime() >= c.end() })
+	if !due {
+		return
+	}
+	for i := range p.cfg.Feeds {
+		if f := &p.cfg.Feeds[i]; f.Observe != nil {
+			if err := f.Observe(); err != nil {
+				p.drainErrors[i].Add(1)
+				p.cfg.Logger.Error("observe what has not ended", "err", err)
+			}
+		}
+	}
 }
 
 // drain takes what all sources have.
