@@ -9,8 +9,28 @@ import (
 
 // profileTypes are the types that the agent has, the first being what / and /ui/ show, and
 // missing says of those that this host can not have why.
-func profileTypes(k *kernel, cfg bpf.CPUConfig) (types []profiler.Type, missing map[string]error) {
-	return []profiler.Type{profiler.CPU(cfg.Event, cfg.Frequency)}, nil
+func profileTypes(k *kernel, cfg bpf.CPUConfig, states *profiler.States) (types []profiler.Type, missing map[string]error) {
+	waits := []profiler.Type{profiler.Runqueue(), profiler.OffCPU(states), profiler.Wall(cfg.Frequency, states)}
+	missing = map[string]error{}
+	for _, t := range waits {
+		if k.waitsErr != nil {
+			missing[t.Name] = k.waitsErr
+		}
+	}
+	return append([]profiler.Type{profiler.CPU(cfg.Event, cfg.Frequency)}, waits...), missing
+}
+
+// feeds are the sources of the samples of all types; those of CPU time are drained through cpu.
+func feeds(k *kernel, cpu profiler.Source) []profiler.Feed {
+	list := []profiler.Feed{cpuFeed(k.cpu, cpu)}
+	if k.waits != nil {
+		list = append(list, profiler.Feed{
+			Source: k.waits, Profiles: []bpf.Profile{bpf.ProfileRunqueue, bpf.ProfileOffCPU},
+			Losses:  func(bpf.Profile) map[string]uint64 { return lossesOf(k.waits.Stats) },
+			Observe: k.waits.Observe,
+		})
+	}
+	return list
 }
 
 // cpuFeed are the samples of CPU time, drained through source.
