@@ -46,6 +46,8 @@ struct hf_waiting {
 	__u64 wait_mean_ns;
 	__u64 blocked_ns;
 	__u64 blocked_mean_ns;
+	__u64 task;         /* addresses: of the task, and of the one it waited for, 0 where that is */
+	__u64 by_task;      /* not known */
 	__u32 tid;          /* 0: nothing is pending */
 	__u32 by_pid;
 	char by[HF_COMM_LEN];

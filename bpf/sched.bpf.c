@@ -248,35 +248,31 @@ static __always_inline __u8 hf_cause_of(__u32 runner, __u32 slot)
 	return runner == slot ? HF_CAUSE_OWN : HF_CAUSE_OTHER;
 }
 
-/* Draws from the wait and the blocked time that have ended; waits.bpf.c takes the samples
- * when the task runs. culprit is enum hf_runner, running the one that prev is. */
-static __always_inline void hf_draw_waits(struct task_struct *prev, struct task_struct *task, __u32 slot, __u64 ktime,
-					  __u64 wait, __u64 blocked, __u32 culprit, __u32 running)
+/* Draws from the wait and the blocked time that p has; what is not taken becomes 0 there.
+ * waits.bpf.c takes the samples when the task runs. Not static, so that the verifier sees it once: its paths times those of the switch
+ * are too many for Linux 6.1. */
+__noinline int hf_draw_waits(struct hf_waiting *p, __u64 ktime)
 {
-	struct hf_waiting *p;
-	__u32 zero = 0;
+	struct task_struct *by, *task;
 
-	if (!hf_wait_mean_ns && !hf_blocked_mean_ns)
-		return;
-	p = bpf_map_lookup_elem(&hf_waitings, &zero);
 	if (!p)
-		return;
-	p->wait_ns = p->blocked_ns = 0;
-	if (hf_wait_mean_ns && hf_drawn(&p->wait_draw, wait, hf_wait_mean_ns, ktime, &p->wait_mean_ns)) {
-		p->wait_ns = wait;
-		p->cause = hf_cause_of(culprit, slot);
-		p->by_pid = 0;
-		if (culprit == running && prev->pid) {
-			p->by_pid = prev->tgid;
-			bpf_probe_read_kernel_str(p->by, sizeof(p->by), prev->comm);
-		}
+		return 0;
+	task = (struct task_struct *)p->task;
+	by = (struct task_struct *)p->by_task;
+	p->by_pid = 0;
+	if (!hf_wait_mean_ns || !hf_drawn(&p->wait_draw, p->wait_ns, hf_wait_mean_ns, ktime, &p->wait_mean_ns)) {
+		p->wait_ns = 0;
+	} else if (by) {
+		p->by_pid = BPF_CORE_READ(by, tgid);
+		BPF_CORE_READ_STR_INTO(&p->by, by, comm);
 	}
-	if (hf_blocked_mean_ns && blocked &&
-	    hf_drawn(&p->blocked_draw, blocked, hf_blocked_mean_ns, ktime, &p->blocked_mean_ns)) {
-		p->blocked_ns = blocked;
-		p->iowait = BPF_CORE_READ_BITFIELD(task, in_iowait);
-	}
-	p->tid = p->wait_ns || p->blocked_ns ? task->pid : 0;
+	if (!hf_blocked_mean_ns || !p->blocked_ns ||
+	    !hf_drawn(&p->blocked_draw, p->blocked_ns, hf_blocked_mean_ns, ktime, &p->blocked_mean_ns))
+		p->blocked_ns = 0;
+	else
+		p->iowait = BPF_CORE_READ_BITFIELD_PROBED(task, in_iowait);
+	p->tid = p->wait_ns || p->blocked_ns ? BPF_CORE_READ(task, pid) : 0;
+	return 0;
 }
 
 static __always_inline void handle_switch_in(struct task_struct *prev, struct task_struct *task, struct hf_task *t,
@@ -285,8 +281,9 @@ static __always_inline void handle_switch_in(struct task_struct *prev, struct ta
 	__u64 grown = 0, blocked = 0;
 	struct hf_sched_slot *cells;
 	struct hf_wait *w = &cpu->wait;
+	struct hf_waiting *p;
 	enum hf_drop reason;
-	__u32 state;
+	__u32 state, zero = 0;
 	__s64 wait;
 
 	cells = bpf_map_lookup_elem(&hf_sched_cells, &slot);
@@ -311,7 +308,15 @@ static __always_inline void handle_switch_in(struct task_struct *prev, struct ta
 		hf_account(task, t, cpu, cells, slot, ktime, wait, w);
 		if (t->drawn_ns > t->out_ns)
 			blocked = blocked + t->out_ns > t->drawn_ns ? blocked + t->out_ns - t->drawn_ns : 0;
-		hf_draw_waits(prev, task, slot, ktime, wait, blocked, w->culprit, cpu->runner);
+		p = bpf_map_lookup_elem(&hf_waitings, &zero);
+		if (p && (hf_wait_mean_ns || hf_blocked_mean_ns)) {
+			p->wait_ns = wait;
+			p->blocked_ns = blocked;
+			p->cause = hf_cause_of(w->culprit, slot);
+			p->task = (__u64)task;
+			p->by_task = w->culprit == cpu->runner && prev->pid ? (__u64)prev : 0;
+			hf_draw_waits(p, ktime);
+		}
 	} else {
 		drop(reason);
 	}

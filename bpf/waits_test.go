@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/hostflame/hostflame/internal/kerneltest"
-	testload "github.com/hostflame/hostflame/test/workload"
 )
 
 func newWaits(t *testing.T, sampling WaitSampling) (*Sched, *Waits) {
@@ -76,14 +75,10 @@ func (w *Waits) drainFor(t *testing.T, d time.Duration, fn func(*Sample)) {
 	}
 }
 
-// runProgram starts a program of the tests' workloads and ends it with the test.
-func runProgram(t *testing.T, name string, args ...string) *exec.Cmd {
+// runThreads starts the workload threads and ends it with the test.
+func runThreads(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
-	path, err := testload.Compile(t.TempDir(), name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(path, args...)
+	cmd := exec.Command(kerneltest.BuildProgram(t, "threads"), args...)
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -104,7 +99,7 @@ func TestWaitsAddUp(t *testing.T) {
 	s, w := newWaits(t, WaitSampling{})
 	kerneltest.MeasureLock(t)
 	c := newCgroup(t, "waits")
-	load := runProgram(t, testload.Threads, "20", "3", strconv.Itoa(int(d.Seconds())+10))
+	load := runThreads(t, "20", "3", strconv.Itoa(int(d.Seconds())+10))
 	c.set(t, "cgroup.procs", strconv.Itoa(load.Process.Pid))
 	id, err := strconv.ParseUint(c.name, 10, 64)
 	if err != nil {
@@ -148,7 +143,7 @@ func TestWaitsAddUp(t *testing.T) {
 func TestWaitsAllTaken(t *testing.T) {
 	s, w := newWaits(t, WaitSampling{Wait: time.Nanosecond, Blocked: time.Nanosecond, PerSecond: 100_000})
 	c := newCgroup(t, "all-waits")
-	load := runProgram(t, testload.Threads, "3", "1", "20")
+	load := runThreads(t, "3", "1", "20")
 	c.set(t, "cgroup.procs", strconv.Itoa(load.Process.Pid))
 	time.Sleep(500 * time.Millisecond)
 	w.drainFor(t, 0, func(*Sample) {})
@@ -187,7 +182,7 @@ func TestWaitsAllTaken(t *testing.T) {
 func TestWaitsKeepTheRate(t *testing.T) {
 	const perSecond = 50
 	_, w := newWaits(t, WaitSampling{Wait: time.Microsecond, Blocked: time.Microsecond, PerSecond: perSecond})
-	runProgram(t, testload.Threads, "100", "2", "30")
+	runThreads(t, "100", "2", "30")
 	w.drainFor(t, 3*time.Second, func(*Sample) {})
 	n := map[Profile]int{}
 	start := time.Now()
@@ -208,14 +203,7 @@ func TestWaitsKeepTheRate(t *testing.T) {
 // A thread that stays blocked is sampled while it is, from when that was last asked for.
 func TestWaitsObserveTheBlocked(t *testing.T) {
 	_, w := newWaits(t, WaitSampling{PerSecond: 2000}) // of all that are idle on this host
-	cmd := exec.Command("sleep", "1000")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
+	cmd := runThreads(t, "0", "0", "1000")             // the main thread sleeps
 	time.Sleep(200 * time.Millisecond)
 	var got sampled
 	observe := func() {
@@ -250,7 +238,7 @@ func TestWaitsHook(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Log(st.Programs[0].Name)
-	runProgram(t, testload.Threads, "5", "2", "10")
+	runThreads(t, "5", "2", "10")
 	user := 0
 	w.drainFor(t, 2*time.Second, func(x *Sample) {
 		if len(x.User) > 0 && x.Profile == ProfileRunqueue {

@@ -53,6 +53,7 @@ func TestEndToEnd(t *testing.T) {
 	t.Run("Load", func(t *testing.T) {
 		t.Run("Pprof", parallel(s.testPprof))
 		t.Run("Capture", parallel(s.testCapture))
+		t.Run("Wall", parallel(s.testWall))
 		t.Run("SecondAgent", parallel(s.testSecondAgent))
 		t.Run("Prometheus", parallel(s.testPrometheus))
 		t.Run("Collector", parallel(s.testCollector))
