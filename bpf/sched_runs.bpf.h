@@ -80,8 +80,7 @@ static __always_inline void hf_blame(struct hf_sched_slot *cells, struct hf_wait
 	w->age = age;
 }
 
-/* Accounts for the wait by what ran on cpu, as far back as that is known. A global function,
- * so that the verifier looks at it once. */
+/* Accounts for the wait by what ran on cpu, as far back as that is known. */
 __noinline int hf_blame_runs(struct hf_sched_cpu *cpu, struct hf_sched_slot *cells, struct hf_wait *w)
 {
 	hf_run run;
