@@ -168,11 +168,15 @@ func TestWaitsAllTaken(t *testing.T) {
 		t.Fatal(err)
 	}
 	grown := byName(after)[c.name].since(byName(before)[c.name])
-	// The sums are not read at the moment of the drains.
+	// The sums are not read at the moment of the drains, and an emulated CPU is slow.
+	share := 0.01
+	if kerneltest.InVM() {
+		share = 0.03
+	}
 	wait.variance, blocked.variance = 0, 0
-	wait.check(t, "waits", grown.Latency.Sum, 0.01)
-	blocked.check(t, "blocked time", grown.Blocked.Sum+grown.BlockedIO.Sum, 0.01)
-	if n := grown.Latency.Count(); math.Abs(float64(n)-float64(wait.n)) > 0.01*float64(n) {
+	wait.check(t, "waits", grown.Latency.Sum, share)
+	blocked.check(t, "blocked time", grown.Blocked.Sum+grown.BlockedIO.Sum, share)
+	if n := grown.Latency.Count(); math.Abs(float64(n)-float64(wait.n)) > share*float64(n) {
 		t.Errorf("%d samples of %d waits", wait.n, n)
 	}
 }
