@@ -50,12 +50,16 @@ func OffCPU(states *States) Type {
 }
 
 // Wall is the profile type of all the time of threads, by what they did: the samples of CPU
-// time, of waits and of blocked time together.
+// time, of waits and of blocked time together. How many stacks a value is from tells how far
+// it can be trusted.
 func Wall(frequency int, states *States) Type {
 	return Type{
 		Name:    "wall",
 		Samples: []bpf.Profile{bpf.ProfileCPU, bpf.ProfileRunqueue, bpf.ProfileOffCPU},
-		Values:  []Value{{ValueType{"wall", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value }}},
+		Values: []Value{
+			{ValueType{"stacks", "count"}, func(*bpf.Sample) uint64 { return 1 }},
+			{ValueType{"wall", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value }},
+		},
 		Period:  Period{ValueType{"wall", "nanoseconds"}, int64(time.Second) / int64(frequency)},
 		Labels:  states.labels(),
 		Least:   minDuration,

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math"
 	"net/http"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -30,79 +31,84 @@ var phaseStates = map[string]struct{ function, state string }{
 // measured in each of its functions.
 func (s *stack) testWall(t *testing.T) {
 	const seconds = 30
-	phases := workload.Start(t, s.programs[workload.Phases], "100", s.dir)
+	phases := workload.Start(t, s.programs[workload.Phases], strconv.Itoa(seconds+2), s.dir)
 	status, body, err := s.agent.Get(fmt.Sprintf("/pprof/wall?seconds=%d&pid=%d", seconds, phases.PID))
 	if err != nil || status != http.StatusOK {
 		t.Fatalf("status %d, %v: %s", status, err, body)
 	}
-	said := phases.Stop()
 	p, err := profile.Parse(bytes.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
 	}
-	all, functions, states := 0.0, map[string]float64{}, map[string]map[string]float64{}
-	variance := map[int64]float64{}
-	threads := map[int64]float64{}
+	threads, functions, states := map[int64]*estimate{}, map[string]*estimate{}, map[string]map[string]float64{}
+	for _, phase := range phaseStates {
+		functions[phase.function], states[phase.function] = new(estimate), map[string]float64{}
+	}
+	var all estimate
 	for _, sample := range p.Sample {
-		value := float64(sample.Value[0])
 		tid := sample.NumLabel["tid"][0]
-		threads[tid] += value
-		// A row has many samples; if it had one, its variance would be below this.
-		variance[tid] += value * 20e6
-		if tid != int64(phases.PID) {
-			continue
+		if threads[tid] == nil {
+			threads[tid] = new(estimate)
 		}
-		all += value
+		threads[tid].add(sample)
 		for _, l := range sample.Location {
-			if len(l.Line) == 0 {
+			if len(l.Line) == 0 || functions[l.Line[0].Function.Name] == nil {
 				continue
 			}
-			for _, phase := range phaseStates {
-				if name := l.Line[0].Function.Name; name == phase.function {
-					functions[name] += value
-					if states[name] == nil {
-						states[name] = map[string]float64{}
-					}
-					states[name][sample.Label["state"][0]] += value
-				}
-			}
+			name := l.Line[0].Function.Name
+			all.add(sample)
+			functions[name].add(sample)
+			states[name][sample.Label["state"][0]] += float64(sample.Value[1])
+			break
 		}
 	}
+	wall := float64(p.DurationNanos)
 	if len(threads) != 2 {
 		t.Errorf("threads %v, want two", threads)
 	}
-	wall := float64(p.DurationNanos)
-	for tid, ns := range threads {
-		t.Logf("thread %d: %.3f s of %.3f s", tid, ns/1e9, wall/1e9)
-		if math.Abs(ns-wall) > 0.02*wall+4*math.Sqrt(variance[tid]) {
-			t.Errorf("thread %d: %.3f s of %.3f s", tid, ns/1e9, wall/1e9)
+	for tid, e := range threads {
+		t.Logf("thread %d: %.3f s of %.3f s, standard error %.3f s", tid, e.ns/1e9, wall/1e9, e.deviation()/1e9)
+		if math.Abs(e.ns-wall) > 0.02*wall+4*e.deviation() {
+			t.Errorf("thread %d: %.3f s of %.3f s", tid, e.ns/1e9, wall/1e9)
 		}
 	}
-	var total float64
-	want := map[string]float64{}
-	for line := range strings.Lines(said) {
+	said, total := map[string]float64{}, 0.0
+	for line := range strings.Lines(phases.Wait()) {
 		var name string
 		var wall, cpu float64
 		if _, err := fmt.Sscanf(line, "%s wall %f cpu %f", &name, &wall, &cpu); err != nil {
 			t.Fatalf("phases said %q: %v", line, err)
 		}
-		want[name] = wall
+		said[name] = wall
 		total += wall
 	}
 	for name, phase := range phaseStates {
-		got := 100 * functions[phase.function] / all
-		t.Logf("%s: %.1f %% of the time, it says %.1f %%; %v", phase.function, got, 100*want[name]/total, states[phase.function])
-		if math.Abs(got-100*want[name]/total) > 3 {
-			t.Errorf("%s has %.1f %% of the time, want %.1f within 3", phase.function, got, 100*want[name]/total)
+		e, state := functions[phase.function], states[phase.function]
+		got, want := 100*e.ns/all.ns, 100*said[name]/total
+		allowed := max(3, 400*e.deviation()/all.ns)
+		t.Logf("%s: %.1f %% of the time, it says %.1f %% (allowed %.1f); %.2v", phase.function, got, want, allowed, state)
+		if math.Abs(got-want) > allowed {
+			t.Errorf("%s has %.1f %% of the time, want %.1f within %.1f", phase.function, got, want, allowed)
 		}
-		var blocked float64
-		for state, ns := range states[phase.function] {
-			if state != "cpu" && state != "runqueue" {
-				blocked += ns
-			}
+		if phase.state == "" {
+			continue
 		}
-		if phase.state != "" && states[phase.function][phase.state] < 0.9*blocked || blocked == 0 && phase.state != "" {
-			t.Errorf("%s: states %v, want %s", phase.function, states[phase.function], phase.state)
+		if blocked := e.ns - state["cpu"] - state["runqueue"]; blocked == 0 || state[phase.state] < 0.9*blocked {
+			t.Errorf("%s: states %v, want %s", phase.function, state, phase.state)
 		}
 	}
 }
+
+// estimate is a sum over samples that were drawn by time, and its variance.
+type estimate struct{ ns, variance float64 }
+
+// add adds a row: n samples of about one value each.
+func (e *estimate) add(s *profile.Sample) {
+	n, ns := float64(s.Value[0]), float64(s.Value[1])
+	e.ns += ns
+	if s.Label["state"][0] != "cpu" { // those come at a fixed rate
+		e.variance += ns * ns / n
+	}
+}
+
+func (e *estimate) deviation() float64 { return math.Sqrt(e.variance) }
