@@ -60,8 +60,8 @@ func Wall(frequency int, states *States) Type {
 			{ValueType{"stacks", "count"}, func(*bpf.Sample) uint64 { return 1 }},
 			{ValueType{"wall", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value }},
 		},
-		Period:  Period{ValueType{"wall", "nanoseconds"}, int64(time.Second) / int64(frequency)},
-		Labels:  states.labels(),
-		Least:   minDuration,
+		Period: Period{ValueType{"wall", "nanoseconds"}, int64(time.Second) / int64(frequency)},
+		Labels: states.labels(),
+		Least:  minDuration,
 	}
 }
