@@ -84,11 +84,16 @@ func (u *ui) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusFound)
 		return
 	case "download":
+		pp, err := of.Pprof()
+		if err != nil {
+			u.fail(w, err)
+			return
+		}
 		attachment(w, u.host, typ, window.End)
 		if r.Method == http.MethodHead {
 			return
 		}
-		if err := of.Profile.Write(w); err != nil {
+		if err := pp.Write(w); err != nil {
 			u.logger.Debug("send window failed", "err", err)
 		}
 		return
@@ -109,13 +114,17 @@ func (u *ui) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	handler, err := u.page(window, of, page)
 	if err != nil {
-		u.logger.Error("make web UI failed", "err", err)
-		http.Error(w, fmt.Sprintf("make web UI: %v", err), http.StatusInternalServerError)
+		u.fail(w, err)
 		return
 	}
 	answer := &recorder{header: http.Header{}, status: http.StatusOK}
 	handler.ServeHTTP(answer, r)
 	u.send(w, answer, up)
+}
+
+func (u *ui) fail(w http.ResponseWriter, err error) {
+	u.logger.Error("make web UI failed", "err", err)
+	http.Error(w, fmt.Sprintf("make web UI: %v", err), http.StatusInternalServerError)
 }
 
 // path takes apart what follows /ui/: the first profile type has its pages there, each other
@@ -156,7 +165,11 @@ func (u *ui) page(window *profiler.Window, of *profiler.Profile, name string) (h
 		u.window, u.pages = window, map[string]map[string]http.Handler{}
 	}
 	if u.pages[of.Type] == nil {
-		pages, err := newPages(u.dressed(of.Profile), u.logger)
+		pp, err := of.Pprof()
+		if err != nil {
+			return nil, err
+		}
+		pages, err := newPages(u.dressed(pp), u.logger)
 		if err != nil {
 			return nil, err
 		}

@@ -172,10 +172,19 @@ type Window struct {
 // Profile is what a window has of one type.
 type Profile struct {
 	Type    string
-	Profile *profile.Profile
 	Samples uint64            // delivered
 	Lost    map[string]uint64 // by reason, those that have none left out
+	pprof   func() (*profile.Profile, error)
 }
+
+// NewProfile returns a Profile that has pp as its pprof profile.
+func NewProfile(typ string, pp *profile.Profile, samples uint64, lost map[string]uint64) Profile {
+	return Profile{typ, samples, lost, func() (*profile.Profile, error) { return pp, nil }}
+}
+
+// Pprof returns the pprof profile, which is shared. It is made when it is first asked for:
+// nobody looks at most windows.
+func (p *Profile) Pprof() (*profile.Profile, error) { return p.pprof() }
 
 // Of returns the profile of a type, by name, nil if w has none.
 func (w *Window) Of(name string) *Profile {
@@ -620,13 +629,11 @@ func (p *Profiler) meta(a *aggregate, start, end instant, lost map[string]uint64
 func (p *Profiler) publish(c closedWindow) {
 	w := &Window{Start: c.start.wall, End: c.start.wall.Add(c.end.boot - c.start.boot)}
 	for _, part := range c.parts {
-		pp, err := p.profile(part.rows, part.meta, c.deadline)
-		if err != nil {
-			p.cfg.Logger.Error("close window failed", "type", part.meta.typ.Name, "err", err)
-			return
-		}
+		found, late := p.symbols.lookup(part.rows, c.deadline) // the processes may be gone soon
+		part.meta.late = late
 		w.Profiles = append(w.Profiles, Profile{
-			Type: part.meta.typ.Name, Profile: pp, Samples: part.meta.samples, Lost: part.meta.lost,
+			Type: part.meta.typ.Name, Samples: part.meta.samples, Lost: part.meta.lost,
+			pprof: sync.OnceValues(func() (*profile.Profile, error) { return buildProfile(part.rows, found, part.meta) }),
 		})
 	}
 	p.newest.Store(w)

@@ -91,7 +91,7 @@ func TestTypes(t *testing.T) {
 		waits, delay, number int64
 	}
 	var lines []line
-	p := w.Of("wait").Profile
+	p := pprofOf(t, w.Of("wait"))
 	for _, s := range p.Sample {
 		lines = append(lines, line{s.Label["parity"][0], s.Value[0], s.Value[1], s.NumLabel["delay_ns"][0]})
 		if s.NumUnit["delay_ns"][0] != "nanoseconds" {
