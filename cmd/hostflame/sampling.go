@@ -44,6 +44,9 @@ func samplingFlags(c *kingpin.CmdClause) (s sampling) {
 // tableCacheQuota is in bytes: a table of a region takes 10 KiB on average.
 const tableCacheQuota = 256 << 20
 
+// indexCacheQuota is in bytes: an index takes a twentieth of the debug sections.
+const indexCacheQuota = 1 << 30
+
 // defaultCacheDirectory is what systemd gives the service, or the user's own.
 func defaultCacheDirectory() string {
 	base := os.Getenv("CACHE_DIRECTORY")

@@ -73,6 +73,31 @@ func open(m *elffile.Image, secs []elffile.Section, z *elffile.Inflater, suffix 
 	return d, nil
 }
 
+// Sections are the section headers of a file's debug sections, in the order in which Open
+// looks for them.
+func Sections(m *elffile.Image, secs []elffile.Section) []elffile.Section {
+	var found []elffile.Section
+	for _, part := range sections {
+		for _, s := range m.SectionsNamed(secs, ".debug_"+part.name, ".zdebug_"+part.name) {
+			if s.Type != elffile.SHTNobits && s.Size > 0 {
+				found = append(found, s)
+			}
+		}
+	}
+	return found
+}
+
+// Bytes is the size of all sections, decompressed.
+func (d *Data) Bytes() int64 {
+	var n int64
+	for _, part := range sections {
+		if s := *part.of(d); s != nil {
+			n += int64(s.Size)
+		}
+	}
+	return n
+}
+
 // CodeOf is where a file's sections have instructions.
 func CodeOf(m *elffile.Image, secs []elffile.Section) []Range {
 	var code []Range

@@ -9,9 +9,12 @@ import (
 	"encoding/binary"
 	"fmt"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/hostflame/hostflame/internal/dwarf"
 	"github.com/hostflame/hostflame/internal/elffile"
@@ -29,13 +32,24 @@ type Stats struct {
 	Bytes       int64 // of the index
 }
 
+// Options are where an index goes, and how it is made.
+type Options struct {
+	Identity   Identity
+	File       *os.File // empty, for the index
+	Spool      *os.File // empty, for what is in the way meanwhile
+	Workers    int      // goroutines; 1
+	Background bool     // they give way to all other threads
+}
+
 const partBuffer = 256 << 10 // bytes of parts that are written at once
 
-// Build writes an index of what d says to f, which is empty, in one pass over the units
-// with some goroutines. spool is an empty file, too, for what is in the way meanwhile. It
-// takes a few megabytes and some for each goroutine, beside the names' hashes and what the
-// largest unit's line table takes. Units that are malformed are left out.
-func Build(ctx context.Context, d *dwarf.Data, id Identity, f, spool *os.File, workers int) (Stats, error) {
+// niceness of a background worker: it gets about a tenth of what others want.
+const niceness = 10
+
+// Build writes an index of what d says, in one pass over its units. It takes a few
+// megabytes and some for each worker, beside the names' hashes and what the largest unit's
+// line table takes. Units that are malformed are left out.
+func Build(ctx context.Context, d *dwarf.Data, o Options) (Stats, error) {
 	n, err := d.ReadUnits()
 	if err != nil {
 		return Stats{}, err
@@ -48,15 +62,20 @@ func Build(ctx context.Context, d *dwarf.Data, id Identity, f, spool *os.File, w
 	if len(d.Code) == 0 {
 		return Stats{}, elffile.Errorf(elffile.Missing, "index: no code")
 	}
-	b := &builder{data: d, file: f, names: newNames(spool), units: n}
-	b.header = header{identity: id, base: d.Code[0].Low}
+	b := &builder{data: d, file: o.File, names: newNames(o.Spool), units: n}
+	b.header = header{identity: o.Identity, base: d.Code[0].Low}
 	b.off.Store(headerSize)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
-	for range min(max(1, workers), max(1, n)) {
+	for range min(max(1, o.Workers), max(1, n)) {
 		wg.Go(func() {
-			if err := b.work(ctx); err != nil {
+			if o.Background {
+				// The thread ends with the goroutine, as it stays locked.
+				runtime.LockOSThread()
+				_ = unix.Setpriority(unix.PRIO_PROCESS, 0, niceness)
+			}
+			if err := b.guarded(ctx); err != nil {
 				cancel(err)
 			}
 		})
@@ -83,6 +102,17 @@ type builder struct {
 	mu     sync.Mutex
 	blocks []block
 	stats  Stats
+}
+
+// guarded is work, whose panics are errors: what is read may be hostile, and bugs that
+// fuzzing has not found yet are to end the index, not the agent.
+func (b *builder) guarded(ctx context.Context) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = elffile.Errorf(elffile.Malformed, "index: panic: %v", r)
+		}
+	}()
+	return b.work(ctx)
 }
 
 // work encodes units until there are no more.
