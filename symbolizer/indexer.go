@@ -208,6 +208,9 @@ func (x *indexer) make(o *Object) (ix *index.Index, st makeStats, err error) {
 			}
 		}
 	}
+	split := &splitFinder{object: o, z: z}
+	defer split.close()
+	d.Split = split.find
 	if st.input = d.Bytes(); st.input > maxDebugBytes {
 		return nil, st, errorf(ReasonTooLarge, "debug sections of %d bytes", st.input)
 	}
@@ -260,7 +263,7 @@ func (o *Object) openAlt(secs []elffile.Section) (alt *elffile.Image, done func(
 	}
 	fi, err := f.Stat()
 	if err == nil {
-		alt, err = elffile.Parse(wholeFile{f, fi.Size()})
+		alt, err = elffile.ParseObject(wholeFile{f, fi.Size()})
 	}
 	if err != nil || alt.BuildID != buildID {
 		f.Close()

@@ -3,6 +3,7 @@
 package symbolizer
 
 import (
+	"cmp"
 	"time"
 
 	"github.com/hostflame/hostflame/internal/dwarf"
@@ -120,12 +121,11 @@ func (n *lineNames) result(ix *index.Index, frames []index.Frame, symbol Result)
 		lines[i] = n.function(ix, f.Function)
 		lines[i].File, lines[i].Line = n.file(ix, f.File), int64(f.Line)
 	}
-	last := &lines[len(lines)-1]
-	switch {
-	case len(symbol.Lines) > 0:
+	if last := &lines[len(lines)-1]; len(symbol.Lines) > 0 {
 		last.Function, last.SystemName = symbol.Lines[0].Function, symbol.Lines[0].SystemName
-	case last.Function == "":
-		last.Function = unknownFunction
+	}
+	for i := range lines {
+		lines[i].Function = cmp.Or(lines[i].Function, unknownFunction)
 	}
 	return Result{Lines: lines}
 }

@@ -45,8 +45,9 @@ func (c *Code) Sequences(f func(rows []Row, high uint64)) {
 
 // Reader reads units. It is for one goroutine; a Data may have several.
 type Reader struct {
-	data  *Data
-	names Interner
+	data    *Data
+	names   Interner
+	current *Data // what the entries that are read are in: data, or of a split unit
 
 	info, side, peek, lists, line, abbrev, strings cursor
 
@@ -112,12 +113,6 @@ type frame struct {
 	node uint32 // of the innermost function or inlined call
 }
 
-// SplitUnit is the unit that a skeleton stands for.
-type SplitUnit struct {
-	Data  *Data
-	Index int
-}
-
 // Code reads the i-th unit. The result is valid until the next call. It is nil for units
 // without code, and for those of Go, whose binaries have something better.
 func (r *Reader) Code(i int) (*Code, error) {
@@ -150,8 +145,10 @@ func (r *Reader) Code(i int) (*Code, error) {
 		r.info.seek(at)
 	}
 	var err error
+	r.current = r.data
 	if s := r.splitUnit(u, &root); s != nil {
 		err = r.splitCode(u, s)
+		s.Done()
 	} else {
 		err = r.entries(&r.info, u, isC(root.language))
 	}
@@ -194,10 +191,9 @@ func (r *Reader) splitCode(skeleton *unitContext, s *SplitUnit) error {
 	if err := u.open(&r.info, &r.abbrev, s.Data, s.Index, &root); err != nil {
 		return err
 	}
+	r.current = s.Data
 	u.low, u.addr, u.addrBase = skeleton.low, skeleton.addr, skeleton.addrBase
-	if u.version < 5 {
-		u.rangesBase = skeleton.rangesBase
-	}
+	u.ranges, u.rangesBase = skeleton.ranges, skeleton.rangesBase
 	return r.entries(&r.info, u, isC(root.language))
 }
 
@@ -327,7 +323,7 @@ func (r *Reader) origin(u *unitContext, to ref, hops int) origin {
 		return origin{}
 	}
 	// References from other files' units are rare, and not remembered.
-	own := u.data == r.data && !to.alt
+	own := u.data == r.current && !to.alt
 	if own {
 		if o, ok := r.origins[to]; ok {
 			return o

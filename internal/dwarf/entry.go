@@ -50,7 +50,7 @@ type unitContext struct {
 	low                                    uint64
 	strOffsetsBase, addrBase, rnglistsBase uint64
 	rangesBase                             uint64
-	addr                                   *Section // .debug_addr, for a split unit that of its skeleton
+	addr, ranges                           *Section // for a split unit those of its skeleton
 }
 
 // read reads an entry of abbreviation a into e.
@@ -288,7 +288,7 @@ func (u *unitContext) indexedAddress(i uint64) (uint64, bool) {
 // it has one.
 func (u *unitContext) open(c, ca *cursor, d *Data, i int, root *entry) error {
 	u.unit, u.data, u.index = d.units[i], d, i
-	u.addr = d.Addr
+	u.addr, u.ranges = d.Addr, d.Ranges
 	u.strOffsetsBase, u.addrBase, u.rnglistsBase, u.rangesBase, u.low = 0, 0, 0, 0, 0
 	if d.dwo && u.version >= 5 {
 		// There is one contribution, whose base is after its header.
@@ -326,7 +326,7 @@ func (u *unitContext) open(c, ca *cursor, d *Data, i int, root *entry) error {
 		if root.is(fieldLow) {
 			u.low = root.low
 		}
-		if c.err != nil || !a.children {
+		if c.err != nil {
 			break
 		}
 	}

@@ -42,15 +42,6 @@ func Open(m *elffile.Image, secs []elffile.Section, z *elffile.Inflater) (*Data,
 	return open(m, secs, z, "")
 }
 
-// OpenSplit finds those of a .dwo file.
-func OpenSplit(m *elffile.Image, secs []elffile.Section, z *elffile.Inflater) (*Data, error) {
-	d, err := open(m, secs, z, ".dwo")
-	if err == nil {
-		d.dwo = true
-	}
-	return d, err
-}
-
 func open(m *elffile.Image, secs []elffile.Section, z *elffile.Inflater, suffix string) (*Data, error) {
 	d := &Data{Code: CodeOf(m, secs)}
 	for _, part := range sections {

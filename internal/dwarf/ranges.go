@@ -86,7 +86,7 @@ func (r *Reader) rnglist(u *unitContext, e *entry, f func(low, high uint64)) {
 
 // rangelist reads a list of .debug_ranges (DWARF 4, section 2.17.3).
 func (r *Reader) rangelist(u *unitContext, off uint64, f func(low, high uint64)) {
-	sec := u.data.Ranges
+	sec := u.ranges
 	if sec == nil {
 		return
 	}
