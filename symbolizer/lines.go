@@ -121,7 +121,7 @@ func (n *lineNames) result(ix *index.Index, frames []index.Frame, symbol Result)
 		lines[i] = n.function(ix, f.Function)
 		lines[i].File, lines[i].Line = n.file(ix, f.File), int64(f.Line)
 	}
-	if last := &lines[len(lines)-1]; len(symbol.Lines) > 0 {
+	if last := &lines[len(lines)-1]; len(symbol.Lines) > 0 && (!symbol.made || last.Function == "") {
 		last.Function, last.SystemName = symbol.Lines[0].Function, symbol.Lines[0].SystemName
 	}
 	for i := range lines {

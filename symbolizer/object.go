@@ -55,8 +55,11 @@ type tableKind int
 const (
 	tableGo     = tableKind(iota) // pclntab
 	tableSymtab                   // .symtab
+	tableMini                     // .gnu_debugdata
 	tableDynsym                   // .dynsym
-	tableKinds  = 3
+	tablePLT                      // stubs, by relocations
+	tableFrames                   // .eh_frame_hdr: starts of functions without a name
+	tableKinds  = 6
 )
 
 // table is one of them. lookup returns neither lines nor an error where it knows nothing
@@ -133,7 +136,7 @@ func (o *Object) named(t *tables, addr uint64) Result {
 		}
 		lines, err := t.byKind[kind].lookup(addr)
 		if len(lines) > 0 {
-			return Result{Lines: lines, exact: kind == tableGo}
+			return Result{Lines: lines, exact: kind == tableGo, made: kind >= tablePLT}
 		}
 		if err != nil {
 			broken = ReasonOf(err)
@@ -179,6 +182,12 @@ func (o *Object) read(kind tableKind) (table, error) {
 	switch kind {
 	case tableGo:
 		return loadGoTable(o.image, secs)
+	case tableMini:
+		return o.readMini(secs)
+	case tablePLT:
+		return o.readPLT(secs)
+	case tableFrames:
+		return o.readFrames()
 	case tableDynsym:
 		want = elffile.SHTDynsym
 	}
@@ -231,4 +240,7 @@ func (o *Object) Sources() []string {
 	return found
 }
 
-var tableNames = [tableKinds]string{tableGo: "pclntab", tableSymtab: ".symtab", tableDynsym: ".dynsym"}
+var tableNames = [tableKinds]string{
+	tableGo: "pclntab", tableSymtab: ".symtab", tableMini: ".gnu_debugdata",
+	tableDynsym: ".dynsym", tablePLT: "PLT", tableFrames: ".eh_frame_hdr",
+}

@@ -50,6 +50,7 @@ type Result struct {
 	Provisional bool
 
 	exact bool // the debug information has nothing to add
+	made  bool // the name is made up from another, or from the address
 }
 
 // Reason says why there is no line. The values are fit to be metric labels.
