@@ -246,7 +246,8 @@ func symbolsOf(t testing.TB, path string) map[string][]elf.Symbol {
 	dynamic, _ := f.DynamicSymbols()
 	byName := map[string][]elf.Symbol{}
 	for _, s := range append(syms, dynamic...) {
-		byName[s.Name] = append(byName[s.Name], s)
+		name := cutVersion(s.Name)
+		byName[name] = append(byName[name], s)
 	}
 	return byName
 }
@@ -255,6 +256,7 @@ func symbolsOf(t testing.TB, path string) map[string][]elf.Symbol {
 const (
 	classSame      = "same"
 	classAlias     = "another name of the same function"
+	classClone     = "a part or clone that only the debug file's symbols tell"
 	classFileOnly  = "file without a line, from the symbol table"
 	classBeyond    = "a symbol beyond its end"
 	classLineOnly  = "a line of a unit that does not list its ranges"
@@ -285,6 +287,9 @@ func classify(symbols map[string][]elf.Symbol, addr uint64, judge, ours []frameA
 		return classDifferent
 	}
 	same := j.name == o.name || sameFunction(symbols, j.name, o.name)
+	if stem, _, cut := strings.Cut(o.name, "."); cut && (stem == j.name || sameFunction(symbols, stem, j.name)) && j.file == o.file && j.line == o.line {
+		return classClone
+	}
 	switch {
 	case same && j.line == 0 && o.line == 0 && o.file == "??" && !strings.Contains(j.file, "/"):
 		return classFileOnly
