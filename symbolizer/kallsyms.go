@@ -20,9 +20,10 @@ type kernelTable struct {
 	parts   []kernelPart
 	rows    []kernelRow
 	names   string
-	modules []string // as Line.File has them; the first is the kernel itself
+	modules []string // as Result.Module has them; the first is the kernel itself
 	runs    []kernelRun
-	symbols int // rows with a name
+	symbols int    // rows with a name
+	text    uint64 // where the kernel's text starts (_stext); 0: not known
 }
 
 // kernelPart is a part of the address space that offsets of 32 bits reach through.
@@ -62,7 +63,8 @@ type kallsymsParser struct {
 	lastAt  int // where in names the last one starts
 	modules []string
 	byName  map[string]uint16
-	hidden  int // symbols with address zero
+	hidden  int    // symbols with address zero
+	text    uint64 // of _stext
 }
 
 type kernelSymbol struct {
@@ -155,6 +157,9 @@ func (p *kallsymsParser) line(b []byte) {
 			return
 		}
 	}
+	if string(name) == "_stext" && len(module) == 0 {
+		p.text = addr
+	}
 	s.name = p.name(name)
 	s.rank += rankFunc
 	p.symbols = append(p.symbols, s)
@@ -192,7 +197,7 @@ func (p *kallsymsParser) module(b []byte) (uint16, bool) {
 
 func (p *kallsymsParser) table() *kernelTable {
 	names := string(p.names)
-	t := &kernelTable{names: names, modules: p.modules}
+	t := &kernelTable{names: names, modules: p.modules, text: p.text}
 	slices.SortFunc(p.symbols, func(a, b kernelSymbol) int {
 		if c := cmp.Or(cmp.Compare(a.addr, b.addr), cmp.Compare(b.rank, a.rank)); c != 0 {
 			return c

@@ -62,8 +62,8 @@ func TestKallsymsRules(t *testing.T) {
 	s := newSymbolizer(t, Config{Proc: fakeProc(t, kallsymsText, "")})
 	const kernel = kernelFile
 	tests := []struct {
-		addr       uint64
-		name, file string
+		addr         uint64
+		name, module string
 	}{
 		{0xffffffff80ffffff, "", ""},
 		{0xffffffff81000000, "startup_64", kernel},
@@ -93,7 +93,7 @@ func TestKallsymsRules(t *testing.T) {
 		tt := tests[i]
 		want := Result{Reason: ReasonNotFound}
 		if tt.name != "" {
-			want = Result{Lines: []Line{{Function: tt.name, SystemName: tt.name, File: tt.file}}}
+			want = Result{Lines: []Line{{Function: tt.name, SystemName: tt.name}}, Module: tt.module}
 		}
 		if !reflect.DeepEqual(r, want) {
 			t.Errorf("%#x: %+v, want %+v", tt.addr, r, want)
@@ -169,7 +169,7 @@ func TestKernelReload(t *testing.T) {
 	if s.Kernel([]uint64{inKernel, 0x401000}); loads() != 1 {
 		t.Errorf("an address in the kernel's own text, or of a process, made it load again")
 	}
-	if r := s.Kernel([]uint64{inNew})[0]; len(r.Lines) != 1 || r.Lines[0].File != "[fresh]" || loads() != 2 {
+	if r := s.Kernel([]uint64{inNew})[0]; len(r.Lines) != 1 || r.Module != "[fresh]" || loads() != 2 {
 		t.Errorf("after: %+v, %d loads", r, loads())
 	}
 }
@@ -280,7 +280,7 @@ func TestBPFProgramIsFound(t *testing.T) {
 	s.kernel.loadAfter, s.kernel.checkAfter = time.Time{}, time.Time{}
 	s.kernel.mu.Unlock()
 	r := s.Kernel([]uint64{addr})[0]
-	if len(r.Lines) != 1 || r.Lines[0].File != "[bpf]" || !strings.HasSuffix(r.Lines[0].Function, "_hf_after") {
+	if len(r.Lines) != 1 || r.Module != "[bpf]" || !strings.HasSuffix(r.Lines[0].Function, "_hf_after") {
 		t.Errorf("%#x: %+v", addr, r)
 	}
 	if st := s.Stats().Kernel; st.Loads != 2 {

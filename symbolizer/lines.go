@@ -126,6 +126,7 @@ func (n *lineNames) result(ix *index.Index, frames []index.Frame, symbol Result)
 	}
 	for i := range lines {
 		lines[i].Function = cmp.Or(lines[i].Function, unknownFunction)
+		lines[i].SystemName = cmp.Or(lines[i].SystemName, unknownFunction)
 	}
 	return Result{Lines: lines}
 }

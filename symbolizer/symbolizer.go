@@ -45,6 +45,10 @@ type Result struct {
 	Lines  []Line
 	Reason Reason
 
+	// Module is, for kernel addresses, what the code is of: "[kernel.kallsyms]", or the name
+	// of the module in brackets; "[bpf]" are BPF programs and trampolines.
+	Module string
+
 	// Provisional: the debug information is still being read. Later answers can have lines
 	// and inlined functions where this has none.
 	Provisional bool
@@ -112,6 +116,8 @@ type Segment = elffile.Segment
 // Config holds the limits. The zero value of a field stands for its default.
 type Config struct {
 	Proc          string // where procfs is mounted; /proc
+	Sys           string // where sysfs is mounted; /sys
+	Root          string // below which the kernel's debug information is looked for; /
 	MaxObjects    int    // files known by identity, those that failed included; 4096
 	MaxFiles      int    // descriptors kept open; 512
 	MaxTableBytes int64  // symbol tables, names and perf maps together; 32 MiB. The kernel's table is not counted (about 24 bytes a symbol)
@@ -128,6 +134,12 @@ type Config struct {
 func (c *Config) setDefaults() {
 	if c.Proc == "" {
 		c.Proc = "/proc"
+	}
+	if c.Sys == "" {
+		c.Sys = "/sys"
+	}
+	if c.Root == "" {
+		c.Root = "/"
 	}
 	if c.MaxObjects <= 0 {
 		c.MaxObjects = 4096
@@ -191,7 +203,7 @@ func New(cfg Config) *Symbolizer {
 	}
 	s.files.init(cfg.MaxFiles)
 	s.memory.init(cfg.MaxTableBytes)
-	s.kernel.init(cfg.Proc)
+	s.kernel.init(s)
 	s.index.init(cfg)
 	return s
 }

@@ -62,6 +62,7 @@ type Reader struct {
 	functions map[functionKey]uint32
 	origins   map[ref]origin
 	files     []uint32
+	work      int // done for the unit; what is shared can be referred to without end
 	pathBuf   []byte
 	nameBuf   []byte
 }
@@ -87,7 +88,7 @@ const (
 	infoWindow    = 256 << 10
 	otherWindow   = 16 << 10
 	maxFunctions  = 1 << 16 // that a reader remembers
-	maxOthers     = 32
+	maxOthers     = 256
 	stringsWindow = maxString
 )
 
@@ -130,6 +131,7 @@ func (r *Reader) Code(i int) (*Code, error) {
 	r.code.Nodes, r.code.Spans = r.code.Nodes[:0], r.code.Spans[:0]
 	r.rows, r.sequences = r.rows[:0], r.sequences[:0]
 	clear(r.origins)
+	r.work = 0
 	if len(r.functions) > maxFunctions {
 		clear(r.functions)
 	}
@@ -248,8 +250,8 @@ func (r *Reader) entries(c *cursor, u *unitContext, c89 bool) error {
 // function adds a node for an entry that has addresses, and returns its number; that of
 // the parent where the linker removed it.
 func (r *Reader) function(u *unitContext, kind uint8, e *entry, top frame) uint32 {
-	if len(r.code.Nodes) >= maxNodes || len(r.code.Spans) >= maxSpans {
-		r.info.fail("unit with more than %d functions", maxNodes)
+	if len(r.code.Nodes) >= maxNodes || len(r.code.Spans) >= maxSpans || r.work > maxWork {
+		r.info.fail("unit with more than %d functions, or ranges without end", maxNodes)
 		return 0
 	}
 	number := uint32(len(r.code.Nodes) + 1)
@@ -415,6 +417,8 @@ func (r *Reader) other(d *Data, i int) *unitContext {
 	var root entry
 	if u.open(&r.side, &r.abbrev, d, i, &root) != nil {
 		u = nil
+	} else {
+		r.work += len(u.abbrevs.ops)
 	}
 	r.others[k] = u
 	return u

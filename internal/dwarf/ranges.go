@@ -50,6 +50,7 @@ func (r *Reader) rnglist(u *unitContext, e *entry, f func(low, high uint64)) {
 	size := int(u.addrSize)
 	base, ok := u.low, true
 	for n := 0; n < maxRanges && c.err == nil; n++ {
+		r.work++
 		var low, high uint64
 		lowOK, highOK := true, true
 		switch kind := c.u8(); kind {
@@ -96,6 +97,7 @@ func (r *Reader) rangelist(u *unitContext, off uint64, f func(low, high uint64))
 	highest := ^uint64(0) >> (64 - 8*size)
 	base := u.low
 	for n := 0; n < maxRanges && c.err == nil; n++ {
+		r.work++
 		low, high := c.uint(size), c.uint(size)
 		switch {
 		case low == 0 && high == 0 || c.err != nil:

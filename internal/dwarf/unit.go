@@ -25,6 +25,7 @@ const (
 	maxSpans       = 1 << 22 // of a unit
 	maxRows        = 1 << 24 // of a unit's line table
 	maxLineFiles   = 1 << 16 // of a line table, and so many directories
+	maxWork        = 1 << 27 // of a unit: ranges, and attributes of other units' abbreviations
 	maxString      = 8 << 10 // bytes of a name; what is longer is cut
 	maxPath        = 4 << 10
 )
