@@ -8,6 +8,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"unsafe"
 )
 
 // kernelTable is one reading of /proc/kallsyms: text symbols in 8 bytes each, their names
@@ -196,14 +197,9 @@ func (p *kallsymsParser) module(b []byte) (uint16, bool) {
 }
 
 func (p *kallsymsParser) table() *kernelTable {
-	names := string(p.names)
-	t := &kernelTable{names: names, modules: p.modules, text: p.text}
-	slices.SortFunc(p.symbols, func(a, b kernelSymbol) int {
-		if c := cmp.Or(cmp.Compare(a.addr, b.addr), cmp.Compare(b.rank, a.rank)); c != 0 {
-			return c
-		}
-		return compareAliases(t.name(a.name), t.name(b.name))
-	})
+	// Of what is written no more, so that it need not be copied.
+	t := &kernelTable{names: unsafe.String(unsafe.SliceData(p.names), len(p.names)), modules: p.modules, text: p.text}
+	t.sort(p.symbols)
 	// Keep the best of those that share an address, and of ends of text those after text.
 	kept := p.symbols[:0]
 	for _, s := range p.symbols {
@@ -230,6 +226,30 @@ func (p *kallsymsParser) table() *kernelTable {
 		t.rows = append(t.rows, kernelRow{start: uint32(s.addr - t.parts[len(t.parts)-1].base), name: s.name})
 	}
 	return t
+}
+
+// sort sorts symbols by address, and those of one address by which of them is to stay. The
+// kernel prints them almost in order: its own by address, then each module's.
+func (t *kernelTable) sort(symbols []kernelSymbol) {
+	byAddr := func(a, b kernelSymbol) int { return cmp.Compare(a.addr, b.addr) }
+	if !slices.IsSortedFunc(symbols, byAddr) {
+		slices.SortFunc(symbols, byAddr)
+	}
+	for i := 0; i < len(symbols); {
+		end := i + 1
+		for end < len(symbols) && symbols[end].addr == symbols[i].addr {
+			end++
+		}
+		if end > i+1 {
+			slices.SortFunc(symbols[i:end], func(a, b kernelSymbol) int {
+				if c := cmp.Compare(b.rank, a.rank); c != 0 {
+					return c
+				}
+				return compareAliases(t.name(a.name), t.name(b.name))
+			})
+		}
+		i = end
+	}
 }
 
 // name is the name at an offset of names.
