@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"cmp"
 	"debug/elf"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -353,6 +354,17 @@ func needJudge(t testing.TB) {
 	if runtime.GOARCH != "amd64" {
 		t.Skip("the corpus is built for amd64")
 	}
+}
+
+var vmlinuxPath = flag.String("vmlinux", "", "a kernel with debug information, to compare")
+
+// TestVmlinuxAgrees is for make test-symbols, as the file is big.
+func TestVmlinuxAgrees(t *testing.T) {
+	if *vmlinuxPath == "" {
+		t.Skip("no -vmlinux")
+	}
+	needJudge(t)
+	compareWithLLVM(t, compiled{"vmlinux", *vmlinuxPath, *vmlinuxPath, *vmlinuxPath}, 100_000)
 }
 
 func TestAgreesWithLLVM(t *testing.T) {
