@@ -262,8 +262,15 @@ func notASymbol[T string | []byte](name T) bool {
 func (b *symBuilder) build() []symPart {
 	spans := b.spans
 	slices.SortFunc(spans, func(x, y overlap.Span) int {
+		// Most differ here, and big tables are sorted while somebody waits.
+		if x.Start != y.Start {
+			if x.Start < y.Start {
+				return -1
+			}
+			return 1
+		}
 		return cmp.Or(
-			cmp.Compare(x.Start, y.Start), cmp.Compare(x.Prio, y.Prio),
+			cmp.Compare(x.Prio, y.Prio),
 			cmp.Compare(x.End, y.End), cmp.Compare(x.Name, y.Name),
 		)
 	})

@@ -378,10 +378,16 @@ func (d *Decoder) U32() uint32 { return uint32(d.take(4)) }
 
 // Word reads a field whose size is that of an address.
 func (d *Decoder) Word() uint64 {
-	if d.Is64 {
-		return d.take(8)
+	if !d.Is64 {
+		return d.take(4)
 	}
-	return d.take(4)
+	if len(d.B) < 8 {
+		d.B = nil
+		return 0
+	}
+	v := binary.LittleEndian.Uint64(d.B)
+	d.B = d.B[8:]
+	return v
 }
 
 // CString is the bytes before the first NUL, and whether there is one.
