@@ -208,7 +208,7 @@ func (c *indexCache) trim() (evicted int, err error) {
 			if time.Since(fi.ModTime()) > touchAfter {
 				_ = os.Remove(filepath.Join(c.path, e.Name()))
 			}
-		case strings.HasSuffix(e.Name(), indexSuffix) && fi.Mode().IsRegular():
+		case (strings.HasSuffix(e.Name(), indexSuffix) || strings.HasSuffix(e.Name(), debugSuffix)) && fi.Mode().IsRegular():
 			files = append(files, file{e.Name(), fi.Size(), fi.ModTime()})
 			total += fi.Size()
 			kept[e.Name()] = true

@@ -33,6 +33,15 @@ type lineIndex struct {
 	err   error
 }
 
+func (l *lineIndex) settled() bool {
+	select {
+	case <-l.ready:
+		return true
+	default:
+		return false
+	}
+}
+
 // indexer makes the indexes of objects with debug information, one after the other.
 type indexer struct {
 	workers    int

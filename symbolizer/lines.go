@@ -38,7 +38,9 @@ func (o *Object) findLines() {
 	default:
 		o.lines = noIndex
 		if o.role == roleMapped {
-			o.debug = o.findDebug(secs)
+			if o.debug = o.findDebug(secs); o.debug == nil {
+				o.fetch = o.sym.remote.request(o.image.BuildID)
+			}
 		}
 	}
 }
@@ -46,6 +48,7 @@ func (o *Object) findLines() {
 // addLines improves results by what the debug information says.
 func (o *Object) addLines(t *tables, addrs []uint64, results []Result) {
 	o.findLines()
+	o.fetched()
 	if o.debug != nil {
 		o.askDebug(addrs, results)
 		return
@@ -56,9 +59,7 @@ func (o *Object) addLines(t *tables, addrs []uint64, results []Result) {
 	if o.sym.cfg.WaitForIndex {
 		<-o.lines.ready
 	}
-	select {
-	case <-o.lines.ready:
-	default:
+	if !o.lines.settled() || o.fetch != nil {
 		for i := range results {
 			results[i].Provisional = !results[i].exact
 		}

@@ -25,6 +25,7 @@ type Object struct {
 	failed [tableKinds]failure    // by kind; guarded by mu
 	lines  *lineIndex             // of the file's own debug information; nil before it was looked for
 	debug  *Object                // the separate debug file, or nil
+	fetch  *fetch                 // of it, from elsewhere; nil when that is done
 
 	linesAfter time.Time // when to look for debug information again, after reading failed
 }
@@ -225,14 +226,8 @@ func (o *Object) Sources() []string {
 			}
 		}
 	}
-	if o.lines != nil && o.lines != noIndex {
-		select {
-		case <-o.lines.ready:
-			if o.lines.index != nil {
-				found = append(found, o.file.Path+" debug information")
-			}
-		default:
-		}
+	if o.lines != nil && o.lines.settled() && o.lines.index != nil {
+		found = append(found, o.file.Path+" debug information")
 	}
 	if o.debug != nil {
 		found = append(found, o.debug.Sources()...)

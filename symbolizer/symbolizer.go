@@ -126,6 +126,9 @@ type Config struct {
 	Cache        *Cache
 	IndexWorkers int           // threads that read debug information; 1
 	IndexTimeout time.Duration // to give a file up after; 5 minutes
+	// Debuginfod, if it has URLs, is asked for debug files that are not on the host. It needs
+	// a Cache.
+	Debuginfod Debuginfod
 	// WaitForIndex makes Symbolize wait for the debug information: no result is
 	// Provisional. Without, it is read by threads that give way to all others.
 	WaitForIndex bool
@@ -166,6 +169,7 @@ type Symbolizer struct {
 	memory memory
 	kernel kernel
 	index  indexer
+	remote fetcher
 
 	bigTable sync.Mutex // held while a big symbol table is read
 
@@ -205,6 +209,7 @@ func New(cfg Config) *Symbolizer {
 	s.memory.init(cfg.MaxTableBytes)
 	s.kernel.init(s)
 	s.index.init(cfg)
+	s.remote.init(cfg)
 	return s
 }
 
@@ -226,6 +231,7 @@ func (s *Symbolizer) Close() error {
 	for _, pm := range maps {
 		pm.retire(ReasonClosed)
 	}
+	s.remote.close()
 	s.index.close()
 	s.memory.close()
 	return s.files.close()

@@ -82,7 +82,7 @@ func (r *record) run(ctx context.Context, env environment) error {
 func (r *record) sample(ctx context.Context, env environment, cpu *bpf.CPU) (*profiler.Window, error) {
 	log := promslog.New(env.log)
 	sym := symbolizer.New(symbolizer.Config{
-		Cache: r.openSymbolCache(log), WaitForIndex: true, IndexWorkers: runtime.GOMAXPROCS(0), IndexTimeout: time.Minute,
+		Cache: r.openSymbolCache(log), Debuginfod: debuginfod(*r.debuginfod), WaitForIndex: true, IndexWorkers: runtime.GOMAXPROCS(0), IndexTimeout: time.Minute,
 	})
 	defer sym.Close()
 	cache := r.openTableCache(log)

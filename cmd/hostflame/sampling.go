@@ -31,6 +31,7 @@ type sampling struct {
 	tableMemory *units.Base2Bytes
 	tableCache  *string
 	symbolCache *string
+	debuginfod  *bool
 }
 
 func samplingFlags(c *kingpin.CmdClause) (s sampling) {
@@ -42,7 +43,20 @@ func samplingFlags(c *kingpin.CmdClause) (s sampling) {
 		Default(defaultCacheDirectory("unwind")).String()
 	s.symbolCache = c.Flag("symbols.cache-directory", "Where indexes of debug information are kept between starts, at most 1 GiB; empty for nowhere.").
 		Default(defaultCacheDirectory("symbols")).String()
+	s.debuginfod = debuginfodFlag(c)
 	return s
+}
+
+func debuginfodFlag(c *kingpin.CmdClause) *bool {
+	return c.Flag("symbols.debuginfod", "Load debug files that are not on this host from the servers in DEBUGINFOD_URLS, by build id, into the cache directory.").Bool()
+}
+
+// debuginfod is who is asked, if that is wished for.
+func debuginfod(wished bool) (d symbolizer.Debuginfod) {
+	if wished {
+		d.URLs = strings.Fields(os.Getenv("DEBUGINFOD_URLS"))
+	}
+	return d
 }
 
 // tableCacheQuota is in bytes: a table of a region takes 10 KiB on average.

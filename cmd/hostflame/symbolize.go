@@ -31,6 +31,7 @@ type symbolize struct {
 	offsets   *bool
 	cache     *string
 	stats     *bool
+	remote    *bool
 	stdin     io.Reader
 }
 
@@ -44,6 +45,7 @@ func addSymbolize(app *kingpin.Application) (string, command) {
 		offsets:   c.Flag("file-offset", "The addresses are offsets of the file.").Bool(),
 		cache:     c.Flag("symbols.cache-directory", "Where what was made of debug information is kept for the next time; empty for nowhere.").String(),
 		stats:     c.Flag("stats", "Say on standard error what was read, how long it took, and how much memory.").Bool(),
+		remote:    debuginfodFlag(c),
 		stdin:     os.Stdin,
 	}
 	return "symbolize", s
@@ -56,7 +58,10 @@ const (
 
 func (s *symbolize) run(ctx context.Context, env environment) error {
 	start := time.Now()
-	cfg := symbolizer.Config{WaitForIndex: true, IndexWorkers: runtime.GOMAXPROCS(0)}
+	cfg := symbolizer.Config{WaitForIndex: true, IndexWorkers: runtime.GOMAXPROCS(0), Debuginfod: debuginfod(*s.remote)}
+	if *s.remote && *s.cache == "" {
+		return usagef("--symbols.cache-directory says where", "--symbols.debuginfod needs a directory to load into")
+	}
 	if *s.cache != "" {
 		cache, err := symbolizer.OpenCache(*s.cache, indexCacheQuota)
 		if err != nil {
