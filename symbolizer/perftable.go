@@ -118,7 +118,15 @@ func (t *perfTable) add(spans []overlap.Span, line []byte) []overlap.Span {
 	start, rest, ok1 := cutHex(line)
 	size, name, ok2 := cutHex(rest)
 	name = bytes.TrimRight(name, "\r")
-	if !ok1 || !ok2 || size == 0 || len(name) == 0 || start+size < start || start+size > kernelHalf {
+	if !ok1 || !ok2 {
+		return spans
+	}
+	return t.addCode(spans, start, size, name)
+}
+
+// addCode adds code that was made.
+func (t *perfTable) addCode(spans []overlap.Span, start, size uint64, name []byte) []overlap.Span {
+	if size == 0 || len(name) == 0 || start+size < start || start+size > kernelHalf {
 		return spans
 	}
 	if size > 1<<32-1 || uint64(len(t.names)) > 1<<31 {
@@ -210,11 +218,8 @@ func (t *perfTable) name(off uint32) []byte {
 
 func (t *perfTable) lookup(addr uint64) Result {
 	for _, rows := range [][]perfRow{t.newer, t.older} {
-		i, found := slices.BinarySearchFunc(rows, addr, func(r perfRow, a uint64) int { return cmp.Compare(r.start, a) })
-		if !found {
-			i--
-		}
-		if i < 0 || addr-rows[i].start >= uint64(rows[i].size) {
+		i, ok := findRow(rows, addr)
+		if !ok {
 			continue
 		}
 		lines := t.lines[rows[i].name]
@@ -234,6 +239,15 @@ func (t *perfTable) lookup(addr uint64) Result {
 		return Result{Reason: ReasonTooLarge}
 	}
 	return Result{Reason: ReasonNotFound}
+}
+
+// findRow finds the row that covers an address.
+func findRow(rows []perfRow, addr uint64) (int, bool) {
+	i, found := slices.BinarySearchFunc(rows, addr, func(r perfRow, a uint64) int { return cmp.Compare(r.start, a) })
+	if !found {
+		i--
+	}
+	return i, i >= 0 && addr-rows[i].start < uint64(rows[i].size)
 }
 
 func (t *perfTable) bytes() int64 {
