@@ -288,6 +288,59 @@ func TestBPFProgramIsFound(t *testing.T) {
 	}
 }
 
+// TestBPFLines: the lines of a program that clang compiled.
+func TestBPFLines(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("loading a BPF program needs root")
+	}
+	const source = `
+typedef unsigned int u32;
+static long (*ktime)(void) = (void *)5;
+__attribute__((section("socket"), used)) int hf_lines(void *ctx)
+{
+	long a = ktime();
+	long b = ktime();
+	return a ^ b;
+}
+char hf_license[] __attribute__((section("license"), used)) = "GPL";
+`
+	object := build(t, "lines.bpf.c", source, nil, "clang-19", "-g", "-O2", "-target", "bpf", "-c", "-o", "OUT", "SRC")
+	spec, err := ebpf.LoadCollectionSpec(object)
+	if err != nil {
+		t.Fatal(err)
+	}
+	programs, err := ebpf.NewCollection(spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer programs.Close()
+	var addr uint64
+	for _, sym := range naiveKallsyms(t) {
+		if strings.HasSuffix(sym.name, "_hf_lines") {
+			addr = sym.addr
+		}
+	}
+	if addr == 0 {
+		t.Fatal("kallsyms does not have the program: is net.core.bpf_jit_enable 0?")
+	}
+	var addrs []uint64
+	for off := range uint64(256) {
+		addrs = append(addrs, addr+off)
+	}
+	lines := map[int64]bool{}
+	for _, r := range newSymbolizer(t, Config{}).Kernel(addrs) {
+		if len(r.Lines) > 0 && strings.HasSuffix(r.Lines[0].Function, "_hf_lines") && r.Lines[0].Line > 0 {
+			lines[r.Lines[0].Line] = true
+			if !strings.HasSuffix(r.Lines[0].File, "/lines.bpf.c") {
+				t.Errorf("file %q", r.Lines[0].File)
+			}
+		}
+	}
+	if !lines[6] || !lines[7] || !lines[8] || len(lines) > 5 {
+		t.Errorf("lines %v, want 6 to 8", lines)
+	}
+}
+
 func BenchmarkKernel(b *testing.B) {
 	if os.Geteuid() != 0 {
 		b.Skip("kernel addresses need root")
