@@ -61,7 +61,6 @@ type Reader struct {
 	stack     []frame
 	functions map[functionKey]uint32
 	origins   map[ref]origin
-	files     []uint32
 	work      int // done for the unit; what is shared can be referred to without end
 	pathBuf   []byte
 	nameBuf   []byte

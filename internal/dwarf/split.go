@@ -69,14 +69,15 @@ func OpenPackage(m *elffile.Image, secs []elffile.Section, z *elffile.Inflater) 
 	}
 	d.dwo = true
 	p := &Package{whole: *d, units: map[uint64][packageColumns]extent{}}
-	for _, s := range m.SectionsNamed(secs, ".debug_cu_index") {
-		c, off, size, err := z.Section(m, s, ".debug_cu_index")
-		if err != nil {
-			return nil, err
-		}
-		return p, p.readIndex(&Section{Content: c, Off: off, Size: size})
+	index := m.SectionsNamed(secs, ".debug_cu_index")
+	if len(index) == 0 {
+		return nil, elffile.Errorf(elffile.Missing, "no .debug_cu_index")
 	}
-	return nil, elffile.Errorf(elffile.Missing, "no .debug_cu_index")
+	c, off, size, err := z.Section(m, index[0], ".debug_cu_index")
+	if err != nil {
+		return nil, err
+	}
+	return p, p.readIndex(&Section{Content: c, Off: off, Size: size})
 }
 
 func (p *Package) readIndex(sec *Section) error {

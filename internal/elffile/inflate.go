@@ -17,7 +17,7 @@ const (
 	compressZstd = 2
 	zdebugMagic  = "ZLIB" // before a size in 64 bits, big-endian, and zlib's data
 
-	maxRatio      = 1040     // deflate does no better, and honest zstd hardly
+	maxRatio      = 1040     // of deflate, which can do no better
 	maxZstdWindow = 64 << 20 // bytes of memory for decoding
 )
 
@@ -58,7 +58,7 @@ func (z *Inflater) Section(m *Image, s Section, name string) (c Content, off, si
 		return nil, 0, 0, err
 	}
 	packed := s.Size - h
-	if size/maxRatio > packed {
+	if typ == compressZlib && size/maxRatio > packed {
 		return nil, 0, 0, Errorf(Malformed, "%d bytes can not decompress to %d", packed, size)
 	}
 	r, err := decompressor(typ, io.NewSectionReader(m, int64(s.Off+h), int64(packed)))

@@ -137,21 +137,22 @@ func (f *File) openFrames(secs []elffile.Section) {
 	}
 }
 
+// maxDecompressed is how many bytes of a compressed .debug_frame go into memory.
+const maxDecompressed = 32 << 20
+
 // debugSection is the .debug_frame of an image, or nil.
 func (f *File) debugSection(m *elffile.Image, secs []elffile.Section) *section {
 	for _, sec := range m.SectionsNamed(secs, ".debug_frame") {
 		if sec.Type == elffile.SHTNobits || sec.Size == 0 {
 			continue
 		}
-		s := &section{arch: f.arch, content: m, off: sec.Off, size: sec.Size, debug: true}
-		if sec.Flags&elffile.SHFCompressed != 0 {
-			b, err := decompress(m, sec)
-			if err != nil {
-				f.once[SkipDebugFile]++
-				return nil
-			}
-			s.content, s.off, s.size = elffile.FromBytes(b), 0, uint64(len(b))
+		z := elffile.Inflater{Memory: maxDecompressed}
+		content, off, size, err := z.Section(m, sec, ".debug_frame")
+		if err != nil {
+			f.once[SkipDebugFile]++
+			return nil
 		}
+		s := &section{arch: f.arch, content: content, off: off, size: size, debug: true}
 		if size := uint64(s.content.Size()); s.off >= size {
 			return nil
 		} else {

@@ -28,10 +28,9 @@ type encoder struct {
 	nodes []uint32 // offset of each node of the unit among its nodes
 	spans []overlap.Span
 	lines []line
-	seqs  []sequence
 
 	// The block that is being written.
-	start, count     int
+	count            int
 	rows             []byte
 	low, last, next  uint64
 	node, file, line uint32
@@ -44,11 +43,6 @@ type line struct {
 	addr uint64
 	file uint32
 	line uint32
-}
-
-type sequence struct {
-	rows []dwarf.Row
-	high uint64
 }
 
 // add encodes a unit. The part is in buf, its blocks are in blocks.
