@@ -44,7 +44,7 @@ run: build ## Build and start the agent, as root; it prints where to look
 	$(SUDO) ./bin/hostflame serve $(ARGS)
 
 .PHONY: test
-test: packages check-generated lint cross test-race test-kernel test-kernels-ci ## Run every check and test, installing what they need
+test: packages check-generated lint cross test-race test-fuzz test-kernel test-kernels-ci ## Run every check and test, installing what they need
 	@[[ $$(id -u) == 0 ]] || echo "not root: the tests that need the kernel were skipped" >&2
 
 .PHONY: packages
@@ -81,9 +81,26 @@ test-kernels-ci:
 test-unwind: packages ## Compare the unwind tables of all files of this machine with elfutils (20 minutes)
 	$(GO) test ./profiler/unwind -run RowsAgree -all -count 1 -v -timeout 90m
 
+# The ordinary tests do this for a corpus that they build, and the C library.
+.PHONY: test-symbols
+test-symbols: packages ## Compare 100,000 addresses of a kernel with debug information with llvm-symbolizer (300 MB to load)
+	$(GO) test ./symbolizer -run VmlinuxAgrees -vmlinux "$$(.ci/vmlinux)" -count 1 -v -timeout 30m
+
+# Each fuzz target for a moment, from the corpus that is kept.
+FUZZTIME ?= 3s
+.PHONY: test-fuzz
+test-fuzz: ## Run each fuzz target of the symbolizer for FUZZTIME
+	@for dir in internal/dwarf symbolizer symbolizer/index; do \
+		for target in $$(sed -n 's/^func \(Fuzz[A-Za-z]*\)(.*/\1/p' $$dir/*_test.go); do \
+			echo "$$dir $$target"; \
+			$(GO) test ./$$dir -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) >/tmp/hostflame-fuzz.$$$$ 2>&1 || { cat /tmp/hostflame-fuzz.$$$$; rm -f /tmp/hostflame-fuzz.$$$$; exit 1; }; \
+			rm -f /tmp/hostflame-fuzz.$$$$; \
+		done; \
+	done
+
 .PHONY: bench
 bench: packages build ## Measure the agent beside runqlat and biolatency, in one run (root)
-	$(SUDO) env "PATH=$$PATH" $(GO) run ./test/bench $(ARGS)
+	$(SUDO) env "PATH=$$PATH" $(GO) run ./test/bench -vmlinux "$$(.ci/vmlinux)" $(ARGS)
 
 .PHONY: cross
 cross: ## Build and vet for arm64 too

@@ -31,7 +31,7 @@ func openDebugFile(pid PID, program, buildID, link string, crc uint32) (*os.File
 	if dir := filepath.Dir(program); link != "" && filepath.IsAbs(program) {
 		paths = append(paths, filepath.Join(dir, link), filepath.Join(dir, ".debug", link), filepath.Join(debug, dir, link))
 	}
-	for _, root := range []string{"/proc/" + strconv.FormatUint(uint64(pid), 10) + "/root", "/"} {
+	for _, root := range rootsOf(pid) {
 		for _, path := range paths {
 			if path == program {
 				continue // a link to itself
@@ -48,6 +48,11 @@ func openDebugFile(pid PID, program, buildID, link string, crc uint32) (*os.File
 		}
 	}
 	return nil, 0, fmt.Errorf("open debug file of %s: %w", program, fs.ErrNotExist)
+}
+
+// rootsOf are the directories below which files that a process speaks of are looked for.
+func rootsOf(pid PID) []string {
+	return []string{"/proc/" + strconv.FormatUint(uint64(pid), 10) + "/root", "/"}
 }
 
 // openBelow opens a regular file by its path under a root directory.

@@ -70,8 +70,9 @@ func openFile(symbols *symbolizer.Symbolizer, source mappingSource, pid PID, v v
 	f := &program{path: strings.TrimSuffix(v.path, deletedSuffix)}
 	var err error
 	f.object, err = symbols.Object(symbolizer.File{
-		Path: f.path,
-		Open: func() (*os.File, error) { return source.open(pid, v) },
+		Path:  f.path,
+		Open:  func() (*os.File, error) { return source.open(pid, v) },
+		Roots: rootsOf(pid),
 	})
 	switch symbolizer.ReasonOf(err) {
 	case "":

@@ -214,9 +214,6 @@ func (b *builder) merge(l Location) *profile.Location {
 	lines := b.lines.take(len(result.Lines))
 	for i, line := range result.Lines {
 		fk := functionKey{line.Function, line.SystemName, line.File, line.StartLine}
-		if m.kernel {
-			fk.file = "" // the mapping has it
-		}
 		lines[i] = profile.Line{Function: b.function(fk), Line: line.Line}
 	}
 	loc := b.newLocation(mapping, l.Addr, lines)
@@ -236,8 +233,8 @@ func (b *builder) newLocation(m *profile.Mapping, addr Addr, lines []profile.Lin
 func (b *builder) mappingOf(m *Mapping, result symbolizer.Result) *profile.Mapping {
 	k := mappingKey{start: m.Start, limit: m.Limit, offset: m.Offset, file: m.File, buildID: m.BuildID, perfMap: m.perfMap}
 	if m.kernel {
-		if len(result.Lines) > 0 && result.Lines[0].File != "" {
-			k.file = result.Lines[0].File
+		if result.Module != "" {
+			k.file = result.Module
 		}
 		return b.mapping(k)
 	}

@@ -44,8 +44,8 @@ func testRows() ([]row, names) {
 		jit1:  {0x7010: {Lines: []symbolizer.Line{line("js:~f 1.js;2")}}},
 		jit2:  {0x7010: {Lines: []symbolizer.Line{line("other.py")}}},
 		kernelMapping: {
-			kernel:        {Lines: []symbolizer.Line{{Function: "do_syscall_64", SystemName: "do_syscall_64", File: "[kernel.kallsyms]"}}},
-			kernel + 0x10: {Lines: []symbolizer.Line{{Function: "ext4_read", SystemName: "ext4_read", File: "[ext4]"}}},
+			kernel:        {Lines: []symbolizer.Line{{Function: "do_syscall_64", SystemName: "do_syscall_64"}}, Module: "[kernel.kallsyms]"},
+			kernel + 0x10: {Lines: []symbolizer.Line{{Function: "ext4_read", SystemName: "ext4_read"}}, Module: "[ext4]"},
 			kernel + 0x20: {Reason: symbolizer.ReasonNoPermission},
 		},
 	}

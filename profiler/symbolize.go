@@ -184,7 +184,10 @@ func (s *symbols) remember(o *symbolizer.Object, j *job) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i, r := range j.results {
-		// Other reasons can pass.
+		// Other reasons can pass, and lines can follow.
+		if r.Provisional {
+			continue
+		}
 		if r.Reason == "" || r.Reason == symbolizer.ReasonNotFound || r.Reason == symbolizer.ReasonNoSymbols {
 			s.put(symbolKey{o, j.addrs[i]}, r)
 		}

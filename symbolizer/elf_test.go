@@ -104,8 +104,11 @@ func TestSymbolsAgreeWithNM(t *testing.T) {
 					}
 					continue
 				}
-				found++
 				name := r.Lines[0].SystemName
+				if r.made && len(want) == 0 {
+					continue // a stub, or a function without a name: nm knows none
+				}
+				found++
 				if !want[name] {
 					t.Errorf("%#x: %s, nm says %v", addrs[i], name, want)
 				}

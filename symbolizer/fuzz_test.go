@@ -4,6 +4,7 @@ package symbolizer
 
 import (
 	"bytes"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -147,5 +148,21 @@ func FuzzDemangled(f *testing.F) {
 			return
 		}
 		checkResult(t, Result{Lines: []Line{{Function: demangled(name[:min(len(name), maxName)]), SystemName: "x"}}})
+	})
+}
+
+func FuzzDebugdata(f *testing.F) {
+	xz := exec.Command("xz", "-c", "--format=xz")
+	xz.Stdin = strings.NewReader(strings.Repeat("hostflame ", 100))
+	b, err := xz.Output()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		const limit = 1 << 20
+		if out, err := unpackXZ(b, limit); err == nil && len(out) > limit {
+			t.Fatalf("%d bytes of at most %d", len(out), limit)
+		}
 	})
 }

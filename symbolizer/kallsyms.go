@@ -8,6 +8,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"unsafe"
 )
 
 // kernelTable is one reading of /proc/kallsyms: text symbols in 8 bytes each, their names
@@ -20,9 +21,10 @@ type kernelTable struct {
 	parts   []kernelPart
 	rows    []kernelRow
 	names   string
-	modules []string // as Line.File has them; the first is the kernel itself
+	modules []string // as Result.Module has them; the first is the kernel itself
 	runs    []kernelRun
-	symbols int // rows with a name
+	symbols int    // rows with a name
+	text    uint64 // where the kernel's text starts (_stext); 0: not known
 }
 
 // kernelPart is a part of the address space that offsets of 32 bits reach through.
@@ -62,7 +64,8 @@ type kallsymsParser struct {
 	lastAt  int // where in names the last one starts
 	modules []string
 	byName  map[string]uint16
-	hidden  int // symbols with address zero
+	hidden  int    // symbols with address zero
+	text    uint64 // of _stext
 }
 
 type kernelSymbol struct {
@@ -155,6 +158,9 @@ func (p *kallsymsParser) line(b []byte) {
 			return
 		}
 	}
+	if string(name) == "_stext" && len(module) == 0 {
+		p.text = addr
+	}
 	s.name = p.name(name)
 	s.rank += rankFunc
 	p.symbols = append(p.symbols, s)
@@ -191,14 +197,9 @@ func (p *kallsymsParser) module(b []byte) (uint16, bool) {
 }
 
 func (p *kallsymsParser) table() *kernelTable {
-	names := string(p.names)
-	t := &kernelTable{names: names, modules: p.modules}
-	slices.SortFunc(p.symbols, func(a, b kernelSymbol) int {
-		if c := cmp.Or(cmp.Compare(a.addr, b.addr), cmp.Compare(b.rank, a.rank)); c != 0 {
-			return c
-		}
-		return compareAliases(t.name(a.name), t.name(b.name))
-	})
+	// Of what is written no more, so that it need not be copied.
+	t := &kernelTable{names: unsafe.String(unsafe.SliceData(p.names), len(p.names)), modules: p.modules, text: p.text}
+	t.sort(p.symbols)
 	// Keep the best of those that share an address, and of ends of text those after text.
 	kept := p.symbols[:0]
 	for _, s := range p.symbols {
@@ -225,6 +226,30 @@ func (p *kallsymsParser) table() *kernelTable {
 		t.rows = append(t.rows, kernelRow{start: uint32(s.addr - t.parts[len(t.parts)-1].base), name: s.name})
 	}
 	return t
+}
+
+// sort sorts symbols by address, and those of one address by which of them is to stay. The
+// kernel prints them almost in order: its own by address, then each module's.
+func (t *kernelTable) sort(symbols []kernelSymbol) {
+	byAddr := func(a, b kernelSymbol) int { return cmp.Compare(a.addr, b.addr) }
+	if !slices.IsSortedFunc(symbols, byAddr) {
+		slices.SortFunc(symbols, byAddr)
+	}
+	for i := 0; i < len(symbols); {
+		end := i + 1
+		for end < len(symbols) && symbols[end].addr == symbols[i].addr {
+			end++
+		}
+		if end > i+1 {
+			slices.SortFunc(symbols[i:end], func(a, b kernelSymbol) int {
+				if c := cmp.Compare(b.rank, a.rank); c != 0 {
+					return c
+				}
+				return compareAliases(t.name(a.name), t.name(b.name))
+			})
+		}
+		i = end
+	}
 }
 
 // name is the name at an offset of names.

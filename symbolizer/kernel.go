@@ -25,6 +25,7 @@ import (
 // and links, which only grow. Reading kallsyms anew costs tens of ms, most of it in the
 // kernel: it takes at most 1/reloadShare of the time.
 type kernel struct {
+	sym               *Symbolizer
 	kallsyms, modules string // paths
 
 	newest atomic.Pointer[KernelStats] // so that asking does not wait for a reading
@@ -39,6 +40,8 @@ type kernel struct {
 	loadAfter  time.Time      // earliest next reading
 	loaded     time.Time
 	loads      uint64
+	vmlinux    vmlinux
+	bpf        bpfLines
 }
 
 const (
@@ -49,14 +52,16 @@ const (
 	blindReload = time.Minute
 )
 
-func (k *kernel) init(proc string) {
+func (k *kernel) init(s *Symbolizer) {
+	proc := s.cfg.Proc
+	k.sym = s
 	k.kallsyms = filepath.Join(proc, "kallsyms")
 	k.modules = filepath.Join(proc, "modules")
 }
 
-// Kernel answers for kernel addresses, one result each, in order. A Line's File is
-// "[kernel.kallsyms]", or the module's name in brackets; "[bpf]" are BPF programs and
-// trampolines. Addresses need CAP_SYSLOG, or kernel.kptr_restrict=0 and a permissive
+// Kernel answers for kernel addresses, one result each, in order. Inlined functions and
+// lines come from the running kernel's vmlinux, where one with debug information is there.
+// Addresses need CAP_SYSLOG, or kernel.kptr_restrict=0 and a permissive
 // kernel.perf_event_paranoid; without, the Reason is ReasonNoPermission.
 func (s *Symbolizer) Kernel(addrs []uint64) []Result { return s.kernel.symbolize(addrs) }
 
@@ -73,6 +78,11 @@ func (k *kernel) symbolize(addrs []uint64) []Result {
 	if moving && k.table != nil && k.outdated(now) {
 		k.load(now)
 		k.answer(addrs, results)
+	}
+	if k.table != nil && len(addrs) > 0 {
+		k.vmlinux.find(k.sym)
+		k.vmlinux.addLines(k.table, addrs, results)
+		k.bpf.addLines(k.loads, addrs, results)
 	}
 	return results
 }
@@ -96,10 +106,10 @@ func (k *kernel) answer(addrs []uint64, results []Result) (moving bool) {
 		if lines == nil {
 			// A copy, so that a profile that keeps the name does not keep the table.
 			name := strings.Clone(k.table.name(k.table.rows[row].name))
-			lines = []Line{{Function: demangled(name), SystemName: name, File: k.table.modules[module]}}
+			lines = []Line{{Function: demangled(name), SystemName: name}}
 			k.lines[row] = lines
 		}
-		results[i] = Result{Lines: lines}
+		results[i] = Result{Lines: lines, Module: k.table.modules[module]}
 	}
 	return moving
 }

@@ -62,8 +62,8 @@ func TestKallsymsRules(t *testing.T) {
 	s := newSymbolizer(t, Config{Proc: fakeProc(t, kallsymsText, "")})
 	const kernel = kernelFile
 	tests := []struct {
-		addr       uint64
-		name, file string
+		addr         uint64
+		name, module string
 	}{
 		{0xffffffff80ffffff, "", ""},
 		{0xffffffff81000000, "startup_64", kernel},
@@ -93,7 +93,7 @@ func TestKallsymsRules(t *testing.T) {
 		tt := tests[i]
 		want := Result{Reason: ReasonNotFound}
 		if tt.name != "" {
-			want = Result{Lines: []Line{{Function: tt.name, SystemName: tt.name, File: tt.file}}}
+			want = Result{Lines: []Line{{Function: tt.name, SystemName: tt.name}}, Module: tt.module}
 		}
 		if !reflect.DeepEqual(r, want) {
 			t.Errorf("%#x: %+v, want %+v", tt.addr, r, want)
@@ -169,7 +169,7 @@ func TestKernelReload(t *testing.T) {
 	if s.Kernel([]uint64{inKernel, 0x401000}); loads() != 1 {
 		t.Errorf("an address in the kernel's own text, or of a process, made it load again")
 	}
-	if r := s.Kernel([]uint64{inNew})[0]; len(r.Lines) != 1 || r.Lines[0].File != "[fresh]" || loads() != 2 {
+	if r := s.Kernel([]uint64{inNew})[0]; len(r.Lines) != 1 || r.Module != "[fresh]" || loads() != 2 {
 		t.Errorf("after: %+v, %d loads", r, loads())
 	}
 }
@@ -280,11 +280,64 @@ func TestBPFProgramIsFound(t *testing.T) {
 	s.kernel.loadAfter, s.kernel.checkAfter = time.Time{}, time.Time{}
 	s.kernel.mu.Unlock()
 	r := s.Kernel([]uint64{addr})[0]
-	if len(r.Lines) != 1 || r.Lines[0].File != "[bpf]" || !strings.HasSuffix(r.Lines[0].Function, "_hf_after") {
+	if len(r.Lines) != 1 || r.Module != "[bpf]" || !strings.HasSuffix(r.Lines[0].Function, "_hf_after") {
 		t.Errorf("%#x: %+v", addr, r)
 	}
 	if st := s.Stats().Kernel; st.Loads != 2 {
 		t.Errorf("%d loads, want 2", st.Loads)
+	}
+}
+
+// TestBPFLines: the lines of a program that clang compiled.
+func TestBPFLines(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("loading a BPF program needs root")
+	}
+	const source = `
+typedef unsigned int u32;
+static long (*ktime)(void) = (void *)5;
+__attribute__((section("socket"), used)) int hf_lines(void *ctx)
+{
+	long a = ktime();
+	long b = ktime();
+	return a ^ b;
+}
+char hf_license[] __attribute__((section("license"), used)) = "GPL";
+`
+	object := build(t, "lines.bpf.c", source, nil, "clang-19", "-g", "-O2", "-target", "bpf", "-c", "-o", "OUT", "SRC")
+	spec, err := ebpf.LoadCollectionSpec(object)
+	if err != nil {
+		t.Fatal(err)
+	}
+	programs, err := ebpf.NewCollection(spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer programs.Close()
+	var addr uint64
+	for _, sym := range naiveKallsyms(t) {
+		if strings.HasSuffix(sym.name, "_hf_lines") {
+			addr = sym.addr
+		}
+	}
+	if addr == 0 {
+		t.Fatal("kallsyms does not have the program: is net.core.bpf_jit_enable 0?")
+	}
+	var addrs []uint64
+	for off := range uint64(256) {
+		addrs = append(addrs, addr+off)
+	}
+	lines := map[int64]bool{}
+	for _, r := range newSymbolizer(t, Config{}).Kernel(addrs) {
+		if len(r.Lines) > 0 && strings.HasSuffix(r.Lines[0].Function, "_hf_lines") && r.Lines[0].Line > 0 {
+			lines[r.Lines[0].Line] = true
+			if !strings.HasSuffix(r.Lines[0].File, "/lines.bpf.c") {
+				t.Errorf("file %q", r.Lines[0].File)
+			}
+		}
+	}
+	if !lines[6] || !lines[7] || !lines[8] || len(lines) > 5 {
+		t.Errorf("lines %v, want 6 to 8", lines)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/hostflame/hostflame/internal/elffile"
+	"github.com/hostflame/hostflame/symbolizer/index"
 )
 
 // Object is one version of an ELF file, whatever it is mapped by. It stays usable for as
@@ -16,11 +17,27 @@ import (
 type Object struct {
 	sym   *Symbolizer
 	image *elffile.Image
+	file  File
+	role  role
 
 	mu     sync.Mutex
 	tables atomic.Pointer[tables] // nil before the first use and after an eviction
 	failed [tableKinds]failure    // by kind; guarded by mu
+	lines  *lineIndex             // of the file's own debug information; nil before it was looked for
+	debug  *Object                // the separate debug file, or nil
+	fetch  *fetch                 // of it, from elsewhere; nil when that is done
+
+	linesAfter time.Time // when to look for debug information again, after reading failed
 }
+
+// role is what an object is for. A file that is mapped and the debug file of another has
+// two objects, so that no two objects can wait for each other.
+type role bool
+
+const (
+	roleMapped = role(false)
+	roleDebug  = role(true) // has no debug file of its own
+)
 
 // BuildID is the GNU build id in hex, else Go's build id, else empty.
 func (o *Object) BuildID() string { return o.image.BuildID }
@@ -39,8 +56,11 @@ type tableKind int
 const (
 	tableGo     = tableKind(iota) // pclntab
 	tableSymtab                   // .symtab
+	tableMini                     // .gnu_debugdata
 	tableDynsym                   // .dynsym
-	tableKinds  = 3
+	tablePLT                      // stubs, by relocations
+	tableFrames                   // .eh_frame_hdr: starts of functions without a name
+	tableKinds  = 6
 )
 
 // table is one of them. lookup returns neither lines nor an error where it knows nothing
@@ -55,6 +75,8 @@ type table interface {
 type tables struct {
 	resident
 	byKind [tableKinds]table
+	names  lineNames // of the index
+	frames []index.Frame
 }
 
 // failure remembers that a table can not be read: for good where the file is to blame,
@@ -67,7 +89,9 @@ type failure struct {
 const retryAfter = 10 * time.Second
 
 // Symbolize answers for ELF virtual addresses, one result each, in order. The address of
-// a caller is to be its return address minus one. The first use reads the symbol tables.
+// a caller is to be its return address minus one. The first use reads the symbol tables,
+// and has an index made of the debug information, the file's own or in a separate file.
+// Until that is done results are Provisional: names, and no lines.
 func (o *Object) Symbolize(addrs []uint64) []Result {
 	results := make([]Result, len(addrs))
 	o.mu.Lock()
@@ -78,10 +102,15 @@ func (o *Object) Symbolize(addrs []uint64) []Result {
 		t.drop = func() { o.tables.CompareAndSwap(t, nil) }
 		o.tables.Store(t)
 	}
+	wanted := false // what the debug information says
 	for i, addr := range addrs {
-		results[i] = o.lookup(t, addr)
+		results[i] = o.named(t, addr)
+		wanted = wanted || !results[i].exact
 	}
-	bytes := int64(256)
+	if wanted {
+		o.addLines(t, addrs, results)
+	}
+	bytes := int64(256) + t.names.held
 	for _, tab := range t.byKind {
 		if tab != nil {
 			bytes += tab.bytes()
@@ -91,9 +120,10 @@ func (o *Object) Symbolize(addrs []uint64) []Result {
 	return results
 }
 
-func (o *Object) lookup(t *tables, addr uint64) Result {
+// named answers by the tables.
+func (o *Object) named(t *tables, addr uint64) Result {
 	if _, ok := o.image.ExecutableAt(addr); !ok {
-		return Result{Reason: ReasonNotFound}
+		return Result{Reason: ReasonNotFound, exact: true}
 	}
 	reason, broken := ReasonNoSymbols, Reason("")
 	for kind := range tableKind(tableKinds) {
@@ -107,7 +137,7 @@ func (o *Object) lookup(t *tables, addr uint64) Result {
 		}
 		lines, err := t.byKind[kind].lookup(addr)
 		if len(lines) > 0 {
-			return Result{Lines: lines}
+			return Result{Lines: lines, exact: kind == tableGo, made: kind >= tablePLT}
 		}
 		if err != nil {
 			broken = ReasonOf(err)
@@ -153,6 +183,12 @@ func (o *Object) read(kind tableKind) (table, error) {
 	switch kind {
 	case tableGo:
 		return loadGoTable(o.image, secs)
+	case tableMini:
+		return o.readMini(secs)
+	case tablePLT:
+		return o.readPLT(secs)
+	case tableFrames:
+		return o.readFrames()
 	case tableDynsym:
 		want = elffile.SHTDynsym
 	}
@@ -176,4 +212,30 @@ func (o *Object) readSymbols(secs []elffile.Section, tab, strtab elffile.Extent,
 		defer o.sym.bigTable.Unlock()
 	}
 	return loadSymTable(o.image, secs, tab, strtab, dynamic, int(o.sym.cfg.MaxTableBytes/symRowSize))
+}
+
+// Sources says, for people, where what Symbolize has answered so far came from.
+func (o *Object) Sources() []string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	var found []string
+	if t := o.tables.Load(); t != nil {
+		for kind, tab := range t.byKind {
+			if tab != nil {
+				found = append(found, o.file.Path+" "+tableNames[kind])
+			}
+		}
+	}
+	if o.lines != nil && o.lines.settled() && o.lines.index != nil {
+		found = append(found, o.file.Path+" debug information")
+	}
+	if o.debug != nil {
+		found = append(found, o.debug.Sources()...)
+	}
+	return found
+}
+
+var tableNames = [tableKinds]string{
+	tableGo: "pclntab", tableSymtab: ".symtab", tableMini: ".gnu_debugdata",
+	tableDynsym: ".dynsym", tablePLT: "PLT", tableFrames: ".eh_frame_hdr",
 }

@@ -3,8 +3,10 @@
 package symbolizer
 
 import (
+	"bufio"
 	"bytes"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"strconv"
@@ -42,6 +44,7 @@ type PerfMap struct {
 	lookAfter time.Time
 	reason    Reason // why there is no file
 	table     atomic.Pointer[perfTable]
+	dump      bool // file is a jitdump
 }
 
 // PerfMap returns the perf map of a process, never nil, and opens its file. Keep it for
@@ -154,7 +157,13 @@ func (pm *PerfMap) Symbolize(addrs []uint64) []Result {
 // look opens the path again and takes what it finds, if that is another file.
 func (pm *PerfMap) look(now time.Time) {
 	pm.lookAfter = now.Add(perfMapLookAfter)
+	dump := false
 	file, err := pm.open()
+	if err != nil && ReasonOf(err) == ReasonNoPerfMap {
+		if f, err2 := pm.openDump(); err2 == nil {
+			file, err, dump = f, nil, true
+		}
+	}
 	if err != nil {
 		if pm.file == nil {
 			pm.reason = ReasonOf(err)
@@ -169,7 +178,7 @@ func (pm *PerfMap) look(now time.Time) {
 		pm.file.Close()
 		pm.forget()
 	}
-	pm.file, pm.reason = file, ""
+	pm.file, pm.reason, pm.dump = file, "", dump
 }
 
 func sameFile(a, b *os.File) bool {
@@ -193,7 +202,7 @@ func (pm *PerfMap) readOn(t *perfTable) (*perfTable, error) {
 	if err != nil {
 		return t, err
 	}
-	if t != nil && !t.continues(pm.file, fi.Size()) {
+	if t != nil && (fi.Size() < t.off || !pm.dump && !t.continues(pm.file, fi.Size())) {
 		pm.forget()
 		t = nil
 	}
@@ -202,7 +211,51 @@ func (pm *PerfMap) readOn(t *perfTable) (*perfTable, error) {
 		t.drop = func() { pm.table.CompareAndSwap(t, nil) }
 		pm.table.Store(t)
 	}
+	if pm.dump {
+		return t, t.readJIT(pm.file, fi.Size())
+	}
 	return t, t.readOn(pm.file, fi.Size())
+}
+
+// maxMapsBytes bounds what is read of a process's mappings.
+const maxMapsBytes = 16 << 20
+
+// openDump opens the process's jitdump, which it maps executable, by its mapping.
+func (pm *PerfMap) openDump() (*os.File, error) {
+	pid := strconv.FormatUint(uint64(pm.pid), 10)
+	p, err := pm.sym.process(pid)
+	if err != nil {
+		return nil, err
+	}
+	maps, err := os.Open(pm.sym.proc(pid, "maps"))
+	if err != nil {
+		return nil, fmt.Errorf("open maps of process %d: %w", pm.pid, err)
+	}
+	defer maps.Close()
+	sc := bufio.NewScanner(io.LimitReader(maps, maxMapsBytes))
+	for sc.Scan() {
+		// 7f0000000000-7f0000001000 r-xp 00000000 fd:00 1234   /tmp/jit-1.dump
+		f := strings.Fields(sc.Text())
+		if len(f) < 6 || len(f[1]) < 3 || f[1][2] != 'x' || !strings.HasSuffix(f[5], "/jit-"+p.nsPID+".dump") {
+			continue
+		}
+		file, err := os.OpenFile(pm.sym.proc(pid, "map_files", f[0]), os.O_RDONLY|unix.O_NONBLOCK, 0)
+		if err != nil {
+			if file, err = OpenBelow(pm.sym.proc(pid, "root"), f[5]); err != nil {
+				return nil, err
+			}
+		}
+		fi, err := file.Stat()
+		if err == nil {
+			err = p.trusts(fi, pm.started())
+		}
+		if err != nil {
+			file.Close()
+			return nil, fmt.Errorf("open %s: %w", f[5], err)
+		}
+		return file, nil
+	}
+	return nil, errorf(ReasonNoPerfMap, "no jitdump")
 }
 
 // open opens the file and checks that it is the process's own: another user could put one

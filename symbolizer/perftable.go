@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"github.com/hostflame/hostflame/internal/elffile"
+	"github.com/hostflame/hostflame/internal/overlap"
 )
 
 const (
@@ -67,7 +68,7 @@ func (t *perfTable) readOn(r io.ReaderAt, size int64) error {
 	}
 	end := min(size, t.off+perfMapAtOnce)
 	buf := make([]byte, min(perfMapChunk, end-t.off))
-	var spans []span
+	var spans []overlap.Span
 	var err error
 	for t.off < end && !t.full {
 		var n int
@@ -113,11 +114,19 @@ func (t *perfTable) consumed(b []byte) {
 
 // add takes a line "START SIZE name", in hex, the name with spaces in it. What is none is
 // left out: processes die while they write.
-func (t *perfTable) add(spans []span, line []byte) []span {
+func (t *perfTable) add(spans []overlap.Span, line []byte) []overlap.Span {
 	start, rest, ok1 := cutHex(line)
 	size, name, ok2 := cutHex(rest)
 	name = bytes.TrimRight(name, "\r")
-	if !ok1 || !ok2 || size == 0 || len(name) == 0 || start+size < start || start+size > kernelHalf {
+	if !ok1 || !ok2 {
+		return spans
+	}
+	return t.addCode(spans, start, size, name)
+}
+
+// addCode adds code that was made.
+func (t *perfTable) addCode(spans []overlap.Span, start, size uint64, name []byte) []overlap.Span {
+	if size == 0 || len(name) == 0 || start+size < start || start+size > kernelHalf {
 		return spans
 	}
 	if size > 1<<32-1 || uint64(len(t.names)) > 1<<31 {
@@ -129,7 +138,7 @@ func (t *perfTable) add(spans []span, line []byte) []span {
 	}
 	at := uint32(len(t.names))
 	t.names = append(append(t.names, name...), 0)
-	return append(spans, span{start: start, end: start + size, name: at})
+	return append(spans, overlap.Span{Start: start, End: start + size, Name: at})
 }
 
 // cutHex cuts a hex number, with or without 0x, and the spaces after it off b.
@@ -145,7 +154,7 @@ func cutHex(b []byte) (v uint64, rest []byte, ok bool) {
 }
 
 // merge adds entries, in the order of the file.
-func (t *perfTable) merge(entries []span) {
+func (t *perfTable) merge(entries []overlap.Span) {
 	if len(entries) == 0 {
 		return
 	}
@@ -153,30 +162,30 @@ func (t *perfTable) merge(entries []span) {
 	if len(t.newer) <= len(t.older)/4 {
 		return
 	}
-	entries = make([]span, 0, len(t.newer))
+	entries = make([]overlap.Span, 0, len(t.newer))
 	for _, r := range t.newer {
-		entries = append(entries, span{start: r.start, end: r.start + uint64(r.size), name: r.name})
+		entries = append(entries, overlap.Span{Start: r.start, End: r.start + uint64(r.size), Name: r.name})
 	}
 	t.older, t.newer = overlay(t.older, entries), nil
 	t.compact()
 }
 
 // overlay puts entries, the later over the earlier, over rows.
-func overlay(rows []perfRow, entries []span) []perfRow {
-	spans := make([]span, 0, len(rows)+len(entries))
+func overlay(rows []perfRow, entries []overlap.Span) []perfRow {
+	spans := make([]overlap.Span, 0, len(rows)+len(entries))
 	for _, r := range rows {
-		spans = append(spans, span{start: r.start, end: r.start + uint64(r.size), name: r.name})
+		spans = append(spans, overlap.Span{Start: r.start, End: r.start + uint64(r.size), Name: r.name})
 	}
 	spans = append(spans, entries...)
 	for i := range spans {
-		spans[i].prio = uint32(i)
+		spans[i].Prio = uint32(i)
 	}
-	slices.SortFunc(spans, func(a, b span) int {
-		return cmp.Or(cmp.Compare(a.start, b.start), cmp.Compare(a.prio, b.prio))
+	slices.SortFunc(spans, func(a, b overlap.Span) int {
+		return cmp.Or(cmp.Compare(a.Start, b.Start), cmp.Compare(a.Prio, b.Prio))
 	})
 	out := make([]perfRow, 0, len(spans))
-	flatten(spans, func(s *span, start, end uint64) {
-		out = append(out, perfRow{start: start, size: uint32(end - start), name: s.name})
+	overlap.Flatten(spans, func(s *overlap.Span, start, end uint64) {
+		out = append(out, perfRow{start: start, size: uint32(end - start), name: s.Name})
 	})
 	return out
 }
@@ -209,11 +218,8 @@ func (t *perfTable) name(off uint32) []byte {
 
 func (t *perfTable) lookup(addr uint64) Result {
 	for _, rows := range [][]perfRow{t.newer, t.older} {
-		i, found := slices.BinarySearchFunc(rows, addr, func(r perfRow, a uint64) int { return cmp.Compare(r.start, a) })
-		if !found {
-			i--
-		}
-		if i < 0 || addr-rows[i].start >= uint64(rows[i].size) {
+		i, ok := findRow(rows, addr)
+		if !ok {
 			continue
 		}
 		lines := t.lines[rows[i].name]
@@ -233,6 +239,15 @@ func (t *perfTable) lookup(addr uint64) Result {
 		return Result{Reason: ReasonTooLarge}
 	}
 	return Result{Reason: ReasonNotFound}
+}
+
+// findRow finds the row that covers an address.
+func findRow(rows []perfRow, addr uint64) (int, bool) {
+	i, found := slices.BinarySearchFunc(rows, addr, func(r perfRow, a uint64) int { return cmp.Compare(r.start, a) })
+	if !found {
+		i--
+	}
+	return i, i >= 0 && addr-rows[i].start < uint64(rows[i].size)
 }
 
 func (t *perfTable) bytes() int64 {

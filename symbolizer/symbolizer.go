@@ -22,6 +22,7 @@ import (
 	"path/filepath"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/hostflame/hostflame/internal/elffile"
 )
@@ -43,6 +44,17 @@ type Line struct {
 type Result struct {
 	Lines  []Line
 	Reason Reason
+
+	// Module is, for kernel addresses, what the code is of: "[kernel.kallsyms]", or the name
+	// of the module in brackets; "[bpf]" are BPF programs and trampolines.
+	Module string
+
+	// Provisional: the debug information is still being read. Later answers can have lines
+	// and inlined functions where this has none.
+	Provisional bool
+
+	exact bool // the debug information has nothing to add
+	made  bool // the name is made up from another, or from the address
 }
 
 // Reason says why there is no line. The values are fit to be metric labels.
@@ -93,6 +105,9 @@ type File struct {
 	// a pinned descriptor), with O_NONBLOCK where it could be a FIFO. It can be called at
 	// any later time and from any goroutine; what it returns is the symbolizer's to close.
 	Open func() (*os.File, error)
+	// Roots are the directories below which separate debug files are looked for, in this
+	// order: the root of a process that maps the file, the host's. Without, there are none.
+	Roots []string
 }
 
 // Segment is one PT_LOAD of an ELF file.
@@ -101,14 +116,33 @@ type Segment = elffile.Segment
 // Config holds the limits. The zero value of a field stands for its default.
 type Config struct {
 	Proc          string // where procfs is mounted; /proc
+	Sys           string // where sysfs is mounted; /sys
+	Root          string // below which the kernel's debug information is looked for; /
 	MaxObjects    int    // files known by identity, those that failed included; 4096
 	MaxFiles      int    // descriptors kept open; 512
 	MaxTableBytes int64  // symbol tables, names and perf maps together; 32 MiB. The kernel's table is not counted (about 24 bytes a symbol)
+
+	// Cache keeps what was made of debug information; nil: for as long as it is used.
+	Cache        *Cache
+	IndexWorkers int           // threads that read debug information; 1
+	IndexTimeout time.Duration // to give a file up after; 5 minutes
+	// Debuginfod, if it has URLs, is asked for debug files that are not on the host. It needs
+	// a Cache.
+	Debuginfod Debuginfod
+	// WaitForIndex makes Symbolize wait for the debug information: no result is
+	// Provisional. Without, it is read by threads that give way to all others.
+	WaitForIndex bool
 }
 
 func (c *Config) setDefaults() {
 	if c.Proc == "" {
 		c.Proc = "/proc"
+	}
+	if c.Sys == "" {
+		c.Sys = "/sys"
+	}
+	if c.Root == "" {
+		c.Root = "/"
 	}
 	if c.MaxObjects <= 0 {
 		c.MaxObjects = 4096
@@ -119,6 +153,12 @@ func (c *Config) setDefaults() {
 	if c.MaxTableBytes <= 0 {
 		c.MaxTableBytes = 32 << 20
 	}
+	if c.IndexWorkers <= 0 {
+		c.IndexWorkers = 1
+	}
+	if c.IndexTimeout <= 0 {
+		c.IndexTimeout = 5 * time.Minute
+	}
 }
 
 // Symbolizer holds the caches. Its methods, and those of what it hands out, may be called
@@ -128,23 +168,31 @@ type Symbolizer struct {
 	files  files
 	memory memory
 	kernel kernel
+	index  indexer
+	remote fetcher
 
 	bigTable sync.Mutex // held while a big symbol table is read
 
 	mu       sync.Mutex
 	closed   bool
-	objects  map[fileID]*list.Element // of *entry
-	recent   *list.List               // the newest use first
-	perfMaps map[uint32]*list.Element // of *PerfMap, by pid
+	objects  map[objectKey]*list.Element // of *entry
+	recent   *list.List                  // the newest use first
+	perfMaps map[uint32]*list.Element    // of *PerfMap, by pid
 	recentPM *list.List
 	vdso     *Object
 }
 
 // entry is a file that was looked at: an object, or why it is none.
 type entry struct {
-	id     fileID
+	key    objectKey
 	object *Object
 	err    error
+}
+
+// objectKey is what an object is known by.
+type objectKey struct {
+	file fileID
+	role role
 }
 
 // New makes a Symbolizer. Nothing is read before it is asked for.
@@ -152,14 +200,16 @@ func New(cfg Config) *Symbolizer {
 	cfg.setDefaults()
 	s := &Symbolizer{
 		cfg:      cfg,
-		objects:  map[fileID]*list.Element{},
+		objects:  map[objectKey]*list.Element{},
 		recent:   list.New(),
 		perfMaps: map[uint32]*list.Element{},
 		recentPM: list.New(),
 	}
 	s.files.init(cfg.MaxFiles)
 	s.memory.init(cfg.MaxTableBytes)
-	s.kernel.init(cfg.Proc)
+	s.kernel.init(s)
+	s.index.init(cfg)
+	s.remote.init(cfg)
 	return s
 }
 
@@ -181,6 +231,8 @@ func (s *Symbolizer) Close() error {
 	for _, pm := range maps {
 		pm.retire(ReasonClosed)
 	}
+	s.remote.close()
+	s.index.close()
 	s.memory.close()
 	return s.files.close()
 }
@@ -192,7 +244,9 @@ var errClosed = errorf(ReasonClosed, "symbolizer is closed")
 // (a bounded number of files is, the least recently used are opened again by f.Open). The
 // same file, by device, inode, size and modification time, is the same Object. What
 // fails carries a Reason (see ReasonOf) and is remembered too, except for a failing Open.
-func (s *Symbolizer) Object(f File) (*Object, error) {
+func (s *Symbolizer) Object(f File) (*Object, error) { return s.object(f, roleMapped) }
+
+func (s *Symbolizer) object(f File, r role) (*Object, error) {
 	file, err := f.Open()
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", f.Path, err)
@@ -202,7 +256,8 @@ func (s *Symbolizer) Object(f File) (*Object, error) {
 		file.Close()
 		return nil, fmt.Errorf("open %s: %w", f.Path, err)
 	}
-	if e, err := s.known(id); err != nil || e != nil {
+	key := objectKey{id, r}
+	if e, err := s.known(key); err != nil || e != nil {
 		if err == nil && e.err == nil {
 			e.object.image.Content.(*openFile).adopt(f.Open, file)
 			return e.object, nil
@@ -215,11 +270,11 @@ func (s *Symbolizer) Object(f File) (*Object, error) {
 	}
 	content := &openFile{cache: &s.files, id: id, open: f.Open}
 	content.adopt(f.Open, file)
-	e := &entry{id: id}
+	e := &entry{key: key}
 	if img, err := elffile.Parse(content); err != nil {
 		e.err = fmt.Errorf("parse %s: %w", f.Path, err)
 	} else {
-		e.object = &Object{sym: s, image: img}
+		e.object = &Object{sym: s, image: img, file: f, role: r}
 	}
 	if e.err != nil {
 		content.close()
@@ -232,13 +287,13 @@ func (s *Symbolizer) Object(f File) (*Object, error) {
 }
 
 // known returns what is remembered of a file, nil if nothing is.
-func (s *Symbolizer) known(id fileID) (*entry, error) {
+func (s *Symbolizer) known(key objectKey) (*entry, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
 		return nil, errClosed
 	}
-	el := s.objects[id]
+	el := s.objects[key]
 	if el == nil {
 		return nil, nil
 	}
@@ -250,14 +305,14 @@ func (s *Symbolizer) known(id fileID) (*entry, error) {
 func (s *Symbolizer) remember(e *entry) *entry {
 	var dropped []*entry
 	s.mu.Lock()
-	if el := s.objects[e.id]; el != nil {
+	if el := s.objects[e.key]; el != nil {
 		dropped = append(dropped, e)
 		e = el.Value.(*entry)
 	} else if !s.closed {
-		s.objects[e.id] = s.recent.PushFront(e)
+		s.objects[e.key] = s.recent.PushFront(e)
 		for s.recent.Len() > s.cfg.MaxObjects {
 			old := s.recent.Remove(s.recent.Back()).(*entry)
-			delete(s.objects, old.id)
+			delete(s.objects, old.key)
 			dropped = append(dropped, old)
 		}
 	}
@@ -299,6 +354,7 @@ type Stats struct {
 	Evictions  uint64 // tables dropped to stay within MaxTableBytes
 	PerfMaps   int    // processes whose perf map is followed
 	Kernel     KernelStats
+	Index      IndexStats
 }
 
 // Stats returns current figures.
@@ -310,6 +366,7 @@ func (s *Symbolizer) Stats() Stats {
 	st.OpenFiles = s.files.count()
 	st.Tables, st.TableBytes, st.TableLoads, st.Evictions = s.memory.stats()
 	st.Kernel = s.kernel.stats()
+	st.Index = s.index.snapshot()
 	return st
 }
 

@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"github.com/hostflame/hostflame/internal/elffile"
+	"github.com/hostflame/hostflame/internal/overlap"
 )
 
 // ELF symbol types and bindings (gABI, "Symbol Table"; 10 to 12 are GNU's).
@@ -62,7 +63,7 @@ type rowID struct{ part, row uint32 }
 const (
 	symRowSize = 12
 	maxAliases = 16      // rows with one start
-	aliasBit   = 1 << 31 // in span.name while building: equal to the span before, names apart
+	aliasBit   = 1 << 31 // in Span.Name while building: equal to the span before, names apart
 	maxStrtab  = aliasBit
 	lineBytes  = 64             // of a Line, without the strings
 	lineSize   = lineBytes + 64 // of one that is kept, with its map entry
@@ -77,7 +78,7 @@ type symBuilder struct {
 	strtab   elffile.Extent
 	names    elffile.Pager // of the whole file; for untyped symbols
 	limit    int
-	spans    []span
+	spans    []overlap.Span
 	labels   map[uint32]bool // untyped symbols, by name offset: to be kept
 }
 
@@ -166,7 +167,7 @@ func (b *symBuilder) add(sym []byte) error {
 	if size > 0 && size < end-value {
 		end = value + size
 	}
-	b.spans = append(b.spans, span{start: value, end: end, name: name, prio: rank(info, size > 0)})
+	b.spans = append(b.spans, overlap.Span{Start: value, End: end, Name: name, Prio: rank(info, size > 0)})
 	return nil
 }
 
@@ -260,26 +261,33 @@ func notASymbol[T string | []byte](name T) bool {
 // build sorts the symbols into rows.
 func (b *symBuilder) build() []symPart {
 	spans := b.spans
-	slices.SortFunc(spans, func(x, y span) int {
+	slices.SortFunc(spans, func(x, y overlap.Span) int {
+		// Most differ here, and big tables are sorted while somebody waits.
+		if x.Start != y.Start {
+			if x.Start < y.Start {
+				return -1
+			}
+			return 1
+		}
 		return cmp.Or(
-			cmp.Compare(x.start, y.start), cmp.Compare(x.prio, y.prio),
-			cmp.Compare(x.end, y.end), cmp.Compare(x.name, y.name),
+			cmp.Compare(x.Prio, y.Prio),
+			cmp.Compare(x.End, y.End), cmp.Compare(x.Name, y.Name),
 		)
 	})
 	n := uint32(len(spans))
 	for i := len(spans) - 1; i >= 0; i-- {
 		s := &spans[i]
-		alias := i > 0 && spans[i-1].start == s.start && spans[i-1].end == s.end && spans[i-1].prio == s.prio
-		if s.prio >= rankSized {
-			s.prio = n + uint32(i)
+		alias := i > 0 && spans[i-1].Start == s.Start && spans[i-1].End == s.End && spans[i-1].Prio == s.Prio
+		if s.Prio >= rankSized {
+			s.Prio = n + uint32(i)
 		} else {
-			s.prio = uint32(i) // below all that have a size, and below the labels after it
+			s.Prio = uint32(i) // below all that have a size, and below the labels after it
 			if b.dynamic {
-				s.end = s.start + 1
+				s.End = s.Start + 1
 			}
 		}
 		if alias {
-			s.name |= aliasBit
+			s.Name |= aliasBit
 		}
 	}
 	parts := make([]symPart, len(b.parts))
@@ -289,8 +297,8 @@ func (b *symBuilder) build() []symPart {
 	// Two passes, so that rows are reserved to size.
 	for fill := range 2 {
 		p, rows := 0, 0
-		flatten(spans, func(s *span, start, end uint64) {
-			if s.prio < n && start != s.start {
+		overlap.Flatten(spans, func(s *overlap.Span, start, end uint64) {
+			if s.Prio < n && start != s.Start {
 				return // a label goes no further than what comes after it, or covers it
 			}
 			for p+1 < len(parts) && start >= parts[p+1].base {
@@ -302,15 +310,15 @@ func (b *symBuilder) build() []symPart {
 			if start-parts[p].base > 1<<32-1 {
 				return
 			}
-			for i, count := s.prio%n, 0; count < maxAliases; i, count = i-1, count+1 {
+			for i, count := s.Prio%n, 0; count < maxAliases; i, count = i-1, count+1 {
 				if rows++; fill == 1 {
 					parts[p].rows = append(parts[p].rows, symRow{
 						start: uint32(start - parts[p].base),
 						size:  uint32(min(end-start, 1<<32-1)),
-						name:  spans[i].name &^ aliasBit,
+						name:  spans[i].Name &^ aliasBit,
 					})
 				}
-				if spans[i].name&aliasBit == 0 {
+				if spans[i].Name&aliasBit == 0 {
 					break
 				}
 			}

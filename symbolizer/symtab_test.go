@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/hostflame/hostflame/internal/elffile"
+	"github.com/hostflame/hostflame/internal/overlap"
 )
 
 // TestSymbolRules has one case for each rule in symTable's comment.
@@ -191,7 +192,7 @@ func TestTooManySymbols(t *testing.T) {
 func TestFlatten(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(5, 6))
 	for range 500 {
-		var spans []span
+		var spans []overlap.Span
 		paint := make([]int, 64)
 		for i := range paint {
 			paint[i] = -1
@@ -199,25 +200,25 @@ func TestFlatten(t *testing.T) {
 		n := rnd.IntN(12)
 		for i := range n {
 			start := rnd.Uint64N(60)
-			spans = append(spans, span{start: start, end: min(start+rnd.Uint64N(20), 64), prio: uint32(i)})
-			for a := start; a < spans[i].end; a++ {
+			spans = append(spans, overlap.Span{Start: start, End: min(start+rnd.Uint64N(20), 64), Prio: uint32(i)})
+			for a := start; a < spans[i].End; a++ {
 				paint[a] = i
 			}
 		}
-		slices.SortStableFunc(spans, func(a, b span) int { return int(a.start) - int(b.start) })
+		slices.SortStableFunc(spans, func(a, b overlap.Span) int { return int(a.Start) - int(b.Start) })
 		got := make([]int, 64)
 		for i := range got {
 			got[i] = -1
 		}
 		last, lastPrio := uint64(0), ^uint32(0)
-		flatten(spans, func(s *span, start, end uint64) {
-			if start < last || end <= start || start == last && s.prio == lastPrio {
-				t.Fatalf("%v: piece %d-%d of %d after %d", spans, start, end, s.prio, last)
+		overlap.Flatten(spans, func(s *overlap.Span, start, end uint64) {
+			if start < last || end <= start || start == last && s.Prio == lastPrio {
+				t.Fatalf("%v: piece %d-%d of %d after %d", spans, start, end, s.Prio, last)
 			}
 			for a := start; a < end; a++ {
-				got[a] = int(s.prio)
+				got[a] = int(s.Prio)
 			}
-			last, lastPrio = end, s.prio
+			last, lastPrio = end, s.Prio
 		})
 		if !slices.Equal(got, paint) {
 			t.Fatalf("%v:\n%v, want\n%v", spans, got, paint)

@@ -65,7 +65,9 @@ func (a *agent) run(ctx context.Context, listeners []net.Listener) error {
 		return err
 	}
 	defer a.kernel.close()
-	sym := symbolizer.New(symbolizer.Config{})
+	sym := symbolizer.New(symbolizer.Config{
+		Cache: a.flags.openSymbolCache(a.log), Debuginfod: debuginfod(*a.flags.debuginfod),
+	})
 	defer sym.Close()
 	cache := a.flags.openTableCache(a.log)
 	if cache != nil {

@@ -44,7 +44,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	app.HelpFlag.Short('h')
 	promslogflag.AddFlags(app, env.log)
 	commands := map[string]command{}
-	for _, add := range []func(*kingpin.Application) (string, command){addServe, addRecord, addDoctor} {
+	for _, add := range []func(*kingpin.Application) (string, command){addServe, addRecord, addSymbolize, addDoctor} {
 		name, c := add(app)
 		commands[name] = c
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"strings"
 	"time"
 
@@ -84,9 +85,11 @@ func (r *record) run(ctx context.Context, env environment) error {
 
 // sample runs the profiler for the duration, or until ctx ends, as one window.
 func (r *record) sample(ctx context.Context, env environment, cpu *bpf.CPU) (*profiler.Window, error) {
-	sym := symbolizer.New(symbolizer.Config{})
-	defer sym.Close()
 	log := promslog.New(env.log)
+	sym := symbolizer.New(symbolizer.Config{
+		Cache: r.openSymbolCache(log), Debuginfod: debuginfod(*r.debuginfod), WaitForIndex: true, IndexWorkers: runtime.GOMAXPROCS(0), IndexTimeout: time.Minute,
+	})
+	defer sym.Close()
 	cache := r.openTableCache(log)
 	if cache != nil {
 		defer cache.Close()

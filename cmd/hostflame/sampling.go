@@ -19,6 +19,7 @@ import (
 
 	"github.com/hostflame/hostflame/bpf"
 	"github.com/hostflame/hostflame/profiler/unwind"
+	"github.com/hostflame/hostflame/symbolizer"
 )
 
 // maxFrequency keeps a typing slip from costing a core: at 1,000 Hz a sample of 16 us is
@@ -31,6 +32,8 @@ type sampling struct {
 	event       *string
 	tableMemory *units.Base2Bytes
 	tableCache  *string
+	symbolCache *string
+	debuginfod  *bool
 }
 
 func samplingFlags(c *kingpin.CmdClause) (s sampling) {
@@ -39,7 +42,10 @@ func samplingFlags(c *kingpin.CmdClause) (s sampling) {
 		Default(string(bpf.EventCPUClock)).Enum(string(bpf.EventCPUClock), string(bpf.EventCycles))
 	s.tableMemory = c.Flag("unwind.table-memory", "Kernel memory for unwind tables, at least 1MiB. Of what finds no room the least recently sampled goes.").Default("32MiB").Bytes()
 	s.tableCache = c.Flag("unwind.cache-directory", "Where unwind tables are kept between starts, at most 256 MiB; empty for nowhere.").
-		Default(defaultCacheDirectory()).String()
+		Default(defaultCacheDirectory("unwind")).String()
+	s.symbolCache = c.Flag("symbols.cache-directory", "Where indexes of debug information are kept between starts, at most 1 GiB; empty for nowhere.").
+		Default(defaultCacheDirectory("symbols")).String()
+	s.debuginfod = debuginfodFlag(c)
 	return s
 }
 
@@ -76,11 +82,26 @@ func (w waitFlags) waitSampling() bpf.WaitSampling {
 	return s
 }
 
+func debuginfodFlag(c *kingpin.CmdClause) *bool {
+	return c.Flag("symbols.debuginfod", "Load debug files that are not on this host from the servers in DEBUGINFOD_URLS, by build id, into the cache directory.").Bool()
+}
+
+// debuginfod is who is asked, if that is wished for.
+func debuginfod(wished bool) (d symbolizer.Debuginfod) {
+	if wished {
+		d.URLs = strings.Fields(os.Getenv("DEBUGINFOD_URLS"))
+	}
+	return d
+}
+
 // tableCacheQuota is in bytes: a table of a region takes 10 KiB on average.
 const tableCacheQuota = 256 << 20
 
+// indexCacheQuota is in bytes: an index takes a twentieth of the debug sections.
+const indexCacheQuota = 1 << 30
+
 // defaultCacheDirectory is what systemd gives the service, or the user's own.
-func defaultCacheDirectory() string {
+func defaultCacheDirectory(name string) string {
 	base := os.Getenv("CACHE_DIRECTORY")
 	switch {
 	case base != "":
@@ -94,7 +115,7 @@ func defaultCacheDirectory() string {
 		}
 		base = filepath.Join(dir, "hostflame")
 	}
-	return filepath.Join(base, "unwind")
+	return filepath.Join(base, name)
 }
 
 // openTableCache opens the cache. What does not work costs time at starts, no more: it is
@@ -105,14 +126,31 @@ func (s sampling) openTableCache(log *slog.Logger) *unwind.Cache {
 	}
 	c, err := unwind.OpenCache(*s.tableCache, tableCacheQuota)
 	if err != nil {
-		level := slog.LevelWarn
-		if *s.tableCache == defaultCacheDirectory() {
-			level = slog.LevelInfo // nobody has asked for it
-		}
-		log.Log(context.Background(), level, "unwind tables are not kept on disk", "err", err, "hint", "choose a directory with --unwind.cache-directory")
+		notKept(log, "unwind", *s.tableCache, err)
 		return nil
 	}
 	return c
+}
+
+// openSymbolCache is openTableCache for the indexes of debug information.
+func (s sampling) openSymbolCache(log *slog.Logger) *symbolizer.Cache {
+	if *s.symbolCache == "" {
+		return nil
+	}
+	c, err := symbolizer.OpenCache(*s.symbolCache, indexCacheQuota)
+	if err != nil {
+		notKept(log, "symbols", *s.symbolCache, err)
+		return nil
+	}
+	return c
+}
+
+func notKept(log *slog.Logger, name, dir string, err error) {
+	level := slog.LevelWarn
+	if dir == defaultCacheDirectory(name) {
+		level = slog.LevelInfo // nobody has asked for it
+	}
+	log.Log(context.Background(), level, "not kept on disk", "what", name, "err", err, "hint", "choose a directory with --"+name+".cache-directory")
 }
 
 func (s sampling) check() error {

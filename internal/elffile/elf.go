@@ -15,6 +15,7 @@ const (
 	Class64 = 2
 	DataLSB = 1
 
+	typeNone = 0
 	TypeRel  = 1
 	TypeExec = 2
 	TypeDyn  = 3
@@ -74,7 +75,12 @@ type Segment struct {
 }
 
 // Parse reads the ELF header, the program headers and the notes.
-func Parse(c Content) (*Image, error) {
+func Parse(c Content) (*Image, error) { return parse(c, TypeExec, TypeDyn) }
+
+// ParseObject is Parse for a file that was not linked (.dwo, .ko), or is no program (.dwp).
+func ParseObject(c Content) (*Image, error) { return parse(c, typeNone, TypeRel, TypeExec, TypeDyn) }
+
+func parse(c Content, types ...uint16) (*Image, error) {
 	var h [64]byte
 	if c.Size() < 52 {
 		return nil, Errorf(Malformed, "%d bytes are too few for ELF", c.Size())
@@ -96,9 +102,7 @@ func Parse(c Content) (*Image, error) {
 	default:
 		return nil, Errorf(Malformed, "class %d", h[4])
 	}
-	switch typ := binary.LittleEndian.Uint16(h[16:]); typ {
-	case TypeExec, TypeDyn:
-	default:
+	if typ := binary.LittleEndian.Uint16(h[16:]); !slices.Contains(types, typ) {
 		return nil, Errorf(Unsupported, "file type %d", typ)
 	}
 	m.Machine = binary.LittleEndian.Uint16(h[18:])
@@ -374,10 +378,16 @@ func (d *Decoder) U32() uint32 { return uint32(d.take(4)) }
 
 // Word reads a field whose size is that of an address.
 func (d *Decoder) Word() uint64 {
-	if d.Is64 {
-		return d.take(8)
+	if !d.Is64 {
+		return d.take(4)
 	}
-	return d.take(4)
+	if len(d.B) < 8 {
+		d.B = nil
+		return 0
+	}
+	v := binary.LittleEndian.Uint64(d.B)
+	d.B = d.B[8:]
+	return v
 }
 
 // CString is the bytes before the first NUL, and whether there is one.

@@ -67,3 +67,9 @@ func ReadAt(c Content, p []byte, off uint64) error {
 	}
 	return err
 }
+
+// ReasonIs tells whether err carries a reason.
+func ReasonIs(err error, r Reason) bool {
+	e, ok := errors.AsType[*Error](err)
+	return ok && e.Reason == r
+}

@@ -3,7 +3,6 @@
 package unwind
 
 import (
-	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -138,21 +137,22 @@ func (f *File) openFrames(secs []elffile.Section) {
 	}
 }
 
+// maxDecompressed is how many bytes of a compressed .debug_frame go into memory.
+const maxDecompressed = 32 << 20
+
 // debugSection is the .debug_frame of an image, or nil.
 func (f *File) debugSection(m *elffile.Image, secs []elffile.Section) *section {
 	for _, sec := range m.SectionsNamed(secs, ".debug_frame") {
 		if sec.Type == elffile.SHTNobits || sec.Size == 0 {
 			continue
 		}
-		s := &section{arch: f.arch, content: m, off: sec.Off, size: sec.Size, debug: true}
-		if sec.Flags&elffile.SHFCompressed != 0 {
-			b, err := decompress(m, sec)
-			if err != nil {
-				f.once[SkipDebugFile]++
-				return nil
-			}
-			s.content, s.off, s.size = elffile.FromBytes(b), 0, uint64(len(b))
+		z := elffile.Inflater{Memory: maxDecompressed}
+		content, off, size, err := z.Section(m, sec, ".debug_frame")
+		if err != nil {
+			f.once[SkipDebugFile]++
+			return nil
 		}
+		s := &section{arch: f.arch, content: content, off: off, size: size, debug: true}
 		if size := uint64(s.content.Size()); s.off >= size {
 			return nil
 		} else {
@@ -169,7 +169,11 @@ func (f *File) openSeparate() {
 		return
 	}
 	f.separate = true
-	link, crc := f.debugLink()
+	secs, err := f.image.Sections()
+	if err != nil {
+		return
+	}
+	link, crc := f.image.DebugLink(secs)
 	if link == "" && f.image.BuildID == "" {
 		return
 	}
@@ -183,46 +187,12 @@ func (f *File) openSeparate() {
 		f.once[SkipDebugFile]++
 		return
 	}
-	secs, err := m.Sections()
-	if err != nil {
+	if secs, err = m.Sections(); err != nil {
 		f.once[SkipDebugFile]++
 		return
 	}
 	f.readers = append(f.readers, file)
 	f.own, f.ownIndex = f.debugSection(m, secs), nil
-}
-
-// debugLink reads .gnu_debuglink: a name, padded to four bytes, and a CRC.
-func (f *File) debugLink() (string, uint32) {
-	secs, err := f.image.Sections()
-	if err != nil {
-		return "", 0
-	}
-	for _, s := range f.image.SectionsNamed(secs, ".gnu_debuglink") {
-		const longest = 4096
-		if s.Type == elffile.SHTNobits || s.Size > longest {
-			continue
-		}
-		b := make([]byte, s.Size)
-		if elffile.ReadAt(f.image, b, s.Off) != nil {
-			continue
-		}
-		return parseDebugLink(b)
-	}
-	return "", 0
-}
-
-func parseDebugLink(b []byte) (string, uint32) {
-	i := bytes.IndexByte(b, 0)
-	if i <= 0 || bytes.IndexByte(b[:i], '/') >= 0 || string(b[:i]) == "." || string(b[:i]) == ".." {
-		return "", 0 // a path would lead elsewhere
-	}
-	d := cursor{b: b[min((i+4)&^3, len(b)):]}
-	crc := d.u32()
-	if d.bad {
-		return "", 0
-	}
-	return string(b[:i]), crc
 }
 
 // code is the lowest and the highest address that can be executed.

@@ -287,7 +287,7 @@ func FuzzDebugLink(f *testing.F) {
 	f.Add([]byte("../x\x00\x00\x00\x00\x01\x02\x03\x04"))
 	f.Add([]byte("a\x00"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		name, _ := parseDebugLink(b)
+		name, _ := elffile.ParseDebugLink(b)
 		if strings.ContainsAny(name, "/\x00") || name == "." || name == ".." {
 			t.Errorf("%q", name)
 		}

@@ -38,13 +38,16 @@ type config struct {
 	busy    time.Duration // the busy minute
 	// How long a sampler is watched in each round, at 99 samples a second and CPU.
 	stackWindow time.Duration
-	cpu         int    // the CPU that switching loads are pinned to
-	only        string // the section to run; all if empty
+	// Addresses that Go's debug/dwarf, which is slow, is asked for.
+	dwarfAddresses int
+	vmlinux        string // a kernel with debug information; empty: symbols are left out
+	cpu            int    // the CPU that switching loads are pinned to
+	only           string // the section to run; all if empty
 }
 
 var (
-	full  = config{windows: 5, window: 2 * time.Second, settle: time.Second, rounds: 15, loops: 100_000, busy: time.Minute, stackWindow: 4 * time.Second}
-	short = config{windows: 1, window: 300 * time.Millisecond, rounds: 1, loops: 2_000, busy: 2 * time.Second, stackWindow: 300 * time.Millisecond}
+	full  = config{windows: 5, window: 2 * time.Second, settle: time.Second, rounds: 15, loops: 100_000, busy: time.Minute, stackWindow: 4 * time.Second, dwarfAddresses: 100}
+	short = config{windows: 1, window: 300 * time.Millisecond, rounds: 1, loops: 2_000, busy: 2 * time.Second, stackWindow: 300 * time.Millisecond, dwarfAddresses: 1}
 )
 
 func main() {
@@ -52,14 +55,23 @@ func main() {
 	shortRun := flag.Bool("short", false, "run once through everything, in seconds, to see that it works")
 	rounds := flag.Int("rounds", full.rounds, "interleaved `rounds` of the pipe and messaging benchmarks")
 	busy := flag.Duration("busy", full.busy, "how long the busy minute is")
-	only := flag.String("only", "", "one `section`: stacks, programs, pipe or busy")
+	only := flag.String("only", "", "one `section`: stacks, programs, pipe, busy or symbols")
+	vmlinux := flag.String("vmlinux", "", "`path` of a kernel with debug information, for symbols")
+	child := flag.String("debug-dwarf", "", "")
 	hostflame := flag.String("agent", "", "`path` of the agent binary; built when not given")
 	flag.Parse()
+	if *child != "" {
+		if err := debugDwarf(*child); err != nil {
+			fmt.Fprintf(os.Stderr, "bench: %v\n", err)
+			os.Exit(1)
+		}
+		return
+	}
 	cfg.rounds, cfg.busy = *rounds, *busy
 	if *shortRun {
 		cfg = short
 	}
-	cfg.only = *only
+	cfg.only, cfg.vmlinux = *only, *vmlinux
 	cfg.cpu = runtime.NumCPU() - 1
 	// Children are in our process group: the terminal's Ctrl-C reaches them too, and
 	// each of them ends with it. Ours only has to survive long enough to clean up.
@@ -111,8 +123,8 @@ func run(w io.Writer, cfg config, hostflame string) error {
 	for _, section := range []struct {
 		name string
 		run  func(io.Writer) error
-	}{{"stacks", b.stacks}, {"programs", b.programCosts}, {"pipe", b.pipe}, {"busy", b.busyMinute}} {
-		if cfg.only != "" && cfg.only != section.name {
+	}{{"stacks", b.stacks}, {"programs", b.programCosts}, {"pipe", b.pipe}, {"busy", b.busyMinute}, {"symbols", b.symbols}} {
+		if cfg.only != "" && cfg.only != section.name || section.name == "symbols" && cfg.vmlinux == "" {
 			continue
 		}
 		begin, err := readTicks()

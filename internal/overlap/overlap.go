@@ -1,31 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package symbolizer
+// Package overlap sorts out address ranges that overlap.
+package overlap
 
-// span is an address range that a symbol claims. Where spans overlap, the highest
+// Span is an address range that something claims. Where spans overlap, the highest
 // priority wins.
-type span struct {
-	start, end uint64 // end is exclusive
-	name       uint32
-	prio       uint32
+type Span struct {
+	Start, End uint64 // End is exclusive
+	Name       uint32 // the caller's
+	Prio       uint32
 }
 
-// flatten calls emit for the pieces of sorted (by start) that are not hidden by spans of
+// Flatten calls emit for the pieces of sorted (by start) that are not hidden by spans of
 // higher priority, in order of address and without overlap. Priorities are distinct. It
 // takes O(n log n) and memory only for spans that overlap.
-func flatten(sorted []span, emit func(s *span, start, end uint64)) {
+func Flatten(sorted []Span, emit func(s *Span, start, end uint64)) {
 	var active spanHeap // of those that have begun, the highest priority on top
 	var pos uint64      // everything below is decided
-	var last *span      // the piece that is not emitted yet, because it may go on
+	var last *Span      // the piece that is not emitted yet, because it may go on
 	var lastStart, lastEnd uint64
 	advance := func(to uint64) {
 		for len(active) > 0 && pos < to {
 			top := active[0]
-			if top.end <= pos {
+			if top.End <= pos {
 				active.pop()
 				continue
 			}
-			end := min(top.end, to)
+			end := min(top.End, to)
 			if top == last && lastEnd == pos {
 				lastEnd = end
 			} else {
@@ -40,10 +41,10 @@ func flatten(sorted []span, emit func(s *span, start, end uint64)) {
 	}
 	for i := range sorted {
 		s := &sorted[i]
-		if s.end <= s.start {
+		if s.End <= s.Start {
 			continue
 		}
-		advance(s.start)
+		advance(s.Start)
 		active.push(s)
 	}
 	advance(^uint64(0))
@@ -53,14 +54,14 @@ func flatten(sorted []span, emit func(s *span, start, end uint64)) {
 }
 
 // spanHeap is a binary heap by priority.
-type spanHeap []*span
+type spanHeap []*Span
 
-func (h *spanHeap) push(s *span) {
+func (h *spanHeap) push(s *Span) {
 	*h = append(*h, s)
 	a := *h
 	for i := len(a) - 1; i > 0; {
 		parent := (i - 1) / 2
-		if a[parent].prio > a[i].prio {
+		if a[parent].Prio > a[i].Prio {
 			break
 		}
 		a[parent], a[i] = a[i], a[parent]
@@ -80,10 +81,10 @@ func (h *spanHeap) pop() {
 		if child >= n {
 			return
 		}
-		if child+1 < n && a[child+1].prio > a[child].prio {
+		if child+1 < n && a[child+1].Prio > a[child].Prio {
 			child++
 		}
-		if a[i].prio > a[child].prio {
+		if a[i].Prio > a[child].Prio {
 			return
 		}
 		a[i], a[child] = a[child], a[i]

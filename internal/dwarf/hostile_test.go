@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package dwarf
+
+import (
+	"bytes"
+	"encoding/binary"
+	"testing"
+	"time"
+
+	"github.com/hostflame/hostflame/internal/elffile"
+)
+
+// TestDamaged: real debug information with each of some thousand bytes changed ends in an
+// answer or an error, soon.
+func TestDamaged(t *testing.T) {
+	whole := compile(t, "gcc", "-g")
+	d := openBytes(t, whole)
+	for _, s := range []*Section{d.Info, d.Abbrev, d.Line, d.Rnglists} {
+		for i := uint64(0); i < s.Size; i++ {
+			for _, v := range []byte{0, 0x7f, 0x80, 0xff} {
+				b := bytes.Clone(whole)
+				b[s.Off+i] = v
+				start := time.Now()
+				check(t, openBytes(t, b))
+				if took := time.Since(start); took > 2*time.Second {
+					t.Fatalf("%v for byte %#x of the file as %#x", took, s.Off+i, v)
+				}
+			}
+		}
+	}
+}
+
+// made is debug information made by hand: abbreviations with one entry each.
+type made struct{ info, abbrev []byte }
+
+func (m *made) spec(b ...byte) { m.abbrev = append(m.abbrev, b...) }
+
+// unit wraps entries into a unit of DWARF 4.
+func (m *made) unit(entries []byte) {
+	m.info = binary.LittleEndian.AppendUint32(nil, uint32(7+len(entries)))
+	m.info = append(m.info, 4, 0, 0, 0, 0, 0, 8)
+	m.info = append(m.info, entries...)
+}
+
+func (m *made) data() *Data {
+	return &Data{Info: asSection(m.info), Abbrev: asSection(m.abbrev), Code: []Range{{0x1000, 0x100000}}}
+}
+
+// TestCyclicOrigin: abstract origins that refer to each other.
+func TestCyclicOrigin(t *testing.T) {
+	var m made
+	m.spec(1, tagCompileUnit, 1, 0, 0)
+	m.spec(2, tagSubprogram, 0, atAbstractOrigin, formRef4, atLowPC, formAddr, atHighPC, formData4, 0, 0, 0)
+	function := func(to uint32) []byte {
+		b := binary.LittleEndian.AppendUint32([]byte{2}, to)
+		b = binary.LittleEndian.AppendUint64(b, 0x2000)
+		return binary.LittleEndian.AppendUint32(b, 16)
+	}
+	const first = 12
+	m.unit(append(append(append([]byte{1}, function(first+17)...), function(first)...), 0))
+	d := m.data()
+	if n, err := d.ReadUnits(); n != 1 || err != nil {
+		t.Fatalf("%d units, %v", n, err)
+	}
+	c, err := d.NewReader(&counted{}).Code(0)
+	if err != nil || len(c.Nodes) != 2 || c.Nodes[0].Function != 0 {
+		t.Errorf("%+v, %v", c, err)
+	}
+}
+
+// TestDeepEntries: entries within entries without end.
+func TestDeepEntries(t *testing.T) {
+	var m made
+	m.spec(1, tagCompileUnit, 1, 0, 0)
+	m.spec(2, 0x0b, 1, 0, 0, 0)
+	m.unit(append([]byte{1}, bytes.Repeat([]byte{2}, 1<<20)...))
+	d := m.data()
+	if _, err := d.ReadUnits(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.NewReader(&counted{}).Code(0); !elffile.ReasonIs(err, elffile.TooLarge) {
+		t.Errorf("%v, want too_large", err)
+	}
+}
+
+// TestLongName: a name of a million letters is cut.
+func TestLongName(t *testing.T) {
+	var m made
+	m.spec(1, tagCompileUnit, 1, 0, 0)
+	m.spec(2, tagSubprogram, 0, atName, formString, atLowPC, formAddr, atHighPC, formData4, 0, 0, 0)
+	entry := append([]byte{1, 2}, bytes.Repeat([]byte{'P'}, 1<<20)...)
+	entry = append(entry, 0)
+	entry = binary.LittleEndian.AppendUint64(entry, 0x2000)
+	entry = binary.LittleEndian.AppendUint32(entry, 16)
+	m.unit(append(entry, 0))
+	d := m.data()
+	if _, err := d.ReadUnits(); err != nil {
+		t.Fatal(err)
+	}
+	names := &counted{}
+	if _, err := d.NewReader(names).Code(0); err != nil || len(names.functions) != 1 || len(names.functions[0]) != maxString {
+		t.Errorf("%d names, %v", len(names.functions), err)
+	}
+}

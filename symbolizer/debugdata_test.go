@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package symbolizer
+
+import (
+	"bytes"
+	"fmt"
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+// TestDebugdata: the names in .gnu_debugdata, made as distributions make it, are those that
+// eu-addr2line finds there.
+func TestDebugdata(t *testing.T) {
+	plain := buildCXX(t, deepSource, "-g", "-O2")
+	path := build(t, "path", plain, nil, "sh", "-e", "-c", `
+		cd "$(dirname "$2")"
+		nm -D "$1" --format=posix --defined-only | cut -d' ' -f1 | sort >dynamic
+		nm "$1" --format=posix --defined-only | awk '$2 == "T" || $2 == "t" || $2 == "W" { print $1 }' | sort >all
+		comm -13 dynamic all >keep
+		objcopy --only-keep-debug "$1" debug
+		objcopy -S --remove-section .comment --keep-symbols=keep debug mini
+		xz -f mini
+		strip -R .comment -o "$2" "$1"
+		objcopy --add-section .gnu_debugdata=mini.xz "$2"`, "sh", plain, "OUT")
+	addrs := codeAddresses(t, plain, 20_000)
+	var in bytes.Buffer
+	for _, a := range addrs {
+		fmt.Fprintf(&in, "%#x\n", a)
+	}
+	judge := exec.Command("eu-addr2line", "-f", "-e", path)
+	judge.Stdin = &in
+	out, err := judge.Output()
+	if err != nil {
+		t.Fatalf("eu-addr2line, of Debian's elfutils, is the judge: %v", err)
+	}
+	answers := strings.Split(string(out), "\n")
+	symbols := symbolsOf(t, plain)
+	same, different := 0, 0
+	for i, r := range openObject(t, newSymbolizer(t, Config{}), path).Symbolize(addrs) {
+		want := answers[2*i]
+		if len(r.Lines) == 0 || r.made {
+			// It gives what comes after a symbol without a size to that symbol.
+			continue
+		}
+		if got := r.Lines[0].SystemName; got == want || sameFunction(symbols, got, want) {
+			same++
+		} else if different++; different <= 3 {
+			t.Errorf("%#x: %s, eu-addr2line says %s", addrs[i], got, want)
+		}
+	}
+	t.Logf("%d of %d addresses have the judge's name, %d another", same, len(addrs), different)
+	if same < len(addrs)*8/10 || different > 0 {
+		t.Error("names from .gnu_debugdata are missing or wrong")
+	}
+}
+
+// TestHostileDebugdata: what claims a big dictionary, or unpacks to more than it may.
+func TestHostileDebugdata(t *testing.T) {
+	pack := func(args ...string) []byte {
+		cmd := exec.Command("xz", append([]string{"-c", "--format=xz"}, args...)...)
+		cmd.Stdin = bytes.NewReader(make([]byte, 8<<20))
+		b, err := cmd.Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	if b, err := unpackXZ(pack(), 8<<20); err != nil || len(b) != 8<<20 {
+		t.Errorf("%d bytes, %v", len(b), err)
+	}
+	if b, err := unpackXZ(pack("--block-size=1000000"), 8<<20); err != nil || len(b) != 8<<20 {
+		t.Errorf("blocks: %d bytes, %v", len(b), err)
+	}
+	for name, err := range map[string]error{
+		string(ReasonTooLarge) + " bomb":          second(unpackXZ(pack(), 1<<20)),
+		string(ReasonTooLarge) + " dictionary":    second(unpackXZ(pack("--lzma2=dict=512MiB"), 8<<20)),
+		string(ReasonUnsupported) + " filters":    second(unpackXZ(pack("--x86", "--lzma2"), 8<<20)),
+		string(ReasonMalformed) + " half of it":   second(unpackXZ(pack("-0")[:200], 8<<20)),
+		string(ReasonMalformed) + " not an xz":    second(unpackXZ(make([]byte, 100), 8<<20)),
+		string(ReasonMalformed) + " only a magic": second(unpackXZ(append(bytes.Clone(xzMagic), bytes.Repeat([]byte{0xff}, 40)...), 8<<20)),
+	} {
+		if want, _, _ := strings.Cut(name, " "); string(ReasonOf(err)) != want {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func second(_ []byte, err error) error { return err }
