@@ -7,7 +7,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -246,10 +245,6 @@ func inCgroup(t *testing.T, name string, command ...string) *exec.Cmd {
 	t.Cleanup(func() { os.Remove(dir) })
 	sh := append([]string{"-c", `echo $$ > "$0/cgroup.procs" && exec "$@"`, dir}, command...)
 	cmd := exec.Command("/bin/sh", sh...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	startCommand(t, cmd)
 	return cmd
 }
