@@ -15,7 +15,7 @@ import (
 	"github.com/hostflame/hostflame/internal/histogram"
 )
 
-//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_operation -type hf_block_io -type hf_block_device block block.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_operation -type hf_block_error -type hf_block_flag -type hf_block_io -type hf_block_device -type hf_block_request -type hf_block_places block block.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
 
 // BlockConfig configures the block I/O hooks.
 type BlockConfig struct{}
@@ -32,7 +32,8 @@ type BlockConfig struct{}
 // The operations are those of the kernel's own books, so that counts and sizes are equal
 // to the fields of /proc/diskstats:
 //
-//   - read; write, with zone append and write zeroes; discard.
+//   - read; write, with zone append; write-zeroes, which diskstats has among the writes;
+//     discard.
 //   - flush is the command that makes the device write out its cache, as in fields 16
 //     and 17: one serves all requests that wait for it at that moment. What fsync sends,
 //     an empty request that only waits for such a command, is a write without a size and
@@ -42,7 +43,12 @@ type BlockConfig struct{}
 //     erase and zone management, which diskstats has among the writes.
 //
 // Sizes are those of requests that carry data. A request with an error counts as any
-// other, and once as error, be it all of its bytes that failed or some.
+// other, and once as error, of the class of the first part that failed, be it all of its
+// bytes or some. One that was merged into another counts as a merge and not as a request,
+// as in diskstats; the other keeps its own start.
+//
+// A request that the driver sent back was issued more than once: its device time is from
+// the last issue, what was before that is queue time.
 //
 // A request that was in flight when the hooks were attached has the kernel's start; if
 // its issue was not seen either, only its total and size count.
@@ -137,8 +143,11 @@ func newBlock(k blockHooks) (_ *Block, err error) {
 		object: object{
 			coll: coll,
 			// In the order of hf_ran's argument.
-			programs: []string{blockProgHfBlockStart, blockProgHfBlockIssue, blockProgHfBlockDone, blockProgHfBlockDisk},
-			reasons:  []DropReason{DropNegative, DropNoSlot, DropNoStart, DropNoEnd},
+			programs: []string{
+				blockProgHfBlockStart, blockProgHfBlockIssue, blockProgHfBlockDone, blockProgHfBlockDisk,
+				blockProgHfBlockRequeue, blockProgHfBlockAbsorb, blockProgHfBlockBack, blockProgHfBlockFront, blockProgHfBlockSplit,
+			},
+			reasons: []DropReason{DropNegative, DropNoSlot, DropNoStart, DropNoEnd},
 		},
 		ownStart: k.ownStart,
 	}

@@ -114,7 +114,9 @@ func countsOf(t *testing.T, b *Block, device string) blockCounts {
 		}
 		c.requests[s.Operation] = s.Total.Count()
 		c.bytes[s.Operation] = s.Size.Sum
-		c.errors[s.Operation] = s.Errors
+		for _, n := range s.Errors {
+			c.errors[s.Operation] += n
+		}
 		c.queueNanos += s.Queue.Sum
 		c.deviceNanos += s.DeviceTime.Sum
 		c.totalNanos += s.Total.Sum
@@ -370,6 +372,9 @@ func TestBlockCountsErrors(t *testing.T) {
 	after := countsOf(t, b, device)
 	if n := after.errors["read"] - before.errors["read"]; n != failing {
 		t.Errorf("%d errors, want %d", n, failing)
+	}
+	if io := seriesOf(t, b, filepath.Base(device))["read"].Errors[BlockErrorIO]; io != after.errors["read"] {
+		t.Errorf("%d errors of class %v, want all %d", io, BlockErrorIO, after.errors["read"])
 	}
 	if n := after.requests["read"] - before.requests["read"]; n != failing {
 		t.Errorf("%d requests, want %d", n, failing)

@@ -23,32 +23,91 @@ type blockHfBlockDevice struct {
 	Name  [32]int8
 }
 
+type blockHfBlockError uint32
+
+const (
+	blockHfBlockErrorHF_BLOCK_ERROR_IO            blockHfBlockError = 0
+	blockHfBlockErrorHF_BLOCK_ERROR_NOT_SUPPORTED blockHfBlockError = 1
+	blockHfBlockErrorHF_BLOCK_ERROR_TIMEOUT       blockHfBlockError = 2
+	blockHfBlockErrorHF_BLOCK_ERROR_NO_SPACE      blockHfBlockError = 3
+	blockHfBlockErrorHF_BLOCK_ERROR_TRANSPORT     blockHfBlockError = 4
+	blockHfBlockErrorHF_BLOCK_ERROR_TARGET        blockHfBlockError = 5
+	blockHfBlockErrorHF_BLOCK_ERROR_RESERVATION   blockHfBlockError = 6
+	blockHfBlockErrorHF_BLOCK_ERROR_MEDIUM        blockHfBlockError = 7
+	blockHfBlockErrorHF_BLOCK_ERROR_PROTECTION    blockHfBlockError = 8
+	blockHfBlockErrorHF_BLOCK_ERROR_OTHER         blockHfBlockError = 9
+	blockHfBlockErrorHF_BLOCK_ERRORS              blockHfBlockError = 10
+)
+
+type blockHfBlockFlag uint32
+
+const (
+	blockHfBlockFlagHF_BLOCK_SYNC      blockHfBlockFlag = 0
+	blockHfBlockFlagHF_BLOCK_READAHEAD blockHfBlockFlag = 1
+	blockHfBlockFlagHF_BLOCK_METADATA  blockHfBlockFlag = 2
+	blockHfBlockFlagHF_BLOCK_FLAGS     blockHfBlockFlag = 3
+)
+
 type blockHfBlockIo struct {
 	_        structs.HostLayout
 	TotalNs  uint64
 	QueueNs  uint64
 	DeviceNs uint64
 	Bytes    uint64
+	Flagged  [4]uint64
 	Sizes    [24]uint64
+	Depths   [15]uint64
+	DepthSum uint64
 	Times    [256]struct {
 		_      structs.HostLayout
 		Total  uint64
 		Device uint64
 		Queue  uint64
 	}
-	Errors   uint64
+	Errors   [10]uint64
 	Unbooked uint64
+	Merges   uint64
+	Requeues uint64
+	Splits   uint64
+}
+
+type blockHfBlockPlaces struct {
+	_        structs.HostLayout
+	Queue    uint64
+	Diskseq  uint64
+	Disks    uint64
+	Base     uint32
+	Places   uint32
+	Depth    uint32
+	Contexts uint32
+	Hardware uint32
+	Device   uint32
+	Busy     uint32
+	Full     uint32
+	Pad      [2]uint32
+}
+
+type blockHfBlockRequest struct {
+	_      structs.HostLayout
+	Rq     uint64
+	Start  uint64
+	Issue  uint64
+	Bytes  uint32
+	Depth  uint16
+	Flags  uint8
+	Failed uint8
 }
 
 type blockHfOperation uint32
 
 const (
-	blockHfOperationHF_OPERATION_READ    blockHfOperation = 0
-	blockHfOperationHF_OPERATION_WRITE   blockHfOperation = 1
-	blockHfOperationHF_OPERATION_FLUSH   blockHfOperation = 2
-	blockHfOperationHF_OPERATION_DISCARD blockHfOperation = 3
-	blockHfOperationHF_OPERATION_OTHER   blockHfOperation = 4
-	blockHfOperationHF_OPERATIONS        blockHfOperation = 5
+	blockHfOperationHF_OPERATION_READ         blockHfOperation = 0
+	blockHfOperationHF_OPERATION_WRITE        blockHfOperation = 1
+	blockHfOperationHF_OPERATION_FLUSH        blockHfOperation = 2
+	blockHfOperationHF_OPERATION_DISCARD      blockHfOperation = 3
+	blockHfOperationHF_OPERATION_WRITE_ZEROES blockHfOperation = 4
+	blockHfOperationHF_OPERATION_OTHER        blockHfOperation = 5
+	blockHfOperationHF_OPERATIONS             blockHfOperation = 6
 )
 
 // Names of all BPF objects in the ELF.
@@ -60,12 +119,19 @@ const (
 	blockMapHfBlockQueue      = "hf_block_queue"
 	blockMapHfBlockState      = "hf_block_state"
 	blockMapHfCount           = "hf_count"
+	blockProgHfBlockAbsorb    = "hf_block_absorb"
+	blockProgHfBlockBack      = "hf_block_back"
 	blockProgHfBlockDisk      = "hf_block_disk"
 	blockProgHfBlockDone      = "hf_block_done"
+	blockProgHfBlockFront     = "hf_block_front"
 	blockProgHfBlockIssue     = "hf_block_issue"
+	blockProgHfBlockRequeue   = "hf_block_requeue"
+	blockProgHfBlockSplit     = "hf_block_split"
 	blockProgHfBlockStart     = "hf_block_start"
 	blockVarHfDiskSeen        = "hf_disk_seen"
 	blockVarHfDisks           = "hf_disks"
+	blockVarHfExportError     = "hf_export_error"
+	blockVarHfExportFlag      = "hf_export_flag"
 	blockVarHfExportOperation = "hf_export_operation"
 	blockVarHfFlushSeq        = "hf_flush_seq"
 	blockVarHfIoStat          = "hf_io_stat"
@@ -119,10 +185,15 @@ type blockSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type blockProgramSpecs struct {
-	HfBlockDisk  *ebpf.ProgramSpec `ebpf:"hf_block_disk"`
-	HfBlockDone  *ebpf.ProgramSpec `ebpf:"hf_block_done"`
-	HfBlockIssue *ebpf.ProgramSpec `ebpf:"hf_block_issue"`
-	HfBlockStart *ebpf.ProgramSpec `ebpf:"hf_block_start"`
+	HfBlockAbsorb  *ebpf.ProgramSpec `ebpf:"hf_block_absorb"`
+	HfBlockBack    *ebpf.ProgramSpec `ebpf:"hf_block_back"`
+	HfBlockDisk    *ebpf.ProgramSpec `ebpf:"hf_block_disk"`
+	HfBlockDone    *ebpf.ProgramSpec `ebpf:"hf_block_done"`
+	HfBlockFront   *ebpf.ProgramSpec `ebpf:"hf_block_front"`
+	HfBlockIssue   *ebpf.ProgramSpec `ebpf:"hf_block_issue"`
+	HfBlockRequeue *ebpf.ProgramSpec `ebpf:"hf_block_requeue"`
+	HfBlockSplit   *ebpf.ProgramSpec `ebpf:"hf_block_split"`
+	HfBlockStart   *ebpf.ProgramSpec `ebpf:"hf_block_start"`
 }
 
 // blockMapSpecs contains maps before they are loaded into the kernel.
@@ -142,6 +213,8 @@ type blockMapSpecs struct {
 type blockVariableSpecs struct {
 	HfDiskSeen        *ebpf.VariableSpec `ebpf:"hf_disk_seen"`
 	HfDisks           *ebpf.VariableSpec `ebpf:"hf_disks"`
+	HfExportError     *ebpf.VariableSpec `ebpf:"hf_export_error"`
+	HfExportFlag      *ebpf.VariableSpec `ebpf:"hf_export_flag"`
 	HfExportOperation *ebpf.VariableSpec `ebpf:"hf_export_operation"`
 	HfFlushSeq        *ebpf.VariableSpec `ebpf:"hf_flush_seq"`
 	HfIoStat          *ebpf.VariableSpec `ebpf:"hf_io_stat"`
@@ -196,6 +269,8 @@ func (m *blockMaps) Close() error {
 type blockVariables struct {
 	HfDiskSeen        *ebpf.Variable `ebpf:"hf_disk_seen"`
 	HfDisks           *ebpf.Variable `ebpf:"hf_disks"`
+	HfExportError     *ebpf.Variable `ebpf:"hf_export_error"`
+	HfExportFlag      *ebpf.Variable `ebpf:"hf_export_flag"`
 	HfExportOperation *ebpf.Variable `ebpf:"hf_export_operation"`
 	HfFlushSeq        *ebpf.Variable `ebpf:"hf_flush_seq"`
 	HfIoStat          *ebpf.Variable `ebpf:"hf_io_stat"`
@@ -211,17 +286,27 @@ type blockVariables struct {
 //
 // It can be passed to loadBlockObjects or ebpf.CollectionSpec.LoadAndAssign.
 type blockPrograms struct {
-	HfBlockDisk  *ebpf.Program `ebpf:"hf_block_disk"`
-	HfBlockDone  *ebpf.Program `ebpf:"hf_block_done"`
-	HfBlockIssue *ebpf.Program `ebpf:"hf_block_issue"`
-	HfBlockStart *ebpf.Program `ebpf:"hf_block_start"`
+	HfBlockAbsorb  *ebpf.Program `ebpf:"hf_block_absorb"`
+	HfBlockBack    *ebpf.Program `ebpf:"hf_block_back"`
+	HfBlockDisk    *ebpf.Program `ebpf:"hf_block_disk"`
+	HfBlockDone    *ebpf.Program `ebpf:"hf_block_done"`
+	HfBlockFront   *ebpf.Program `ebpf:"hf_block_front"`
+	HfBlockIssue   *ebpf.Program `ebpf:"hf_block_issue"`
+	HfBlockRequeue *ebpf.Program `ebpf:"hf_block_requeue"`
+	HfBlockSplit   *ebpf.Program `ebpf:"hf_block_split"`
+	HfBlockStart   *ebpf.Program `ebpf:"hf_block_start"`
 }
 
 func (p *blockPrograms) Close() error {
 	return _BlockClose(
+		p.HfBlockAbsorb,
+		p.HfBlockBack,
 		p.HfBlockDisk,
 		p.HfBlockDone,
+		p.HfBlockFront,
 		p.HfBlockIssue,
+		p.HfBlockRequeue,
+		p.HfBlockSplit,
 		p.HfBlockStart,
 	)
 }

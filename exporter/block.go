@@ -4,6 +4,7 @@ package exporter
 
 import (
 	"fmt"
+	"maps"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -16,30 +17,37 @@ import (
 // it leaves the host.
 type Block struct {
 	Device    string // whole device, as in /proc/diskstats
-	Operation string // read, write, flush, discard or other
+	Operation string // read, write, flush, discard, write-zeroes or other
 
 	Total      histogram.Snapshot // start to last byte, ns, in cells of histogram.Time
 	Queue      histogram.Snapshot // start to issue
 	DeviceTime histogram.Snapshot // issue to last byte
 	Size       histogram.Snapshot // bytes, in cells of histogram.Size
-	Errors     uint64             // requests that ended with an error
+	Depth      histogram.Snapshot // requests that the hardware queue had at issue, in cells of histogram.Depth
+	Errors     map[string]uint64  // requests that ended with an error, by class; "io" at least
+	Flagged    map[string]uint64  // requests by flag: sync, readahead, metadata
+
+	Merges, Requeues, Splits uint64
 }
 
 // BlockReader reads the block layer's counters.
 type BlockReader interface {
 	ReadBlock() ([]Block, error)
+	// ReadInFlight counts the requests that devices have now, by device.
+	ReadInFlight() (map[string]int, error)
 }
 
 type blockGroup struct {
 	reader  BlockReader
 	created time.Time
 
-	latency, queue, device, size, errors *prometheus.Desc
+	latency, queue, device, size, errors, flagged *prometheus.Desc
+	merges, requeues, splits, depth, inFlight     *prometheus.Desc
 }
 
 func newBlockGroup(r BlockReader, created time.Time) group {
-	desc := func(name, help string) *prometheus.Desc {
-		return prometheus.NewDesc(name, help, []string{"device", "operation"}, nil)
+	desc := func(name, help string, more ...string) *prometheus.Desc {
+		return prometheus.NewDesc(name, help, append([]string{"device", "operation"}, more...), nil)
 	}
 	return &blockGroup{
 		reader:  r,
@@ -53,16 +61,29 @@ func newBlockGroup(r BlockReader, created time.Time) group {
 		size: desc("hostflame_block_io_size_bytes",
 			"Size of block I/O requests."),
 		errors: desc("hostflame_block_io_errors_total",
-			"Block I/O requests that ended with an error."),
+			"Block I/O requests that ended with an error, by class of the first one.", "class"),
+		flagged: desc("hostflame_block_io_flagged_requests_total",
+			"Block I/O requests that are synchronous, readahead or metadata; one can be several of these.", "flag"),
+		merges: desc("hostflame_block_io_merges_total",
+			"Bios and requests that were merged into a block I/O request that waited."),
+		requeues: desc("hostflame_block_io_requeues_total",
+			"Block I/O requests that the driver sent back to be issued again."),
+		splits: desc("hostflame_block_io_splits_total",
+			"Bios that were cut in two because the device takes no larger ones."),
+		depth: prometheus.NewDesc("hostflame_block_io_queue_depth",
+			"Requests that the device's hardware queue had when a request was issued to it, that one included.", []string{"device"}, nil),
+		inFlight: prometheus.NewDesc("hostflame_block_io_in_flight",
+			"Block I/O requests that have started and not ended.", []string{"device"}, nil),
 	}
 }
 
 func (g *blockGroup) describe(ch chan<- *prometheus.Desc) {
-	ch <- g.latency
-	ch <- g.queue
-	ch <- g.device
-	ch <- g.size
-	ch <- g.errors
+	for _, d := range []*prometheus.Desc{
+		g.latency, g.queue, g.device, g.size, g.errors, g.flagged,
+		g.merges, g.requeues, g.splits, g.depth, g.inFlight,
+	} {
+		ch <- d
+	}
 }
 
 func (g *blockGroup) collect(emit func(prometheus.Metric)) error {
@@ -70,13 +91,36 @@ func (g *blockGroup) collect(emit func(prometheus.Metric)) error {
 	if err != nil {
 		return fmt.Errorf("read block I/O: %w", err)
 	}
+	inFlight, err := g.reader.ReadInFlight()
+	if err != nil {
+		return fmt.Errorf("read block I/O in flight: %w", err)
+	}
 	b := batch{emit: emit}
+	for device, n := range inFlight {
+		m, err := prometheus.NewConstMetric(g.inFlight, prometheus.GaugeValue, float64(n), labelValue(device))
+		b.add(m, err)
+	}
+	depths := map[string]histogram.Snapshot{}
 	for _, s := range mergeBlock(series) {
+		depth := depths[s.Device]
+		depth.Add(s.Depth)
+		depths[s.Device] = depth
 		b.add(newHistogram(g.latency, timeLayout(), s.Total, g.created, s.Device, s.Operation))
 		b.add(newHistogram(g.queue, timeLayout(), s.Queue, g.created, s.Device, s.Operation))
 		b.add(newHistogram(g.device, timeLayout(), s.DeviceTime, g.created, s.Device, s.Operation))
 		b.add(newHistogram(g.size, sizeLayout(), s.Size, g.created, s.Device, s.Operation))
-		b.add(counter(g.errors, g.created, float64(s.Errors), s.Device, s.Operation))
+		for class, n := range s.Errors {
+			b.add(counter(g.errors, g.created, float64(n), s.Device, s.Operation, class))
+		}
+		for flag, n := range s.Flagged {
+			b.add(counter(g.flagged, g.created, float64(n), s.Device, s.Operation, flag))
+		}
+		b.add(counter(g.merges, g.created, float64(s.Merges), s.Device, s.Operation))
+		b.add(counter(g.requeues, g.created, float64(s.Requeues), s.Device, s.Operation))
+		b.add(counter(g.splits, g.created, float64(s.Splits), s.Device, s.Operation))
+	}
+	for device, s := range depths {
+		b.add(newHistogram(g.depth, depthLayout(), s, g.created, device))
 	}
 	return b.err()
 }
@@ -100,9 +144,23 @@ func mergeBlock(series []Block) []Block {
 		m.Queue = added(m.Queue, s.Queue)
 		m.DeviceTime = added(m.DeviceTime, s.DeviceTime)
 		m.Size = added(m.Size, s.Size)
-		m.Errors += s.Errors
+		m.Depth = added(m.Depth, s.Depth)
+		m.Errors = summed(m.Errors, s.Errors)
+		m.Flagged = summed(m.Flagged, s.Flagged)
+		m.Merges += s.Merges
+		m.Requeues += s.Requeues
+		m.Splits += s.Splits
 	}
 	return merged
+}
+
+// summed is a + b, both left as they are.
+func summed(a, b map[string]uint64) map[string]uint64 {
+	sum := maps.Clone(a)
+	for k, n := range b {
+		sum[k] += n
+	}
+	return sum
 }
 
 // added is a + b, both left as they are.

@@ -68,6 +68,8 @@ type fakeBlock struct {
 
 func (f *fakeBlock) ReadBlock() ([]Block, error) { return f.series, f.err }
 
+func (f *fakeBlock) ReadInFlight() (map[string]int, error) { return map[string]int{"vda": 7}, f.err }
+
 type fakeCPU []profiler.ContainerCPU
 
 func (f fakeCPU) CPUByContainer() []profiler.ContainerCPU { return f }
@@ -87,7 +89,10 @@ func testBlock(device, operation string, factor uint64) Block {
 		Queue:      snapshotOf(histogram.Time(), 900, 10_000*factor),
 		DeviceTime: snapshotOf(histogram.Time(), 80_000*factor, 200_000*factor),
 		Size:       snapshotOf(histogram.Size(), 0, 512, 4096*factor, 128<<20),
-		Errors:     factor,
+		Depth:      snapshotOf(histogram.Depth(), 1, 2, 31+factor),
+		Errors:     map[string]uint64{"io": factor, "timeout": 1},
+		Flagged:    map[string]uint64{"sync": 3, "readahead": factor, "metadata": 0},
+		Merges:     2 * factor, Requeues: 5, Splits: factor,
 	}
 }
 

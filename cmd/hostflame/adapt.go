@@ -62,11 +62,26 @@ func (r blockReader) ReadBlock() ([]exporter.Block, error) {
 	for i, c := range cells {
 		list[i] = exporter.Block{
 			Device: c.Device, Operation: c.Operation,
-			Total: c.Total, Queue: c.Queue, DeviceTime: c.DeviceTime, Size: c.Size,
-			Errors: c.Errors,
+			Total: c.Total, Queue: c.Queue, DeviceTime: c.DeviceTime, Size: c.Size, Depth: c.Depth,
+			Errors:  map[string]uint64{},
+			Flagged: map[string]uint64{"sync": c.Sync, "readahead": c.Readahead, "metadata": c.Metadata},
+			Merges:  c.Merges, Requeues: c.Requeues, Splits: c.Splits,
+		}
+		for class, n := range c.Errors {
+			// Series of the classes that nearly never happen begin when they do.
+			if e := bpf.BlockError(class); n > 0 || e == bpf.BlockErrorIO {
+				list[i].Errors[e.String()] = n
+			}
 		}
 	}
 	return list, nil
+}
+
+func (r blockReader) ReadInFlight() (map[string]int, error) {
+	if r.err != nil {
+		return nil, r.err
+	}
+	return r.block.InFlight()
 }
 
 type unwindReader struct{ profiler *profiler.Profiler }
