@@ -204,6 +204,22 @@ struct hf_block_io {
 };
 _Static_assert(sizeof(struct hf_block_io) <= 32768, "limit of a per-CPU map value");
 
+/* A sampled request has ended. It follows the sample of its start, whose value is the key,
+ * in a ring, perhaps another CPU's. */
+struct hf_block_end {
+	__u64 key;
+	__u64 total_ns;
+	__u64 device_ns; /* HF_BLOCK_UNKNOWN: the issue was not seen */
+	__u64 cgroup_id; /* of the bio's blkcg, 0: none; blkio hierarchy on v1 and hybrid hosts */
+	__u32 bytes;
+	__u32 device;    /* slot */
+	__u8 operation;  /* enum hf_operation */
+	__u8 absorbed;   /* it went into another request and has no end of its own */
+	__u8 pad[6];
+};
+#define HF_BLOCK_UNKNOWN (~0ULL)
+_Static_assert(sizeof(struct hf_block_end) < sizeof(struct hf_sample), "told apart by size");
+
 /* A whole disk that had I/O. */
 struct hf_block_device {
 	__u64 key; /* hash of the name, 0: free */

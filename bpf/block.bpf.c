@@ -7,6 +7,7 @@
 #include "counters.bpf.h"
 #include "histogram.bpf.h"
 #include "block_place.bpf.h"
+#include "block_sample.bpf.h"
 
 enum {
 	HF_RAN_START = 0,
@@ -94,7 +95,8 @@ static __always_inline void to_device(struct hf_block_places *e, struct hf_block
 	s->issue = bpf_ktime_get_ns();
 }
 
-static __always_inline int start(struct hf_block_places *e, struct hf_block_request *s, struct request *rq)
+/* The key of the sample that is to be taken, 0: none. */
+static __always_inline __u64 start(struct hf_block_places *e, struct hf_block_request *s, struct request *rq)
 {
 	/* The tag is free again, so the request before has ended. Its end ran no program: some
 	 * virtual machines hide process 1 from BPF, and with it the interrupts that come while it
@@ -110,10 +112,13 @@ static __always_inline int start(struct hf_block_places *e, struct hf_block_requ
 	s->flags = 0;
 	s->failed = 0;
 	s->start = bpf_ktime_get_ns();
-	return 0;
+	if (!hf_stack_rate)
+		return 0;
+	draw(e, s, operation(rq->cmd_flags & REQ_OP_MASK));
+	return s->flags ? sample_key(s) : 0;
 }
 
-static __noinline int slow_start(struct request *rq)
+static __noinline __u64 slow_start(struct request *rq)
 {
 	struct request_queue *q = rq->q;
 	struct hf_block_places *e = learn_queue(q);
@@ -131,7 +136,7 @@ static __noinline int slow_start(struct request *rq)
 	return s ? start(e, s, rq) : 0;
 }
 
-static __always_inline int handle_start(struct request *rq)
+static __always_inline __u64 handle_start(struct request *rq)
 {
 	struct hf_block_places *e = find_queue(rq->q);
 	struct hf_block_request *s = NULL;
@@ -248,7 +253,7 @@ static __always_inline enum hf_block_error error_class(__u8 status)
 static __noinline int slow_done(struct request *rq, __u8 status, __u32 bytes)
 {
 	__u32 rq_flags = rq->rq_flags, cmd_flags = rq->cmd_flags, op = cmd_flags & REQ_OP_MASK, device;
-	__u64 now = bpf_ktime_get_ns(), start = 0, issue = 0, total, on_device;
+	__u64 now = bpf_ktime_get_ns(), start = 0, issue = 0, key = 0, total, on_device;
 	__u32 flags = 0, failed = status ? error_class(status) + 1 : 0, depth = 0;
 	bool flush = is_flush_rq(rq_flags, op);
 	struct request_queue *q = rq->q;
@@ -292,6 +297,7 @@ static __noinline int slow_done(struct request *rq, __u8 status, __u32 bytes)
 		flags = s->flags;
 		bytes = s->bytes;
 		depth = s->depth;
+		key = sample_key(s);
 		if (s->failed)
 			failed = s->failed;
 		s->rq = 0;
@@ -342,6 +348,19 @@ static __noinline int slow_done(struct request *rq, __u8 status, __u32 bytes)
 		io->bytes += bytes;
 	}
 	count_flags(io, op, cmd_flags);
+	if (flags & HF_SAMPLED) {
+		struct hf_block_end end = {
+			.key = key,
+			.total_ns = total,
+			.device_ns = issue ? on_device : rq->state == MQ_RQ_IDLE ? 0 : HF_BLOCK_UNKNOWN,
+			.cgroup_id = charged_to(rq),
+			.bytes = bytes,
+			.device = device - 1,
+			.operation = operation(op),
+		};
+
+		send_end(&end);
+	}
 	if (failed)
 		io->errors[failed <= HF_BLOCK_ERRORS ? failed - 1 : HF_BLOCK_ERROR_OTHER]++;
 	/* blk_account_io_done and, for the flush request, blk_account_io_flush */
@@ -438,8 +457,14 @@ static __always_inline int handle_absorb(struct request *rq)
 	if (!e)
 		return 0;
 	s = find_state(e, rq);
-	if (s && s->rq == (__u64)rq)
+	if (s && s->rq == (__u64)rq) {
+		if (s->flags & HF_SAMPLED) {
+			struct hf_block_end end = {.key = sample_key(s), .absorbed = 1};
+
+			send_end(&end);
+		}
 		s->rq = 0;
+	}
 	io = cells_of(e->device, operation(rq->cmd_flags & REQ_OP_MASK));
 	if (io)
 		io->merges++;
@@ -484,7 +509,9 @@ static __always_inline int handle_split(struct bio *bio)
 SEC("tp_btf/block_io_start")
 int BPF_PROG(hf_block_start, struct request *rq)
 {
-	return handle_start(rq);
+	__u64 key = handle_start(rq);
+
+	return key ? take(ctx, key) : 0;
 }
 
 SEC("tp_btf/block_rq_issue")

@@ -3,6 +3,7 @@
 package bpf
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -15,10 +16,18 @@ import (
 	"github.com/hostflame/hostflame/internal/histogram"
 )
 
-//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_operation -type hf_block_error -type hf_block_flag -type hf_block_io -type hf_block_device -type hf_block_request -type hf_block_places block block.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_operation -type hf_block_error -type hf_block_flag -type hf_block_io -type hf_block_device -type hf_block_request -type hf_block_places -type hf_block_end block block.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
 
 // BlockConfig configures the block I/O hooks.
-type BlockConfig struct{}
+type BlockConfig struct {
+	// Tables are the unwind tables that the stacks of submitters are walked by; they must
+	// not end before the Block. nil: no stacks are taken.
+	Tables *Tables
+	// StackRate is how many samples a second each CPU takes of the requests of one device and
+	// operation, before it leaves some out; DefaultStackRate if 0.
+	StackRate int
+	CgroupV1  bool // the cpu controller is on a v1 hierarchy (see CPUControllerV1)
+}
 
 // Block measures the requests of all request-based block devices (those with a
 // directory mq in /sys/block), by whole device and operation. Each request counts once,
@@ -57,6 +66,7 @@ type BlockConfig struct{}
 type Block struct {
 	object
 	ownStart bool
+	stacks   *blockStacks // nil: none are taken
 
 	mu       sync.Mutex // for what follows
 	links    []link.Link
@@ -65,7 +75,7 @@ type Block struct {
 
 // NewBlock loads the programs, attaches them, and measures from then on. It needs
 // CAP_PERFMON and CAP_BPF, and Linux 6.1 with BTF.
-func NewBlock(BlockConfig) (*Block, error) {
+func NewBlock(cfg BlockConfig) (*Block, error) {
 	kernel, err := btf.LoadKernelSpec()
 	if err != nil {
 		return nil, fmt.Errorf("load kernel BTF: %w", err)
@@ -74,7 +84,7 @@ func NewBlock(BlockConfig) (*Block, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newBlock(k)
+	return newBlock(cfg, k)
 }
 
 // blockHooks is what the kernel has of what the hooks use.
@@ -104,7 +114,7 @@ func hasTracepoint(kernel *btf.Spec, name string) (bool, error) {
 	return err == nil, nil
 }
 
-func newBlock(k blockHooks) (_ *Block, err error) {
+func newBlock(cfg BlockConfig, k blockHooks) (_ *Block, err error) {
 	spec, err := loadBlock()
 	if err != nil {
 		return nil, fmt.Errorf("parse block object: %w", err)
@@ -113,6 +123,12 @@ func newBlock(k blockHooks) (_ *Block, err error) {
 	if err != nil {
 		return nil, err
 	}
+	rate := 0
+	if cfg.Tables != nil && k.ownStart {
+		rate = cmp.Or(cfg.StackRate, DefaultStackRate)
+	}
+	// What a burst brings until the rate is held down, on some devices at once.
+	ringBytes := ringSize(8 * rate)
 	index := histogram.NewIndex(histogram.Time())
 	if err := setVariables(spec, map[string]any{
 		blockVarHfTimeFirst:   index.First,
@@ -122,6 +138,11 @@ func newBlock(k blockHooks) (_ *Block, err error) {
 		blockVarHfDiskSeen:    k.diskSeen,
 		blockVarHfFlushSeq:    k.flags.flushSeq,
 		blockVarHfIoStat:      k.flags.ioStat,
+		blockVarHfStackRate:   uint32(rate),
+		blockVarHfCgroupV1:    cfg.CgroupV1,
+		blockVarHfRingHalf:    uint64(ringBytes / 2),
+		blockVarHfMaxFrames:   maxFrames(),
+		blockVarHfAddressMask: AddressMask(),
 	}); err != nil {
 		return nil, err
 	}
@@ -129,13 +150,23 @@ func newBlock(k blockHooks) (_ *Block, err error) {
 	spec.Maps[blockMapHfBlockQueue].MaxEntries = uint32(sizes.queues)
 	spec.Maps[blockMapHfBlockDev].MaxEntries = uint32(sizes.devices)
 	spec.Maps[blockMapHfBlockCells].MaxEntries = uint32(sizes.devices * len(operationNames))
+	spec.Maps[blockMapHfBlockRates].MaxEntries = spec.Maps[blockMapHfBlockCells].MaxEntries
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return nil, fmt.Errorf("count CPUs: %w", err)
+	}
+	spec.Maps[blockMapHfRings].MaxEntries = uint32(cpus)
+	var shared map[string]*ebpf.Map
+	if rate > 0 {
+		shared = cfg.Tables.replace(spec)
+	}
 	if !k.ownStart {
 		delete(spec.Programs, blockProgHfBlockStart)
 	}
 	if !k.diskSeen {
 		delete(spec.Programs, blockProgHfBlockDisk)
 	}
-	coll, err := ebpf.NewCollection(spec)
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: shared})
 	if err != nil {
 		return nil, fmt.Errorf("load block object: %w", err)
 	}
@@ -156,6 +187,13 @@ func newBlock(k blockHooks) (_ *Block, err error) {
 			b.Close()
 		}
 	}()
+	if rate > 0 {
+		r, err := newRings(coll.Maps[blockMapHfRings], ringBytes)
+		if err != nil {
+			return nil, err
+		}
+		b.stacks = newBlockStacks(r, b.deviceName)
+	}
 	// Backwards: what tells of new disks comes before what relies on it.
 	for _, name := range slices.Backward(b.programs) {
 		if coll.Programs[name] == nil {
@@ -180,8 +218,17 @@ func newBlock(k blockHooks) (_ *Block, err error) {
 // queue/iostats is off there is none: then the total is the device time.
 func (b *Block) OwnStart() bool { return b.ownStart }
 
-// Stats returns the counters of the object.
-func (b *Block) Stats() (Stats, error) { return b.stats() }
+// Stats returns the counters of the object. What is missing in the samples is not among the
+// drops: that is StackLosses.
+func (b *Block) Stats() (Stats, error) {
+	s, err := b.stats()
+	if err != nil {
+		return s, err
+	}
+	delete(s.Dropped, DropRingFull)
+	delete(s.Dropped, DropNoRing)
+	return s, nil
+}
 
 // Close detaches and frees everything. It is idempotent.
 func (b *Block) Close() error {
@@ -192,6 +239,9 @@ func (b *Block) Close() error {
 		errs = append(errs, l.Close())
 	}
 	b.links = nil
+	if b.stacks != nil {
+		errs = append(errs, b.stacks.rings.close())
+	}
 	b.coll.Close()
 	return errors.Join(errs...)
 }

@@ -134,20 +134,26 @@ func (c ioCounts) differences(books ioBooks) (list []string) {
 func measureDevice(t *testing.T, b *Block, device string, load func()) (ioCounts, ioBooks) {
 	t.Helper()
 	hidden := countTracepoint(t, "block/block_rq_complete", true)
-	name := filepath.Base(device)
 	for range 5 {
-		quiesce(t, device)
 		seen := hidden.read(t)
-		before, booksBefore := ioCounts(seriesOf(t, b, name)), booksOf(t, device)
-		load()
-		quiesceReads(t, device)
-		counts, books := ioCounts(seriesOf(t, b, name)).since(before), booksOf(t, device).since(booksBefore)
+		counts, books := countsDuring(t, b, device, load)
 		if hidden.read(t) == seen {
 			return counts, books
 		}
 	}
 	t.Fatal("completions came while process 1 was current in each of 5 rounds: no judgement")
 	return nil, ioBooks{}
+}
+
+// countsDuring returns what the hooks and the kernel counted during load.
+func countsDuring(t *testing.T, b *Block, device string, load func()) (ioCounts, ioBooks) {
+	t.Helper()
+	name := filepath.Base(device)
+	quiesce(t, device)
+	before, booksBefore := ioCounts(seriesOf(t, b, name)), booksOf(t, device)
+	load()
+	quiesceReads(t, device)
+	return ioCounts(seriesOf(t, b, name)).since(before), booksOf(t, device).since(booksBefore)
 }
 
 // quiesceReads waits until the device has nothing in flight, by the kernel's books.

@@ -32,6 +32,8 @@ const volatile bool hf_disk_seen = false;
 
 enum {
 	HF_DATA_DONE = 1, /* data step of a flush sequence: the device is through with it */
+	HF_SAMPLED = 2,   /* its stack was taken; the bits from HF_WEIGHT_BIT on are log2 of its weight */
+	HF_WEIGHT_BIT = 3,
 };
 
 /* One request in flight. A place belongs to a tag, and the request is stored with it: one
@@ -95,7 +97,7 @@ struct {
 } hf_block_dev SEC(".maps");
 
 /* Places handed out. */
-__u64 hf_places = 0;
+__u64 hf_reserved = 0;
 /* Grows with each disk that is added: until then every queue has the disk that it had. */
 __u64 hf_disks = 1;
 
@@ -166,9 +168,9 @@ static __always_inline bool reserve(struct hf_block_places *e, struct request_qu
 	if (need > e->places || hardware != e->hardware) {
 		if (need > hf_states)
 			return false;
-		base = __sync_fetch_and_add(&hf_places, need);
+		base = __sync_fetch_and_add(&hf_reserved, need);
 		if (base + need > hf_states) {
-			__sync_fetch_and_add(&hf_places, -need);
+			__sync_fetch_and_add(&hf_reserved, -need);
 			return false;
 		}
 		e->base = base;

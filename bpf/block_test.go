@@ -515,7 +515,7 @@ func TestBlockDisksAtOldAddresses(t *testing.T) {
 	}
 	for _, told := range []bool{hooks.diskSeen, false} {
 		hooks.diskSeen = told
-		b, err := newBlock(hooks)
+		b, err := newBlock(BlockConfig{}, hooks)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -23,6 +23,19 @@ type blockHfBlockDevice struct {
 	Name  [32]int8
 }
 
+type blockHfBlockEnd struct {
+	_         structs.HostLayout
+	Key       uint64
+	TotalNs   uint64
+	DeviceNs  uint64
+	CgroupId  uint64
+	Bytes     uint32
+	Device    uint32
+	Operation uint8
+	Absorbed  uint8
+	Pad       [6]uint8
+}
+
 type blockHfBlockError uint32
 
 const (
@@ -114,33 +127,57 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	blockMapHfBlockCells      = "hf_block_cells"
-	blockMapHfBlockDev        = "hf_block_dev"
-	blockMapHfBlockQueue      = "hf_block_queue"
-	blockMapHfBlockState      = "hf_block_state"
-	blockMapHfCount           = "hf_count"
-	blockProgHfBlockAbsorb    = "hf_block_absorb"
-	blockProgHfBlockBack      = "hf_block_back"
-	blockProgHfBlockDisk      = "hf_block_disk"
-	blockProgHfBlockDone      = "hf_block_done"
-	blockProgHfBlockFront     = "hf_block_front"
-	blockProgHfBlockIssue     = "hf_block_issue"
-	blockProgHfBlockRequeue   = "hf_block_requeue"
-	blockProgHfBlockSplit     = "hf_block_split"
-	blockProgHfBlockStart     = "hf_block_start"
-	blockVarHfDiskSeen        = "hf_disk_seen"
-	blockVarHfDisks           = "hf_disks"
-	blockVarHfExportError     = "hf_export_error"
-	blockVarHfExportFlag      = "hf_export_flag"
-	blockVarHfExportOperation = "hf_export_operation"
-	blockVarHfFlushSeq        = "hf_flush_seq"
-	blockVarHfIoStat          = "hf_io_stat"
-	blockVarHfKernelStart     = "hf_kernel_start"
-	blockVarHfLog2Byte        = "hf_log2_byte"
-	blockVarHfPlaces          = "hf_places"
-	blockVarHfStates          = "hf_states"
-	blockVarHfTimeCuts        = "hf_time_cuts"
-	blockVarHfTimeFirst       = "hf_time_first"
+	blockMapHfBlockCells       = "hf_block_cells"
+	blockMapHfBlockDev         = "hf_block_dev"
+	blockMapHfBlockQueue       = "hf_block_queue"
+	blockMapHfBlockRates       = "hf_block_rates"
+	blockMapHfBlockState       = "hf_block_state"
+	blockMapHfChanges          = "hf_changes"
+	blockMapHfChunks           = "hf_chunks"
+	blockMapHfCount            = "hf_count"
+	blockMapHfMaple            = "hf_maple"
+	blockMapHfPlaces           = "hf_places"
+	blockMapHfRings            = "hf_rings"
+	blockMapHfScratch          = "hf_scratch"
+	blockMapHfTables           = "hf_tables"
+	blockMapHfWalks            = "hf_walks"
+	blockProgHfBlockAbsorb     = "hf_block_absorb"
+	blockProgHfBlockBack       = "hf_block_back"
+	blockProgHfBlockDisk       = "hf_block_disk"
+	blockProgHfBlockDone       = "hf_block_done"
+	blockProgHfBlockFront      = "hf_block_front"
+	blockProgHfBlockIssue      = "hf_block_issue"
+	blockProgHfBlockRequeue    = "hf_block_requeue"
+	blockProgHfBlockSplit      = "hf_block_split"
+	blockProgHfBlockStart      = "hf_block_start"
+	blockVarHfAddressMask      = "hf_address_mask"
+	blockVarHfCgroupV1         = "hf_cgroup_v1"
+	blockVarHfCopyStacks       = "hf_copy_stacks"
+	blockVarHfDiskSeen         = "hf_disk_seen"
+	blockVarHfDisks            = "hf_disks"
+	blockVarHfExportArea       = "hf_export_area"
+	blockVarHfExportDrop       = "hf_export_drop"
+	blockVarHfExportEnd        = "hf_export_end"
+	blockVarHfExportError      = "hf_export_error"
+	blockVarHfExportFlag       = "hf_export_flag"
+	blockVarHfExportFrame      = "hf_export_frame"
+	blockVarHfExportOperation  = "hf_export_operation"
+	blockVarHfExportOutcome    = "hf_export_outcome"
+	blockVarHfExportProfile    = "hf_export_profile"
+	blockVarHfExportRuleKind   = "hf_export_rule_kind"
+	blockVarHfExportSaved      = "hf_export_saved"
+	blockVarHfExportUnwindSize = "hf_export_unwind_size"
+	blockVarHfFlushSeq         = "hf_flush_seq"
+	blockVarHfIoStat           = "hf_io_stat"
+	blockVarHfKernelStart      = "hf_kernel_start"
+	blockVarHfLog2Byte         = "hf_log2_byte"
+	blockVarHfMaxFrames        = "hf_max_frames"
+	blockVarHfReserved         = "hf_reserved"
+	blockVarHfRingHalf         = "hf_ring_half"
+	blockVarHfStackRate        = "hf_stack_rate"
+	blockVarHfStates           = "hf_states"
+	blockVarHfTimeCuts         = "hf_time_cuts"
+	blockVarHfTimeFirst        = "hf_time_first"
 )
 
 // loadBlock returns the embedded CollectionSpec for block.
@@ -203,27 +240,51 @@ type blockMapSpecs struct {
 	HfBlockCells *ebpf.MapSpec `ebpf:"hf_block_cells"`
 	HfBlockDev   *ebpf.MapSpec `ebpf:"hf_block_dev"`
 	HfBlockQueue *ebpf.MapSpec `ebpf:"hf_block_queue"`
+	HfBlockRates *ebpf.MapSpec `ebpf:"hf_block_rates"`
 	HfBlockState *ebpf.MapSpec `ebpf:"hf_block_state"`
+	HfChanges    *ebpf.MapSpec `ebpf:"hf_changes"`
+	HfChunks     *ebpf.MapSpec `ebpf:"hf_chunks"`
 	HfCount      *ebpf.MapSpec `ebpf:"hf_count"`
+	HfMaple      *ebpf.MapSpec `ebpf:"hf_maple"`
+	HfPlaces     *ebpf.MapSpec `ebpf:"hf_places"`
+	HfRings      *ebpf.MapSpec `ebpf:"hf_rings"`
+	HfScratch    *ebpf.MapSpec `ebpf:"hf_scratch"`
+	HfTables     *ebpf.MapSpec `ebpf:"hf_tables"`
+	HfWalks      *ebpf.MapSpec `ebpf:"hf_walks"`
 }
 
 // blockVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type blockVariableSpecs struct {
-	HfDiskSeen        *ebpf.VariableSpec `ebpf:"hf_disk_seen"`
-	HfDisks           *ebpf.VariableSpec `ebpf:"hf_disks"`
-	HfExportError     *ebpf.VariableSpec `ebpf:"hf_export_error"`
-	HfExportFlag      *ebpf.VariableSpec `ebpf:"hf_export_flag"`
-	HfExportOperation *ebpf.VariableSpec `ebpf:"hf_export_operation"`
-	HfFlushSeq        *ebpf.VariableSpec `ebpf:"hf_flush_seq"`
-	HfIoStat          *ebpf.VariableSpec `ebpf:"hf_io_stat"`
-	HfKernelStart     *ebpf.VariableSpec `ebpf:"hf_kernel_start"`
-	HfLog2Byte        *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
-	HfPlaces          *ebpf.VariableSpec `ebpf:"hf_places"`
-	HfStates          *ebpf.VariableSpec `ebpf:"hf_states"`
-	HfTimeCuts        *ebpf.VariableSpec `ebpf:"hf_time_cuts"`
-	HfTimeFirst       *ebpf.VariableSpec `ebpf:"hf_time_first"`
+	HfAddressMask      *ebpf.VariableSpec `ebpf:"hf_address_mask"`
+	HfCgroupV1         *ebpf.VariableSpec `ebpf:"hf_cgroup_v1"`
+	HfCopyStacks       *ebpf.VariableSpec `ebpf:"hf_copy_stacks"`
+	HfDiskSeen         *ebpf.VariableSpec `ebpf:"hf_disk_seen"`
+	HfDisks            *ebpf.VariableSpec `ebpf:"hf_disks"`
+	HfExportArea       *ebpf.VariableSpec `ebpf:"hf_export_area"`
+	HfExportDrop       *ebpf.VariableSpec `ebpf:"hf_export_drop"`
+	HfExportEnd        *ebpf.VariableSpec `ebpf:"hf_export_end"`
+	HfExportError      *ebpf.VariableSpec `ebpf:"hf_export_error"`
+	HfExportFlag       *ebpf.VariableSpec `ebpf:"hf_export_flag"`
+	HfExportFrame      *ebpf.VariableSpec `ebpf:"hf_export_frame"`
+	HfExportOperation  *ebpf.VariableSpec `ebpf:"hf_export_operation"`
+	HfExportOutcome    *ebpf.VariableSpec `ebpf:"hf_export_outcome"`
+	HfExportProfile    *ebpf.VariableSpec `ebpf:"hf_export_profile"`
+	HfExportRuleKind   *ebpf.VariableSpec `ebpf:"hf_export_rule_kind"`
+	HfExportSaved      *ebpf.VariableSpec `ebpf:"hf_export_saved"`
+	HfExportUnwindSize *ebpf.VariableSpec `ebpf:"hf_export_unwind_size"`
+	HfFlushSeq         *ebpf.VariableSpec `ebpf:"hf_flush_seq"`
+	HfIoStat           *ebpf.VariableSpec `ebpf:"hf_io_stat"`
+	HfKernelStart      *ebpf.VariableSpec `ebpf:"hf_kernel_start"`
+	HfLog2Byte         *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
+	HfMaxFrames        *ebpf.VariableSpec `ebpf:"hf_max_frames"`
+	HfReserved         *ebpf.VariableSpec `ebpf:"hf_reserved"`
+	HfRingHalf         *ebpf.VariableSpec `ebpf:"hf_ring_half"`
+	HfStackRate        *ebpf.VariableSpec `ebpf:"hf_stack_rate"`
+	HfStates           *ebpf.VariableSpec `ebpf:"hf_states"`
+	HfTimeCuts         *ebpf.VariableSpec `ebpf:"hf_time_cuts"`
+	HfTimeFirst        *ebpf.VariableSpec `ebpf:"hf_time_first"`
 }
 
 // blockObjects contains all objects after they have been loaded into the kernel.
@@ -249,8 +310,17 @@ type blockMaps struct {
 	HfBlockCells *ebpf.Map `ebpf:"hf_block_cells"`
 	HfBlockDev   *ebpf.Map `ebpf:"hf_block_dev"`
 	HfBlockQueue *ebpf.Map `ebpf:"hf_block_queue"`
+	HfBlockRates *ebpf.Map `ebpf:"hf_block_rates"`
 	HfBlockState *ebpf.Map `ebpf:"hf_block_state"`
+	HfChanges    *ebpf.Map `ebpf:"hf_changes"`
+	HfChunks     *ebpf.Map `ebpf:"hf_chunks"`
 	HfCount      *ebpf.Map `ebpf:"hf_count"`
+	HfMaple      *ebpf.Map `ebpf:"hf_maple"`
+	HfPlaces     *ebpf.Map `ebpf:"hf_places"`
+	HfRings      *ebpf.Map `ebpf:"hf_rings"`
+	HfScratch    *ebpf.Map `ebpf:"hf_scratch"`
+	HfTables     *ebpf.Map `ebpf:"hf_tables"`
+	HfWalks      *ebpf.Map `ebpf:"hf_walks"`
 }
 
 func (m *blockMaps) Close() error {
@@ -258,8 +328,17 @@ func (m *blockMaps) Close() error {
 		m.HfBlockCells,
 		m.HfBlockDev,
 		m.HfBlockQueue,
+		m.HfBlockRates,
 		m.HfBlockState,
+		m.HfChanges,
+		m.HfChunks,
 		m.HfCount,
+		m.HfMaple,
+		m.HfPlaces,
+		m.HfRings,
+		m.HfScratch,
+		m.HfTables,
+		m.HfWalks,
 	)
 }
 
@@ -267,19 +346,34 @@ func (m *blockMaps) Close() error {
 //
 // It can be passed to loadBlockObjects or ebpf.CollectionSpec.LoadAndAssign.
 type blockVariables struct {
-	HfDiskSeen        *ebpf.Variable `ebpf:"hf_disk_seen"`
-	HfDisks           *ebpf.Variable `ebpf:"hf_disks"`
-	HfExportError     *ebpf.Variable `ebpf:"hf_export_error"`
-	HfExportFlag      *ebpf.Variable `ebpf:"hf_export_flag"`
-	HfExportOperation *ebpf.Variable `ebpf:"hf_export_operation"`
-	HfFlushSeq        *ebpf.Variable `ebpf:"hf_flush_seq"`
-	HfIoStat          *ebpf.Variable `ebpf:"hf_io_stat"`
-	HfKernelStart     *ebpf.Variable `ebpf:"hf_kernel_start"`
-	HfLog2Byte        *ebpf.Variable `ebpf:"hf_log2_byte"`
-	HfPlaces          *ebpf.Variable `ebpf:"hf_places"`
-	HfStates          *ebpf.Variable `ebpf:"hf_states"`
-	HfTimeCuts        *ebpf.Variable `ebpf:"hf_time_cuts"`
-	HfTimeFirst       *ebpf.Variable `ebpf:"hf_time_first"`
+	HfAddressMask      *ebpf.Variable `ebpf:"hf_address_mask"`
+	HfCgroupV1         *ebpf.Variable `ebpf:"hf_cgroup_v1"`
+	HfCopyStacks       *ebpf.Variable `ebpf:"hf_copy_stacks"`
+	HfDiskSeen         *ebpf.Variable `ebpf:"hf_disk_seen"`
+	HfDisks            *ebpf.Variable `ebpf:"hf_disks"`
+	HfExportArea       *ebpf.Variable `ebpf:"hf_export_area"`
+	HfExportDrop       *ebpf.Variable `ebpf:"hf_export_drop"`
+	HfExportEnd        *ebpf.Variable `ebpf:"hf_export_end"`
+	HfExportError      *ebpf.Variable `ebpf:"hf_export_error"`
+	HfExportFlag       *ebpf.Variable `ebpf:"hf_export_flag"`
+	HfExportFrame      *ebpf.Variable `ebpf:"hf_export_frame"`
+	HfExportOperation  *ebpf.Variable `ebpf:"hf_export_operation"`
+	HfExportOutcome    *ebpf.Variable `ebpf:"hf_export_outcome"`
+	HfExportProfile    *ebpf.Variable `ebpf:"hf_export_profile"`
+	HfExportRuleKind   *ebpf.Variable `ebpf:"hf_export_rule_kind"`
+	HfExportSaved      *ebpf.Variable `ebpf:"hf_export_saved"`
+	HfExportUnwindSize *ebpf.Variable `ebpf:"hf_export_unwind_size"`
+	HfFlushSeq         *ebpf.Variable `ebpf:"hf_flush_seq"`
+	HfIoStat           *ebpf.Variable `ebpf:"hf_io_stat"`
+	HfKernelStart      *ebpf.Variable `ebpf:"hf_kernel_start"`
+	HfLog2Byte         *ebpf.Variable `ebpf:"hf_log2_byte"`
+	HfMaxFrames        *ebpf.Variable `ebpf:"hf_max_frames"`
+	HfReserved         *ebpf.Variable `ebpf:"hf_reserved"`
+	HfRingHalf         *ebpf.Variable `ebpf:"hf_ring_half"`
+	HfStackRate        *ebpf.Variable `ebpf:"hf_stack_rate"`
+	HfStates           *ebpf.Variable `ebpf:"hf_states"`
+	HfTimeCuts         *ebpf.Variable `ebpf:"hf_time_cuts"`
+	HfTimeFirst        *ebpf.Variable `ebpf:"hf_time_first"`
 }
 
 // blockPrograms contains all programs after they have been loaded into the kernel.

@@ -199,9 +199,18 @@ struct block_device {
 	struct gendisk *bd_disk;
 };
 
+struct blkcg {
+	struct cgroup_subsys_state css;
+};
+
+struct blkcg_gq {
+	struct blkcg *blkcg;
+};
+
 struct bio {
 	struct block_device *bi_bdev;
 	__u32 bi_opf;
+	struct blkcg_gq *bi_blkg; /* CONFIG_BLK_CGROUP */
 };
 
 struct request_queue {
@@ -221,6 +230,7 @@ struct request {
 	int tag;
 	int internal_tag;
 	unsigned int __data_len;
+	struct bio *bio;
 	__u64 start_time_ns;
 	enum mq_rq_state state;
 };

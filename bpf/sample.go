@@ -142,8 +142,9 @@ type Sample struct {
 	Thread        Comm   // of the thread
 	Cgroup        uint64 // kernfs id: cpu hierarchy on v1 and hybrid hosts, else v2
 	Time          uint64
-	Value         uint64 // ns; for ProfileCPU the sampling period times the weight
-	Start         uint64 // when the thread group leader was born
+	Value         uint64  // ns; for ProfileCPU the sampling period times the weight, for ProfileBlockIO the latency of one request
+	IO            BlockIO // of ProfileBlockIO
+	Start         uint64  // when the thread group leader was born
 	ExecID        uint64
 	Kernel, User  []uint64
 	Areas         []Area // that the user addresses lie in

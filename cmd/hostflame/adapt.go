@@ -120,6 +120,20 @@ func (r agentReader) ReadAgent() (exporter.Agent, error) {
 			a.Unseen["mappings"][string(reason)] = n
 		}
 	}
+	if b := r.kernel.block; b != nil && b.HasStacks() {
+		lost, err := b.StackLosses()
+		if err != nil {
+			return a, err
+		}
+		into := a.Lost["blockio"]
+		if into == nil {
+			into = map[string]uint64{}
+			a.Lost["blockio"] = into
+		}
+		for reason, n := range byName(lost) {
+			into[reason] += n
+		}
+	}
 	for _, o := range r.kernel.objects() {
 		s, err := o.stats()
 		if err != nil {

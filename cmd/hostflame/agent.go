@@ -95,7 +95,7 @@ func (a *agent) assemble(sym *symbolizer.Symbolizer, cache *unwind.Cache, create
 	if a.kernel.cpu != nil {
 		a.pulse = newPulse(a.kernel.cpu)
 		cfg := profiler.Config{
-			Feeds: []profiler.Feed{cpuFeed(a.kernel.cpu, a.pulse)}, Types: types,
+			Feeds: feeds(a.kernel, a.pulse), Types: types,
 			Symbolizer: sym, Tables: a.kernel.cpu.Tables(), TableCache: cache,
 			Window: *a.flags.interval, Logger: a.log,
 		}

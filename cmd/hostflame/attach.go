@@ -16,6 +16,7 @@ type kernel struct {
 	cpu                        *bpf.CPU
 	sched                      *bpf.Sched
 	block                      *bpf.Block
+	tables                     *bpf.Tables   // of all that take stacks; nil where there can be none
 	mappings                   *bpf.Mappings // nil where there are none, or nobody to use them
 	cpuErr, schedErr, blockErr error
 }
@@ -25,10 +26,13 @@ type kernel struct {
 // is left.
 func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
 	k := &kernel{}
+	// Without them each part makes do or says itself what does not work.
+	k.tables, _ = bpf.NewTables(cfg.TableMemory)
+	cfg.Tables = k.tables
 	// The verifier takes its time, so two at once.
 	var loading sync.WaitGroup
 	loading.Go(func() { k.sched, k.schedErr = bpf.NewSched(bpf.SchedConfig{CgroupV1: cfg.CgroupV1}) })
-	loading.Go(func() { k.block, k.blockErr = bpf.NewBlock(bpf.BlockConfig{}) })
+	loading.Go(func() { k.block, k.blockErr = bpf.NewBlock(bpf.BlockConfig{Tables: k.tables, CgroupV1: cfg.CgroupV1}) })
 	loading.Wait()
 	// Last, as its samples are waiting from then on.
 	if k.cpu, k.cpuErr = bpf.NewCPU(cfg); k.cpuErr == nil {
@@ -45,7 +49,7 @@ func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
 	}{
 		{k.cpuErr, "CPU sampling", "the cpu profile and hostflame_cpu_seconds_total"},
 		{k.schedErr, "run-queue latency", "hostflame_runqueue_latency_seconds"},
-		{k.blockErr, "block I/O latency", "the hostflame_block_io_* histograms"},
+		{k.blockErr, "block I/O latency", "the blockio profile and the hostflame_block_io_* histograms"},
 	} {
 		if part.err != nil {
 			log.Warn(part.what+" does not work here", "err", withoutGuess(part.err), "lost", part.lost, "hint", attachHint(part.err, cfg.Event))
@@ -89,5 +93,6 @@ func (k *kernel) close() error {
 	if k.mappings != nil {
 		errs = append(errs, k.mappings.Close())
 	}
+	errs = append(errs, k.tables.Close())
 	return errors.Join(errs...)
 }

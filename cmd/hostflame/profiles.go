@@ -3,6 +3,8 @@
 package main
 
 import (
+	"errors"
+
 	"github.com/hostflame/hostflame/bpf"
 	"github.com/hostflame/hostflame/profiler"
 )
@@ -10,7 +12,30 @@ import (
 // profileTypes are the types that the agent has, the first being what / and /ui/ show, and
 // missing says of those that this host can not have why.
 func profileTypes(k *kernel, cfg bpf.CPUConfig) (types []profiler.Type, missing map[string]error) {
-	return []profiler.Type{profiler.CPU(cfg.Event, cfg.Frequency)}, nil
+	types = []profiler.Type{profiler.CPU(cfg.Event, cfg.Frequency), profiler.BlockIO(bpf.DefaultStackRate)}
+	missing = map[string]error{}
+	switch {
+	case k.blockErr != nil:
+		missing["blockio"] = k.blockErr
+	case k.block != nil && !k.block.HasStacks():
+		missing["blockio"] = errors.New("this kernel has no block_io_start (Linux 6.5), at which the stacks are taken")
+	}
+	return types, missing
+}
+
+// feeds are where the samples of all types come from; the CPU's are drained through cpu.
+func feeds(k *kernel, cpu profiler.Source) []profiler.Feed {
+	list := []profiler.Feed{cpuFeed(k.cpu, cpu)}
+	if k.block != nil && k.block.HasStacks() {
+		list = append(list, profiler.Feed{
+			Source: k.block, Profiles: []bpf.Profile{bpf.ProfileBlockIO},
+			Losses: func(bpf.Profile) map[string]uint64 {
+				lost, _ := k.block.StackLosses() // as in lossesOf
+				return byName(lost)
+			},
+		})
+	}
+	return list
 }
 
 // cpuFeed are the samples of CPU time, drained through source.
@@ -20,10 +45,14 @@ func cpuFeed(c *bpf.CPU, source profiler.Source) profiler.Feed {
 
 // lossesOf is what an object lost, by reason.
 func lossesOf(stats func() (bpf.Stats, error)) map[string]uint64 {
-	lost := map[string]uint64{}
 	// Without counters nothing is known to be lost; the agent collector reports the error.
 	s, _ := stats()
-	for reason, n := range s.Dropped {
+	return byName(s.Dropped)
+}
+
+func byName(dropped map[bpf.DropReason]uint64) map[string]uint64 {
+	lost := make(map[string]uint64, len(dropped))
+	for reason, n := range dropped {
 		lost[reason.String()] = n
 	}
 	return lost
