@@ -109,6 +109,25 @@ struct hf_sample {
 _Static_assert(sizeof(struct hf_sample) == 104, "hf_sample is packed by hand");
 _Static_assert(sizeof(struct hf_sample) % 8 == 0, "frames follow, aligned");
 
+/* Places for what is counted by container. */
+enum hf_slot {
+	HF_SLOT_OTHER = 0, /* all containers without one of their own */
+	HF_SLOTS = 128,
+};
+
+/* A cgroup that has had events. */
+struct hf_container {
+	__u64 cgroup;  /* address of its struct cgroup */
+	__u64 without; /* how often its slot was asked for while it had none; CPUs race for it */
+	__u32 slot;
+	__u32 gone;    /* 1 once the cgroup was removed */
+};
+
+struct hf_free_slots {
+	__u32 given; /* slots ever written into the ring */
+	__u32 slots[HF_SLOTS];
+};
+
 /* A time histogram of one series on one CPU. The count is the sum of the cells. */
 struct hf_time_hist {
 	__u64 sum_ns;

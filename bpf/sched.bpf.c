@@ -5,6 +5,8 @@
  * fires (sched_info_arrive runs after it, in prepare_task_switch). */
 
 #include "kernel.bpf.h"
+#include "cgroup.bpf.h"
+#include "container.bpf.h"
 #include "counters.bpf.h"
 #include "histogram.bpf.h"
 #include "rqclock.bpf.h"

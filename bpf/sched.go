@@ -16,7 +16,7 @@ import (
 	"github.com/hostflame/hostflame/internal/histogram"
 )
 
-//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_runqueue -type hf_task -type hf_accounting sched sched.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_runqueue -type hf_task -type hf_accounting -type hf_slot -type hf_container -type hf_free_slots sched sched.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
 
 // ErrNoSchedInfo is returned by NewSched where the kernel does not keep what run-queue
 // latency is read from: CONFIG_SCHED_INFO or CONFIG_FAIR_GROUP_SCHED is off.

@@ -19,6 +19,20 @@ type schedHfAccounting struct {
 	KernelNs  uint64
 }
 
+type schedHfContainer struct {
+	_       structs.HostLayout
+	Cgroup  uint64
+	Without uint64
+	Slot    uint32
+	Gone    uint32
+}
+
+type schedHfFreeSlots struct {
+	_     structs.HostLayout
+	Given uint32
+	Slots [128]uint32
+}
+
 type schedHfRunqueue struct {
 	_          structs.HostLayout
 	RunDelayNs uint64
@@ -28,6 +42,13 @@ type schedHfRunqueue struct {
 		Cells [240]uint64
 	}
 }
+
+type schedHfSlot uint32
+
+const (
+	schedHfSlotHF_SLOT_OTHER schedHfSlot = 0
+	schedHfSlotHF_SLOTS      schedHfSlot = 128
+)
 
 type schedHfTask struct {
 	_           structs.HostLayout
@@ -45,15 +66,22 @@ type schedHfTask struct {
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	schedMapHfAccounts     = "hf_accounts"
+	schedMapHfContainers   = "hf_containers"
 	schedMapHfCount        = "hf_count"
 	schedMapHfRqclocks     = "hf_rqclocks"
 	schedMapHfRunqueues    = "hf_runqueues"
+	schedMapHfSlotsFree    = "hf_slots_free"
 	schedMapHfTasks        = "hf_tasks"
+	schedProgHfCgroupRmdir = "hf_cgroup_rmdir"
 	schedProgHfSchedMove   = "hf_sched_move"
 	schedProgHfSchedSwitch = "hf_sched_switch"
 	schedProgHfTaskIter    = "hf_task_iter"
 	schedProgHfTaskNewtask = "hf_task_newtask"
+	schedVarHfCgroupV1     = "hf_cgroup_v1"
+	schedVarHfExportSlot   = "hf_export_slot"
 	schedVarHfLog2Byte     = "hf_log2_byte"
+	schedVarHfSlotEpoch    = "hf_slot_epoch"
+	schedVarHfSlotsTaken   = "hf_slots_taken"
 	schedVarHfTimeCuts     = "hf_time_cuts"
 	schedVarHfTimeFirst    = "hf_time_first"
 )
@@ -100,6 +128,7 @@ type schedSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type schedProgramSpecs struct {
+	HfCgroupRmdir *ebpf.ProgramSpec `ebpf:"hf_cgroup_rmdir"`
 	HfSchedMove   *ebpf.ProgramSpec `ebpf:"hf_sched_move"`
 	HfSchedSwitch *ebpf.ProgramSpec `ebpf:"hf_sched_switch"`
 	HfTaskIter    *ebpf.ProgramSpec `ebpf:"hf_task_iter"`
@@ -110,20 +139,26 @@ type schedProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type schedMapSpecs struct {
-	HfAccounts  *ebpf.MapSpec `ebpf:"hf_accounts"`
-	HfCount     *ebpf.MapSpec `ebpf:"hf_count"`
-	HfRqclocks  *ebpf.MapSpec `ebpf:"hf_rqclocks"`
-	HfRunqueues *ebpf.MapSpec `ebpf:"hf_runqueues"`
-	HfTasks     *ebpf.MapSpec `ebpf:"hf_tasks"`
+	HfAccounts   *ebpf.MapSpec `ebpf:"hf_accounts"`
+	HfContainers *ebpf.MapSpec `ebpf:"hf_containers"`
+	HfCount      *ebpf.MapSpec `ebpf:"hf_count"`
+	HfRqclocks   *ebpf.MapSpec `ebpf:"hf_rqclocks"`
+	HfRunqueues  *ebpf.MapSpec `ebpf:"hf_runqueues"`
+	HfSlotsFree  *ebpf.MapSpec `ebpf:"hf_slots_free"`
+	HfTasks      *ebpf.MapSpec `ebpf:"hf_tasks"`
 }
 
 // schedVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type schedVariableSpecs struct {
-	HfLog2Byte  *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
-	HfTimeCuts  *ebpf.VariableSpec `ebpf:"hf_time_cuts"`
-	HfTimeFirst *ebpf.VariableSpec `ebpf:"hf_time_first"`
+	HfCgroupV1   *ebpf.VariableSpec `ebpf:"hf_cgroup_v1"`
+	HfExportSlot *ebpf.VariableSpec `ebpf:"hf_export_slot"`
+	HfLog2Byte   *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
+	HfSlotEpoch  *ebpf.VariableSpec `ebpf:"hf_slot_epoch"`
+	HfSlotsTaken *ebpf.VariableSpec `ebpf:"hf_slots_taken"`
+	HfTimeCuts   *ebpf.VariableSpec `ebpf:"hf_time_cuts"`
+	HfTimeFirst  *ebpf.VariableSpec `ebpf:"hf_time_first"`
 }
 
 // schedObjects contains all objects after they have been loaded into the kernel.
@@ -146,19 +181,23 @@ func (o *schedObjects) Close() error {
 //
 // It can be passed to loadSchedObjects or ebpf.CollectionSpec.LoadAndAssign.
 type schedMaps struct {
-	HfAccounts  *ebpf.Map `ebpf:"hf_accounts"`
-	HfCount     *ebpf.Map `ebpf:"hf_count"`
-	HfRqclocks  *ebpf.Map `ebpf:"hf_rqclocks"`
-	HfRunqueues *ebpf.Map `ebpf:"hf_runqueues"`
-	HfTasks     *ebpf.Map `ebpf:"hf_tasks"`
+	HfAccounts   *ebpf.Map `ebpf:"hf_accounts"`
+	HfContainers *ebpf.Map `ebpf:"hf_containers"`
+	HfCount      *ebpf.Map `ebpf:"hf_count"`
+	HfRqclocks   *ebpf.Map `ebpf:"hf_rqclocks"`
+	HfRunqueues  *ebpf.Map `ebpf:"hf_runqueues"`
+	HfSlotsFree  *ebpf.Map `ebpf:"hf_slots_free"`
+	HfTasks      *ebpf.Map `ebpf:"hf_tasks"`
 }
 
 func (m *schedMaps) Close() error {
 	return _SchedClose(
 		m.HfAccounts,
+		m.HfContainers,
 		m.HfCount,
 		m.HfRqclocks,
 		m.HfRunqueues,
+		m.HfSlotsFree,
 		m.HfTasks,
 	)
 }
@@ -167,15 +206,20 @@ func (m *schedMaps) Close() error {
 //
 // It can be passed to loadSchedObjects or ebpf.CollectionSpec.LoadAndAssign.
 type schedVariables struct {
-	HfLog2Byte  *ebpf.Variable `ebpf:"hf_log2_byte"`
-	HfTimeCuts  *ebpf.Variable `ebpf:"hf_time_cuts"`
-	HfTimeFirst *ebpf.Variable `ebpf:"hf_time_first"`
+	HfCgroupV1   *ebpf.Variable `ebpf:"hf_cgroup_v1"`
+	HfExportSlot *ebpf.Variable `ebpf:"hf_export_slot"`
+	HfLog2Byte   *ebpf.Variable `ebpf:"hf_log2_byte"`
+	HfSlotEpoch  *ebpf.Variable `ebpf:"hf_slot_epoch"`
+	HfSlotsTaken *ebpf.Variable `ebpf:"hf_slots_taken"`
+	HfTimeCuts   *ebpf.Variable `ebpf:"hf_time_cuts"`
+	HfTimeFirst  *ebpf.Variable `ebpf:"hf_time_first"`
 }
 
 // schedPrograms contains all programs after they have been loaded into the kernel.
 //
 // It can be passed to loadSchedObjects or ebpf.CollectionSpec.LoadAndAssign.
 type schedPrograms struct {
+	HfCgroupRmdir *ebpf.Program `ebpf:"hf_cgroup_rmdir"`
 	HfSchedMove   *ebpf.Program `ebpf:"hf_sched_move"`
 	HfSchedSwitch *ebpf.Program `ebpf:"hf_sched_switch"`
 	HfTaskIter    *ebpf.Program `ebpf:"hf_task_iter"`
@@ -184,6 +228,7 @@ type schedPrograms struct {
 
 func (p *schedPrograms) Close() error {
 	return _SchedClose(
+		p.HfCgroupRmdir,
 		p.HfSchedMove,
 		p.HfSchedSwitch,
 		p.HfTaskIter,
