@@ -128,32 +128,73 @@ struct hf_free_slots {
 	__u32 slots[HF_SLOTS];
 };
 
-/* A time histogram of one series on one CPU. The count is the sum of the cells. */
-struct hf_time_hist {
-	__u64 sum_ns;
-	__u64 cells[HF_TIME_CELLS];
-};
-
 struct hf_size_hist {
 	__u64 sum_bytes;
 	__u64 cells[HF_SIZE_CELLS];
 };
 
-/* Run-queue latency on one CPU: what the switch-ins there waited. */
-struct hf_runqueue {
-	__u64 run_delay_ns; /* growth of the tasks' own sched_info.run_delay */
-	struct hf_time_hist wait;
+/* Who had the CPU, or what it was, that a task waited for: a slot, or one of these. */
+enum hf_runner {
+	HF_RUNNER_KERNEL = HF_SLOTS, /* kernel threads */
+	HF_RUNNER_NOBODY = 129,      /* the idle task */
+	HF_RUNNER_STOLEN = 130,      /* interrupts, the hypervisor */
+	HF_RUNNER_UNKNOWN = 131,     /* longer ago than is known */
+	HF_RUNNER_QUOTA = 132,       /* whoever it was: the waiting container had no quota left */
+	HF_RUNNERS = 133,
 };
 
-/* What the scheduler hook knows of a task. */
+/* What a task did while it did not run and was not runnable. */
+enum hf_blocked {
+	HF_BLOCKED_IO = 0, /* waited for block I/O: in_iowait */
+	HF_BLOCKED_OTHER = 1,
+	HF_BLOCKED = 2,
+};
+
+/* Whose task takes the CPU from one that would have gone on. */
+enum hf_preemptor {
+	HF_PREEMPTOR_OWN = 0,
+	HF_PREEMPTOR_OTHER = 1,
+	HF_PREEMPTOR_KERNEL = 2,
+	HF_PREEMPTORS = 3,
+};
+
+/* What the switch-ins of one slot's tasks on one CPU waited. Counts are sums of cells. What
+ * every switch touches comes first. */
+struct hf_sched_slot {
+	__u64 wait_ns;
+	__u64 run_delay_ns; /* growth of the tasks' own sched_info.run_delay */
+	__u64 blocked_ns[HF_BLOCKED];
+	/* The newest throttling by quota, boot of ktime, and the queue and its books that it is
+	 * from. */
+	__u64 throttled_queue;
+	__u64 throttled_ns;
+	__u64 throttled_from;
+	__u64 throttled_until;
+	__u64 preempted[HF_PREEMPTORS];
+	__u64 waited_for[HF_RUNNERS]; /* the parts of wait_ns */
+	__u64 wait[HF_TIME_CELLS];
+	__u64 blocked[HF_BLOCKED][HF_TIME_CELLS];
+};
+
+/* What the scheduler hooks know of a task. */
 struct hf_task {
-	__u64 known_ns;     /* run_delay when the task became known */
+	__u64 out_ns;       /* ktime of its last switch-out, 0 if none was seen */
 	__u64 run_delay_ns; /* run_delay up to which the hook has counted */
 	__u64 arrivals;     /* sched_info.pcount, likewise */
-	__u64 queued_ns;    /* ktime of a switch-out that left it runnable, else 0 */
+	__u64 cgroups;      /* address of the css_set that slot is for */
+	__u32 epoch;        /* hf_slot_epoch, likewise */
+	__u8 slot;
+	__u8 runnable;      /* at the last switch-out */
 	__u8 fresh;         /* no switch-in counted yet */
 	__u8 moved_asleep;  /* queued elsewhere while it slept: see hf_sched_move */
-	__u8 pad[6];
+	__u64 queue;        /* address of the cfs_rq that it waits in, and how long that had */
+	__u64 throttled_ns; /* been throttled when it began to */
+	__u64 quota_ns;     /* of the wait, what it was throttled in queues before */
+	__u64 moved_ns;     /* ktime of the last move while it waited, else 0 */
+	__u32 moved_from;   /* CPU */
+	__u32 pad;
+	__u64 woken_ns;     /* ktime; only where there is no sched_info */
+	__u64 known_ns;     /* run_delay when the task became known */
 };
 
 /* The hook's books and the kernel's, over the tasks alive. */

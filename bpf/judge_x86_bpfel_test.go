@@ -20,12 +20,9 @@ type judgeJudgeBooks struct {
 }
 
 type judgeJudgeCells struct {
-	_    structs.HostLayout
-	Wait struct {
-		_     structs.HostLayout
-		SumNs uint64
-		Cells [240]uint64
-	}
+	_        structs.HostLayout
+	WaitNs   uint64
+	Wait     [240]uint64
 	Unknown  uint64
 	Unbooked uint64
 }

@@ -101,6 +101,7 @@ struct vm_area_struct {
 };
 
 struct rq {
+	int cpu;
 	__u64 clock;
 	__u64 clock_task;    /* clock without the time that is no task's */
 	__u64 prev_irq_time; /* CONFIG_IRQ_TIME_ACCOUNTING; what of that was interrupts */
@@ -109,6 +110,10 @@ struct rq {
 
 struct cfs_rq {
 	struct rq *rq; /* CONFIG_FAIR_GROUP_SCHED */
+	/* CONFIG_CFS_BANDWIDTH: how long tasks in it could not run for lack of quota, ns of
+	 * the run queue's clock; up to the end of the last throttling. */
+	__u64 throttled_clock_self_time; /* since 677ea015f231 (6.6) */
+	__u64 throttled_clock_pelt_time; /* the queue's own time, by a clock that slow CPUs slow down */
 };
 
 struct sched_entity {
@@ -132,7 +137,9 @@ struct task_struct {
 	int pid;
 	int tgid;
 	unsigned int flags;
+	int prio;
 	unsigned int in_execve : 1;
+	unsigned int in_iowait : 1;
 	struct mm_struct *mm;
 	struct task_struct *group_leader;
 	__u64 start_boottime; /* since cf25e24db61c (5.5) */
@@ -232,6 +239,7 @@ enum rqf_flags {
 
 #pragma clang attribute pop
 
+#define MAX_RT_PRIO 100
 #define VM_EXEC 0x00000004
 #define PF_EXITING 0x00000004
 #define PF_KTHREAD 0x00200000

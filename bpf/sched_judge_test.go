@@ -78,7 +78,7 @@ func (j *judge) read(t *testing.T) verdict {
 	}
 	v := verdict{wait: histogram.Snapshot{Cells: make([]uint64, histogram.Time().Cells())}}
 	for _, c := range cells {
-		v.wait.Add(histogram.Snapshot{Cells: c.Wait.Cells[:len(v.wait.Cells)], Sum: c.Wait.SumNs})
+		v.wait.Add(histogram.Snapshot{Cells: c.Wait[:len(v.wait.Cells)], Sum: c.WaitNs})
 		v.unknown += c.Unknown
 		v.unbooked += c.Unbooked
 	}
@@ -121,7 +121,7 @@ type observation struct {
 func observe(t *testing.T, s *Sched, j *judge) (o observation) {
 	t.Helper()
 	for i := range o.seen {
-		c, err := s.Read()
+		c, _, err := s.Read()
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -12,7 +12,8 @@
 #define TASK_DEAD 0x80
 
 struct judge_cells {
-	struct hf_time_hist wait;
+	__u64 wait_ns;
+	__u64 wait[HF_TIME_CELLS];
 	__u64 unknown;  /* switch-ins without a stamp */
 	__u64 unbooked; /* switch-ins that sched_info does not count: preempted on the way to sleep */
 };
@@ -112,7 +113,8 @@ int BPF_PROG(judge_switch, bool preempt, struct task_struct *prev, struct task_s
 			c->unbooked++;
 		since = bpf_task_storage_get(&queued, next, NULL, 0);
 		if (since && *since) {
-			hf_time_add(&c->wait, now - *since);
+			c->wait_ns += now - *since;
+			hf_time_count(c->wait, now - *since);
 			*since = 0;
 		} else {
 			c->unknown++;
