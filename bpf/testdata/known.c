@@ -7,6 +7,7 @@
  *   known CPU fork N       N children are born, exit, and are waited for
  *   known CPU wait N MS    N waits of MS ms, behind a thread of higher priority
  *   known CPU delayed N    N sleeps of 200 ms, each moved to CPU 0 under way
+ *   known CPU busy N       N threads that never sleep, from the start on
  *
  * Prints "ready", does it when a line comes in, prints "done", and ends when standard
  * input closes. "wait" does not wait for a line: it is ready when its first wait begins. */
@@ -215,6 +216,13 @@ static void delayed(void)
 	}
 }
 
+static void busy(void)
+{
+	for (int i = 0; i < rounds; i++)
+		start(hog);
+	say("ready");
+}
+
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -222,7 +230,7 @@ int main(int argc, char **argv)
 		void (*run)(void);
 	} modes[] = {
 		{ "pingpong", pingpong }, { "sleep", sleeps }, { "alarm", alarms },
-		{ "fork", forks }, { "wait", waits }, { "delayed", delayed },
+		{ "fork", forks }, { "wait", waits }, { "delayed", delayed }, { "busy", busy },
 	};
 
 	if (argc < 4)
