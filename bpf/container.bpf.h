@@ -68,8 +68,12 @@ static __always_inline __u32 hf_slot_of(struct cgroup *cgroup)
 	__u64 id = BPF_CORE_READ(cgroup, kn, id);
 	struct hf_container *c = bpf_map_lookup_elem(&hf_containers, &id);
 
-	if (!c)
+	if (!c) {
+		/* The last threads of one that was removed can outlive its entry. */
+		if (!(BPF_CORE_READ(cgroup, self.flags) & CSS_ONLINE))
+			return HF_SLOT_OTHER;
 		return hf_slot_new(id, (__u64)cgroup);
+	}
 	if (c->slot == HF_SLOT_OTHER)
 		c->without++;
 	return c->slot;

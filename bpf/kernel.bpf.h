@@ -24,12 +24,16 @@ struct kernfs_node {
 	__u64 id;
 };
 
-struct cgroup {
-	struct kernfs_node *kn;
-};
+struct cgroup;
 
 struct cgroup_subsys_state {
 	struct cgroup *cgroup;
+	unsigned int flags;
+};
+
+struct cgroup {
+	struct cgroup_subsys_state self;
+	struct kernfs_node *kn;
 };
 
 struct css_set {
@@ -239,6 +243,7 @@ enum rqf_flags {
 
 #pragma clang attribute pop
 
+#define CSS_ONLINE (1 << 1)
 #define MAX_RT_PRIO 100
 #define VM_EXEC 0x00000004
 #define PF_EXITING 0x00000004

@@ -253,7 +253,7 @@ static __always_inline void handle_switch_in(struct task_struct *prev, struct ta
 				wait = blocked;
 			blocked -= wait;
 			/* io_schedule clears it when the task goes on. */
-			state = task->in_iowait ? HF_BLOCKED_IO : HF_BLOCKED_OTHER;
+			state = BPF_CORE_READ_BITFIELD(task, in_iowait) ? HF_BLOCKED_IO : HF_BLOCKED_OTHER;
 			cells->blocked_ns[state] += blocked;
 			hf_time_count(cells->blocked[state], blocked);
 		}

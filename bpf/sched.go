@@ -3,6 +3,7 @@
 package bpf
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,7 +35,9 @@ type SchedConfig struct {
 	// the id in decimal is the name.
 	ContainerName func(cgroup uint64) string
 
+	// For tests:
 	stampWakeups bool // although there is sched_info
+	slots        int  // so many, if not 0
 }
 
 // Sched measures the run-queue latency of every switch-in of every thread, why it waited,
@@ -113,7 +116,7 @@ func openSched(cfg SchedConfig) (*Sched, error) {
 	}); err != nil {
 		return nil, err
 	}
-	spec.Maps[schedMapHfSchedCells].MaxEntries = uint32(schedSlots(cpus))
+	spec.Maps[schedMapHfSchedCells].MaxEntries = uint32(cmp.Or(cfg.slots, schedSlots(cpus)))
 	// In the order of hf_ran's argument.
 	programs := []string{schedProgHfSchedSwitch, schedProgHfTaskNewtask, schedProgHfTaskIter, schedProgHfSchedMove}
 	reasons := []DropReason{DropNoStorage, DropNegative, DropNoStart}

@@ -22,13 +22,12 @@ type cgroup struct {
 	name string // its id, as SchedConfig has it by default
 }
 
-// newCgroup makes a cgroup whose threads get the CPU from all outside of the test, share
-// for share. It is gone when the test ends, as its processes are.
+// newCgroup makes a cgroup that is gone when the test ends, as its processes are.
 func newCgroup(t *testing.T, name string) *cgroup {
 	t.Helper()
-	root, weight, value := "/sys/fs/cgroup", "cpu.weight", "10000"
+	root := "/sys/fs/cgroup"
 	if CPUControllerV1() {
-		root, weight, value = "/sys/fs/cgroup/cpu", "cpu.shares", "262144"
+		root = "/sys/fs/cgroup/cpu"
 	} else if err := os.WriteFile(filepath.Join(root, "cgroup.subtree_control"), []byte("+cpu"), 0); err != nil {
 		t.Fatal(err)
 	}
@@ -37,7 +36,6 @@ func newCgroup(t *testing.T, name string) *cgroup {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { syscall.Rmdir(c.dir) })
-	c.set(t, weight, value)
 	info, err := os.Stat(c.dir)
 	if err != nil {
 		t.Fatal(err)
@@ -52,6 +50,17 @@ func (c *cgroup) set(t *testing.T, file, value string) {
 	if err := os.WriteFile(filepath.Join(c.dir, file), []byte(value), 0); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// heavy gives its threads the CPU before all that is outside of the test.
+func (c *cgroup) heavy(t *testing.T) *cgroup {
+	t.Helper()
+	if CPUControllerV1() {
+		c.set(t, "cpu.shares", "262144")
+	} else {
+		c.set(t, "cpu.weight", "10000")
+	}
+	return c
 }
 
 // quota limits its threads to so much CPU in each 100 ms.
@@ -100,32 +109,13 @@ func growth(t *testing.T, s *Sched, d time.Duration, names ...string) map[string
 		if err != nil {
 			t.Fatal(err)
 		}
-		all := map[string]SchedContainer{}
-		for _, c := range list {
-			all[c.Name] = c
-		}
-		return all
+		return byName(list)
 	}
 	before := read()
 	time.Sleep(d)
 	grown := map[string]SchedContainer{}
 	for name, c := range read() {
-		b, ok := before[name]
-		if !ok {
-			b = *newSchedContainer(name)
-		}
-		c.Latency = since(c.Latency, b.Latency)
-		c.Blocked = since(c.Blocked, b.Blocked)
-		c.BlockedIO = since(c.BlockedIO, b.BlockedIO)
-		for i := range c.DelayNanos {
-			c.DelayNanos[i] -= b.DelayNanos[i]
-		}
-		for i := range c.Preempted {
-			c.Preempted[i] -= b.Preempted[i]
-		}
-		for by := range c.DelayedBy {
-			c.DelayedBy[by] -= b.DelayedBy[by]
-		}
+		c = c.since(before[name])
 		grown[name] = c
 	}
 	for _, name := range names {
@@ -137,6 +127,27 @@ func growth(t *testing.T, s *Sched, d time.Duration, names ...string) map[string
 			time.Duration(c.Latency.Sum), durations(c.DelayNanos[:]), c.DelayedBy, c.Preempted)
 	}
 	return grown
+}
+
+// since is what was counted after b, which is the zero value where there was nothing.
+func (c SchedContainer) since(b SchedContainer) SchedContainer {
+	if b.Name == "" {
+		return c
+	}
+	c.Latency = since(c.Latency, b.Latency)
+	c.Blocked = since(c.Blocked, b.Blocked)
+	c.BlockedIO = since(c.BlockedIO, b.BlockedIO)
+	c.RunDelayNanos -= b.RunDelayNanos
+	for i := range c.DelayNanos {
+		c.DelayNanos[i] -= b.DelayNanos[i]
+	}
+	for i := range c.Preempted {
+		c.Preempted[i] -= b.Preempted[i]
+	}
+	for by := range c.DelayedBy {
+		c.DelayedBy[by] -= b.DelayedBy[by]
+	}
+	return c
 }
 
 func durations(nanos []uint64) (list []time.Duration) {
@@ -215,7 +226,7 @@ const causesFor = 2 * time.Second
 // A busy thread with a quota of 20 % waits for its quota.
 func TestSchedCauseQuota(t *testing.T) {
 	bothMethods(t, func(t *testing.T, s *Sched) {
-		g := newCgroup(t, "quota")
+		g := newCgroup(t, "quota").heavy(t)
 		g.quota(t, 20*time.Millisecond)
 		l := startWorkload(t, kerneltest.BuildProgram(t, "known"), lastCPU(t), "busy", "1")
 		g.add(t, l)
@@ -235,7 +246,7 @@ func TestSchedCauseQuota(t *testing.T) {
 // Threads of one container on one CPU wait for each other, also where they share a quota.
 func TestSchedCauseOwn(t *testing.T) {
 	bothMethods(t, func(t *testing.T, s *Sched) {
-		g := newCgroup(t, "own")
+		g := newCgroup(t, "own").heavy(t)
 		l := startWorkload(t, kerneltest.BuildProgram(t, "known"), lastCPU(t), "busy", "2")
 		g.add(t, l)
 		time.Sleep(300 * time.Millisecond)
@@ -251,7 +262,7 @@ func TestSchedCauseOwn(t *testing.T) {
 // Four threads that share a quota of 30 % of one CPU: each wait is of both kinds.
 func TestSchedCauseSharedQuota(t *testing.T) {
 	bothMethods(t, func(t *testing.T, s *Sched) {
-		g := newCgroup(t, "shared")
+		g := newCgroup(t, "shared").heavy(t)
 		g.quota(t, 30*time.Millisecond)
 		l := startWorkload(t, kerneltest.BuildProgram(t, "known"), lastCPU(t), "busy", "4")
 		g.add(t, l)
@@ -280,7 +291,7 @@ func TestSchedCauseOther(t *testing.T) {
 		var loads [2]*workload
 		var before [2]uint64
 		for i := range groups {
-			groups[i] = newCgroup(t, fmt.Sprintf("other%d", i))
+			groups[i] = newCgroup(t, fmt.Sprintf("other%d", i)).heavy(t)
 			loads[i] = startWorkload(t, known, lastCPU(t), "busy", "1")
 			groups[i].add(t, loads[i])
 		}
@@ -310,7 +321,7 @@ func TestSchedCauseOther(t *testing.T) {
 // What is slept for is known: 1 ms 1,009 times, and no wait counts as sleep.
 func TestSchedBlocked(t *testing.T) {
 	bothMethods(t, func(t *testing.T, s *Sched) {
-		g := newCgroup(t, "blocked")
+		g := newCgroup(t, "blocked").heavy(t)
 		l := startWorkload(t, kerneltest.BuildProgram(t, "known"), lastCPU(t), "sleep", "1009")
 		g.add(t, l)
 		done := make(chan struct{})
