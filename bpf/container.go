@@ -33,7 +33,7 @@ const (
 // goroutines at once.
 type containerSlots struct {
 	entries, free *ebpf.Map
-	epoch         *ebpf.Variable
+	taken, epoch  *ebpf.Variable
 	name          func(cgroup uint64) string
 	// flush credits what the slots have counted to their owners.
 	flush func() error
@@ -44,6 +44,9 @@ type containerSlots struct {
 	slots   [maxSlots]slot
 	queue   schedHfFreeSlots
 	rivalry time.Time
+
+	ids    []uint64 // room for all
+	values []schedHfContainer
 }
 
 type slot struct {
@@ -67,6 +70,7 @@ func newContainerSlots(coll *ebpf.Collection, n int, name func(cgroup uint64) st
 	s := &containerSlots{
 		entries: coll.Maps[schedMapHfContainers],
 		free:    coll.Maps[schedMapHfSlotsFree],
+		taken:   coll.Variables[schedVarHfSlotsTaken],
 		epoch:   coll.Variables[schedVarHfSlotEpoch],
 		name:    name,
 		cgroups: map[uint64]*slotCgroup{},
@@ -115,7 +119,7 @@ func (s *containerSlots) look(now time.Time) (map[uint64]schedHfContainer, error
 		}
 		if c.slot == otherSlot && int(e.Slot) != otherSlot {
 			c.slot = int(e.Slot)
-			s.slots[c.slot] = slot{owner: c.name}
+			s.slots[c.slot] = slot{owner: c.name, used: s.used(c.slot)}
 		}
 		if e.Gone != 0 && c.gone.IsZero() {
 			c.gone = now
@@ -146,9 +150,14 @@ func (s *containerSlots) tend(now time.Time) error {
 			moved = true
 		}
 	}
-	if now.Sub(s.rivalry) >= slotRivalry {
+	var taken uint32
+	if err := s.taken.Get(&taken); err != nil {
+		return fmt.Errorf("read count of slots: %w", err)
+	}
+	vacant := int(s.queue.Given - taken)
+	if vacant > 0 || now.Sub(s.rivalry) >= slotRivalry {
 		s.rivalry = now
-		evicted, err := s.rival(entries, now)
+		evicted, err := s.rival(entries, vacant, now)
 		if err != nil {
 			return err
 		}
@@ -181,7 +190,8 @@ func (s *containerSlots) reuse(now time.Time) error {
 			}
 			flushed = true
 		}
-		heir := s.cgroups[p.heir]
+		id := p.heir
+		heir := s.cgroups[id]
 		if heir == nil || heir.slot != otherSlot {
 			*p = slot{}
 			s.append(i)
@@ -190,7 +200,7 @@ func (s *containerSlots) reuse(now time.Time) error {
 		}
 		*p = slot{owner: heir.name, used: s.used(i)}
 		heir.slot = i
-		if err := s.place(p.heir, i); err != nil {
+		if err := s.place(id, i); err != nil {
 			return err
 		}
 	}
@@ -200,9 +210,10 @@ func (s *containerSlots) reuse(now time.Time) error {
 	return s.give()
 }
 
-// rival takes slots from cgroups that have had less than half the events of one without,
-// and forgets idle ones where there is no room for others to be known.
-func (s *containerSlots) rival(entries map[uint64]schedHfContainer, now time.Time) (moved bool, err error) {
+// rival gives slots to the cgroups without one that have had the most events: those that are
+// vacant, which the next event takes, and then those of cgroups with less than half as many
+// events. It forgets idle ones where there is no room for others to be known.
+func (s *containerSlots) rival(entries map[uint64]schedHfContainer, vacant int, now time.Time) (moved bool, err error) {
 	type contender struct {
 		id     uint64
 		cgroup *slotCgroup
@@ -232,18 +243,21 @@ func (s *containerSlots) rival(entries map[uint64]schedHfContainer, now time.Tim
 	}
 	slices.SortFunc(with, func(a, b contender) int { return cmp.Compare(a.events, b.events) })
 	slices.SortFunc(without, func(a, b contender) int { return cmp.Compare(b.events, a.events) })
-	for i, w := range without {
+	for _, w := range without {
+		idle := w.events == 0 && 2*len(entries) > int(s.entries.MaxEntries())
 		switch {
-		case i < len(with) && with[i].events < w.events/2:
-			loser := with[i].cgroup
-			if err := s.place(with[i].id, otherSlot); err != nil {
+		case w.events > 0 && vacant == 0 && len(with) > 0 && with[0].events < w.events/2:
+			loser := with[0]
+			with = with[1:]
+			if err := s.place(loser.id, otherSlot); err != nil {
 				return moved, err
 			}
-			p := &s.slots[loser.slot]
+			p := &s.slots[loser.cgroup.slot]
 			p.left, p.heir = now, w.id
-			loser.slot = otherSlot
+			loser.cgroup.slot = otherSlot
 			moved = true
-		case w.events == 0 && 2*len(entries) > int(s.entries.MaxEntries()):
+		case w.events > 0 && vacant > 0 || idle:
+			vacant = max(vacant-1, 0)
 			if err := s.forget(w.id); err != nil {
 				return moved, err
 			}
@@ -299,14 +313,16 @@ func (s *containerSlots) give() error {
 
 // all reads the known cgroups, by id.
 func (s *containerSlots) all() (map[uint64]schedHfContainer, error) {
-	n := s.entries.MaxEntries()
-	ids, values := make([]uint64, n), make([]schedHfContainer, n)
+	if s.ids == nil {
+		n := s.entries.MaxEntries()
+		s.ids, s.values = make([]uint64, n), make([]schedHfContainer, n)
+	}
 	var cursor ebpf.MapBatchCursor
 	all := map[uint64]schedHfContainer{}
 	for {
-		got, err := s.entries.BatchLookup(&cursor, ids, values, nil)
+		got, err := s.entries.BatchLookup(&cursor, s.ids, s.values, nil)
 		for i := range got {
-			all[ids[i]] = values[i]
+			all[s.ids[i]] = s.values[i]
 		}
 		if errors.Is(err, ebpf.ErrKeyNotExist) {
 			return all, nil

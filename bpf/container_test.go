@@ -116,6 +116,9 @@ func TestSchedSlots(t *testing.T) {
 	if _, all := read(); all[keen.name].Name != "" {
 		t.Error("a cgroup that is gone is there for ever")
 	}
+	// It had events while it had no slot: the next is for one.
+	run(lazy, "sleep", 101)
+	tendSlots(t, s, now)
 	run(lazy, "sleep", 101)
 	if _, all := read(); all[lazy.name].Latency.Count() < 101 || all[lazy.name].Latency.Count() > 120 {
 		t.Errorf("%d waits in a slot that was free again, want the 101 and a few", all[lazy.name].Latency.Count())
