@@ -18,6 +18,8 @@
 /* Cells of a time histogram, padded: internal/histogram has 233. */
 #define HF_TIME_CELLS 240
 #define HF_SIZE_CELLS 24
+/* Cells of a histogram of run-queue lengths: up to 1, 2, 4 ... 1,024, and more. */
+#define HF_LENGTH_CELLS 12
 
 /* What a sample is a sample of. */
 enum hf_profile {
@@ -174,6 +176,12 @@ struct hf_sched_slot {
 	__u64 waited_for[HF_RUNNERS]; /* the parts of wait_ns */
 	__u64 wait[HF_TIME_CELLS];
 	__u64 blocked[HF_BLOCKED][HF_TIME_CELLS];
+};
+
+/* Lengths of one CPU's run queue. */
+struct hf_rqlength {
+	__u64 sum;
+	__u64 cells[HF_LENGTH_CELLS];
 };
 
 /* What the scheduler hooks know of a task. */

@@ -116,6 +116,7 @@ func testReaders() Readers {
 				"other":    snapshotOf(histogram.Time(), 7_000, 3_000_000_000),
 			},
 			KernelDelayNanos: 1_500_000_001,
+			Length:           snapshotOf(histogram.Length(), 1, 1, 2, 3, 2048),
 			Containers: []RunqueueContainer{
 				testRunqueueContainer("/", 1, map[string]uint64{"0123456789ab": 11_000, "~other": 2_000}),
 				testRunqueueContainer("~other", 0, nil),

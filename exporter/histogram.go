@@ -41,6 +41,8 @@ type layout struct {
 var (
 	timeLayout = sync.OnceValue(func() *layout { return newLayout(histogram.Time()) })
 	sizeLayout = sync.OnceValue(func() *layout { return newLayout(histogram.Size()) })
+
+	lengthLayout = sync.OnceValue(func() *layout { return newLayout(histogram.Length()) })
 )
 
 func newLayout(p *histogram.Partition) *layout {

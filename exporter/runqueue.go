@@ -19,7 +19,10 @@ type Runqueue struct {
 	Blocked map[string]histogram.Snapshot
 	// KernelDelayNanos is the growth of the kernel's own sched_info.run_delay.
 	KernelDelayNanos uint64
-	Containers       []RunqueueContainer
+	// Length is how many threads the run queues of busy CPUs held, in cells of
+	// histogram.Length; without cells where CPUs are not sampled.
+	Length     histogram.Snapshot
+	Containers []RunqueueContainer
 }
 
 // RunqueueContainer is that of the threads of one container. The number of containers is
@@ -47,7 +50,7 @@ type runqueueGroup struct {
 	reader  RunqueueReader
 	created time.Time
 
-	latency, blocked, kernelDelay                               *prometheus.Desc
+	latency, blocked, kernelDelay, length                       *prometheus.Desc
 	containerLatency, containerBlocked, delay, delayedBy, taken *prometheus.Desc
 }
 
@@ -64,6 +67,8 @@ func newRunqueueGroup(r RunqueueReader, created time.Time) group {
 			"Time that threads neither ran nor were runnable, one observation for each switch-in after that.", "state"),
 		kernelDelay: desc("hostflame_runqueue_kernel_delay_seconds_total",
 			"Growth of the kernel's own run_delay of all threads, uncorrected, as the scheduler hook saw it."),
+		length: desc("hostflame_runqueue_length",
+			"Threads that ran or were runnable on a CPU, looked at with each CPU sample, so only while it is busy."),
 		containerLatency: desc("hostflame_container_runqueue_latency_seconds",
 			"Time that threads of a container were runnable before they got a CPU, one observation a switch-in.", "container"),
 		containerBlocked: desc("hostflame_container_offcpu_seconds",
@@ -78,7 +83,7 @@ func newRunqueueGroup(r RunqueueReader, created time.Time) group {
 }
 
 func (g *runqueueGroup) describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{g.latency, g.blocked, g.kernelDelay,
+	for _, d := range []*prometheus.Desc{g.latency, g.blocked, g.kernelDelay, g.length,
 		g.containerLatency, g.containerBlocked, g.delay, g.delayedBy, g.taken} {
 		ch <- d
 	}
@@ -95,6 +100,9 @@ func (g *runqueueGroup) collect(emit func(prometheus.Metric)) error {
 		b.add(newHistogram(g.blocked, timeLayout(), s, g.created, state))
 	}
 	b.add(counter(g.kernelDelay, g.created, inSeconds(r.KernelDelayNanos)))
+	if r.Length.Cells != nil {
+		b.add(newHistogram(g.length, lengthLayout(), r.Length, g.created))
+	}
 	for _, c := range r.Containers {
 		b.add(newHistogram(g.containerLatency, timeLayout(), c.Latency, c.Since, c.Container))
 		for state, s := range c.Blocked {

@@ -23,7 +23,7 @@ import (
 // reads as its error, so that its absence shows in the metrics.
 func readers(k *kernel, p *profiler.Profiler, a *accounting) exporter.Readers {
 	r := exporter.Readers{
-		Runqueue: runqueueReader{k.sched, k.schedErr},
+		Runqueue: runqueueReader{k.sched, k.schedErr, k.cpu},
 		Block:    blockReader{k.block, k.blockErr},
 		Agent:    agentReader{k, p, a},
 	}
@@ -36,6 +36,7 @@ func readers(k *kernel, p *profiler.Profiler, a *accounting) exporter.Readers {
 type runqueueReader struct {
 	sched *bpf.Sched
 	err   error
+	cpu   *bpf.CPU // nil where it does not work
 }
 
 func (r runqueueReader) ReadRunqueue() (exporter.Runqueue, error) {
@@ -47,6 +48,11 @@ func (r runqueueReader) ReadRunqueue() (exporter.Runqueue, error) {
 		return exporter.Runqueue{}, err
 	}
 	q := exporter.Runqueue{Latency: host.Latency, Blocked: blocked(host), KernelDelayNanos: host.RunDelayNanos}
+	if r.cpu != nil {
+		if q.Length, err = r.cpu.RunQueueLengths(); err != nil {
+			return exporter.Runqueue{}, err
+		}
+	}
 	for _, c := range containers {
 		q.Containers = append(q.Containers, runqueueContainer(c))
 	}

@@ -31,11 +31,11 @@ const (
 // Partition is an immutable list of cut points. Safe for concurrent use.
 type Partition struct {
 	// Cuts are the upper-inclusive integer bounds of all cells but the last, ascending
-	// (nanoseconds for Time, bytes for Size).
+	// (nanoseconds for Time, bytes for Size, threads for Length).
 	Cuts []uint64
 	// Classic are the bounds exposed as classic `le` values, a subset of Cuts.
 	Classic []uint64
-	// Unit is what one second or one byte is in units of Cuts: 1e9 or 1.
+	// Unit is what one second, byte or thread is in units of Cuts: 1e9 or 1.
 	Unit float64
 	// Native maps native bucket index i (schema 3) to its cut:
 	// Native[i-MinIndex] is the position in Cuts of floor(2^(i/8) * 1e9).
@@ -63,6 +63,9 @@ var Time = sync.OnceValue(newTime)
 
 // Size is the partition of size histograms: powers of two from 512 B to 64 MiB.
 var Size = sync.OnceValue(newSize)
+
+// Length is the partition of run-queue lengths: powers of two from 1 to 1,024.
+var Length = sync.OnceValue(newLength)
 
 func newTime() *Partition {
 	set := map[uint64]bool{}
@@ -117,6 +120,15 @@ func newSize() *Partition {
 	p := &Partition{Unit: 1}
 	for b := uint64(512); b <= 64<<20; b *= 2 {
 		p.Cuts = append(p.Cuts, b)
+	}
+	p.Classic = p.Cuts
+	return p
+}
+
+func newLength() *Partition {
+	p := &Partition{Unit: 1}
+	for n := uint64(1); n <= 1024; n *= 2 {
+		p.Cuts = append(p.Cuts, n)
 	}
 	p.Classic = p.Cuts
 	return p
