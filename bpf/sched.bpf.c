@@ -276,6 +276,11 @@ static __always_inline void handle_switch_out(struct task_struct *task, struct h
 	struct hf_sched_slot *cells;
 	struct cfs_rq *queue;
 
+	/* It still waits, as far as we know: its switch-in ran no program. */
+	if (hf_stamp_wakeups && (t->runnable || t->woken_ns)) {
+		drop(HF_DROP_SWITCH_UNSEEN);
+		t->woken_ns = 0;
+	}
 	t->out_ns = ktime;
 	t->runnable = runnable;
 	if (!runnable)

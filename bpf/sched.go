@@ -119,11 +119,11 @@ func openSched(cfg SchedConfig) (*Sched, error) {
 	spec.Maps[schedMapHfSchedCells].MaxEntries = uint32(cmp.Or(cfg.slots, schedSlots(cpus)))
 	// In the order of hf_ran's argument.
 	programs := []string{schedProgHfSchedSwitch, schedProgHfTaskNewtask, schedProgHfTaskIter, schedProgHfSchedMove}
-	reasons := []DropReason{DropNoStorage, DropNegative, DropNoStart}
+	reasons := []DropReason{DropNoStorage, DropSwitchUnseen, DropNegative, DropNoStart}
 	if wakeups := []string{schedProgHfSchedWakeup, schedProgHfSchedWakenew}; stamps {
 		programs = append(programs, wakeups...)
 	} else {
-		reasons = append(reasons, DropSwitchUnseen, DropDelayed)
+		reasons = append(reasons, DropDelayed)
 		for _, name := range wakeups {
 			delete(spec.Programs, name)
 		}

@@ -47,12 +47,12 @@ func lastCPU(t *testing.T) string {
 
 // Every switch-in of a thread is recorded or a drop, and nothing else is: no idle task, no
 // thread twice.
-func TestSchedCountsEverySwitchIn(t *testing.T) {
-	kerneltest.Require(t)
-	kerneltest.MeasureLock(t)
+func TestSchedCountsEverySwitchIn(t *testing.T) { bothMethods(t, countsEverySwitchIn) }
+
+func countsEverySwitchIn(t *testing.T, s *Sched) {
 	known := kerneltest.BuildProgram(t, "known")
-	hidden := hiddenArrivals(t)
-	s, j := newSched(t), newJudge(t)
+	j := newJudge(t)
+	first := observe(t, s, j)
 	for _, tt := range []struct {
 		mode      string
 		n         int
@@ -77,22 +77,22 @@ func TestSchedCountsEverySwitchIn(t *testing.T) {
 			}
 		})
 	}
-	o := observe(t, s, j)
-	if n := o.dropped[DropNoStorage]; n > o.hidden-hidden {
-		t.Errorf("%d switch-ins of unknown threads, but only %d were hidden", n, o.hidden-hidden)
+	d := observe(t, s, j).since(first)
+	if n := d.dropped[DropNoStorage]; n > d.hidden {
+		t.Errorf("%d switch-ins of unknown threads, but only %d were hidden", n, d.hidden)
 	}
-	if n := o.dropped[DropSwitchUnseen]; n > o.hidden-hidden {
-		t.Errorf("%d switch-ins unseen, but only %d can have followed a hidden one", n, o.hidden-hidden)
+	if n := d.dropped[DropSwitchUnseen]; n > d.hidden {
+		t.Errorf("%d switch-ins unseen, but only %d can have followed a hidden one", n, d.hidden)
 	}
 }
 
 // A thread behind one of higher priority waits exactly as long as that runs, whether it
 // was woken or preempted.
-func TestSchedKnownWaits(t *testing.T) {
-	kerneltest.Require(t)
-	kerneltest.MeasureLock(t)
+func TestSchedKnownWaits(t *testing.T) { bothMethods(t, knownWaits) }
+
+func knownWaits(t *testing.T, s *Sched) {
 	known := kerneltest.BuildProgram(t, "known")
-	s, j := newSched(t), newJudge(t)
+	j := newJudge(t)
 	before := observe(t, s, j)
 	l := startWorkload(t, known, lastCPU(t), "wait", "23", "51")
 	l.expect(t, "done")
