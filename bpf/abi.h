@@ -20,6 +20,8 @@
 #define HF_SIZE_CELLS 24
 /* internal/histogram has 15. */
 #define HF_DEPTH_CELLS 15
+/* Cells of a histogram of run-queue lengths: up to 1, 2, 4 ... 1,024, and more. */
+#define HF_LENGTH_CELLS 12
 
 /* What a sample is a sample of. */
 enum hf_profile {
@@ -111,10 +113,23 @@ struct hf_sample {
 _Static_assert(sizeof(struct hf_sample) == 104, "hf_sample is packed by hand");
 _Static_assert(sizeof(struct hf_sample) % 8 == 0, "frames follow, aligned");
 
-/* A time histogram of one series on one CPU. The count is the sum of the cells. */
-struct hf_time_hist {
-	__u64 sum_ns;
-	__u64 cells[HF_TIME_CELLS];
+/* Places for what is counted by container. */
+enum hf_slot {
+	HF_SLOT_OTHER = 0, /* all containers without one of their own */
+	HF_SLOTS = 128,
+};
+
+/* A cgroup that has had events. */
+struct hf_container {
+	__u64 cgroup;  /* address of its struct cgroup */
+	__u64 without; /* how often its slot was asked for while it had none; CPUs race for it */
+	__u32 slot;
+	__u32 gone;    /* 1 once the cgroup was removed */
+};
+
+struct hf_free_slots {
+	__u32 given; /* slots ever written into the ring */
+	__u32 slots[HF_SLOTS];
 };
 
 struct hf_size_hist {
@@ -122,21 +137,74 @@ struct hf_size_hist {
 	__u64 cells[HF_SIZE_CELLS];
 };
 
-/* Run-queue latency on one CPU: what the switch-ins there waited. */
-struct hf_runqueue {
-	__u64 run_delay_ns; /* growth of the tasks' own sched_info.run_delay */
-	struct hf_time_hist wait;
+/* Who had the CPU, or what it was, that a task waited for: a slot, or one of these. */
+enum hf_runner {
+	HF_RUNNER_KERNEL = HF_SLOTS, /* kernel threads */
+	HF_RUNNER_NOBODY = 129,      /* the idle task */
+	HF_RUNNER_STOLEN = 130,      /* interrupts, the hypervisor */
+	HF_RUNNER_UNKNOWN = 131,     /* longer ago than is known */
+	HF_RUNNER_QUOTA = 132,       /* whoever it was: the waiting container had no quota left */
+	HF_RUNNERS = 133,
 };
 
-/* What the scheduler hook knows of a task. */
+/* What a task did while it did not run and was not runnable. */
+enum hf_blocked {
+	HF_BLOCKED_IO = 0, /* waited for block I/O: in_iowait */
+	HF_BLOCKED_OTHER = 1,
+	HF_BLOCKED = 2,
+};
+
+/* Whose task takes the CPU from one that would have gone on. */
+enum hf_preemptor {
+	HF_PREEMPTOR_OWN = 0,
+	HF_PREEMPTOR_OTHER = 1,
+	HF_PREEMPTOR_KERNEL = 2,
+	HF_PREEMPTORS = 3,
+};
+
+/* What the switch-ins of one slot's tasks on one CPU waited. Counts are sums of cells. What
+ * every switch touches comes first. */
+struct hf_sched_slot {
+	__u64 wait_ns;
+	__u64 run_delay_ns; /* growth of the tasks' own sched_info.run_delay */
+	__u64 blocked_ns[HF_BLOCKED];
+	/* The newest throttling by quota, boot of ktime, and the queue and its books that it is
+	 * from. */
+	__u64 throttled_queue;
+	__u64 throttled_ns;
+	__u64 throttled_from;
+	__u64 throttled_until;
+	__u64 preempted[HF_PREEMPTORS];
+	__u64 waited_for[HF_RUNNERS]; /* the parts of wait_ns */
+	__u64 wait[HF_TIME_CELLS];
+	__u64 blocked[HF_BLOCKED][HF_TIME_CELLS];
+};
+
+/* Lengths of one CPU's run queue. */
+struct hf_rqlength {
+	__u64 sum;
+	__u64 cells[HF_LENGTH_CELLS];
+};
+
+/* What the scheduler hooks know of a task. */
 struct hf_task {
-	__u64 known_ns;     /* run_delay when the task became known */
+	__u64 out_ns;       /* ktime of its last switch-out, 0 if none was seen */
 	__u64 run_delay_ns; /* run_delay up to which the hook has counted */
 	__u64 arrivals;     /* sched_info.pcount, likewise */
-	__u64 queued_ns;    /* ktime of a switch-out that left it runnable, else 0 */
+	__u64 cgroups;      /* address of the css_set that slot is for */
+	__u32 epoch;        /* hf_slot_epoch, likewise */
+	__u8 slot;
+	__u8 runnable;      /* at the last switch-out */
 	__u8 fresh;         /* no switch-in counted yet */
 	__u8 moved_asleep;  /* queued elsewhere while it slept: see hf_sched_move */
-	__u8 pad[6];
+	__u64 queue;        /* address of the cfs_rq that it waits in, and how long that had */
+	__u64 throttled_ns; /* been throttled when it began to */
+	__u64 quota_ns;     /* of the wait, what it was throttled in queues before */
+	__u64 moved_ns;     /* ktime of the last move while it waited, else 0 */
+	__u32 moved_from;   /* CPU */
+	__u32 pad;
+	__u64 woken_ns;     /* ktime; only where there is no sched_info */
+	__u64 known_ns;     /* run_delay when the task became known */
 };
 
 /* The hook's books and the kernel's, over the tasks alive. */
@@ -196,7 +264,7 @@ struct hf_block_io {
 		__u64 device; /* last issue to last byte */
 		__u64 queue;  /* the rest */
 	} times[256]; /* HF_TIME_CELLS, and a power of two */
-	__u64 errors[HF_BLOCK_ERRORS];
+	__u64 errors[16]; /* by enum hf_block_error; a power of two */
 	__u64 unbooked; /* requests that /proc/diskstats does not count */
 	__u64 merges;   /* bios and requests that went into a request that waited */
 	__u64 requeues; /* issues that the driver sent back */

@@ -361,8 +361,11 @@ static __noinline int slow_done(struct request *rq, __u8 status, __u32 bytes)
 
 		send_end(&end);
 	}
-	if (failed)
-		io->errors[failed <= HF_BLOCK_ERRORS ? failed - 1 : HF_BLOCK_ERROR_OTHER]++;
+	if (failed) {
+		failed--;
+		bpf_barrier(failed);
+		io->errors[failed & 15]++;
+	}
 	/* blk_account_io_done and, for the flush request, blk_account_io_flush */
 	if (!flush && (!(rq_flags & hf_io_stat) || op == OP(DRV_IN) || op == OP(DRV_OUT)))
 		io->unbooked++;

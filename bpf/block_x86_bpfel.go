@@ -77,7 +77,7 @@ type blockHfBlockIo struct {
 		Device uint64
 		Queue  uint64
 	}
-	Errors   [10]uint64
+	Errors   [16]uint64
 	Unbooked uint64
 	Merges   uint64
 	Requeues uint64

@@ -4,6 +4,7 @@
 
 #include "kernel.bpf.h"
 #include "regs.bpf.h"
+#include "rqlength.bpf.h"
 #include "sample.bpf.h"
 
 /* Nanoseconds of CPU time that one tick stands for. */
@@ -125,6 +126,7 @@ int hf_cpu(struct bpf_perf_event_data *ctx)
 		periods = hf_periods(ctx);
 	if (!periods)
 		return 0;
+	hf_rqlength_count(periods);
 	struct hf_moment at = {
 		.profile = HF_PROFILE_CPU,
 		.value = hf_period_ns * periods,

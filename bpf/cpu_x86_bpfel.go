@@ -86,6 +86,12 @@ const (
 	cpuHfProfileHF_PROFILE_BLOCKIO  cpuHfProfile = 3
 )
 
+type cpuHfRqlength struct {
+	_     structs.HostLayout
+	Sum   uint64
+	Cells [12]uint64
+}
+
 type cpuHfRuleKind uint32
 
 const (
@@ -176,6 +182,7 @@ const (
 	cpuMapHfMaple            = "hf_maple"
 	cpuMapHfPlaces           = "hf_places"
 	cpuMapHfRings            = "hf_rings"
+	cpuMapHfRqlengths        = "hf_rqlengths"
 	cpuMapHfScratch          = "hf_scratch"
 	cpuMapHfTables           = "hf_tables"
 	cpuMapHfTimerState       = "hf_timer_state"
@@ -253,6 +260,7 @@ type cpuMapSpecs struct {
 	HfMaple      *ebpf.MapSpec `ebpf:"hf_maple"`
 	HfPlaces     *ebpf.MapSpec `ebpf:"hf_places"`
 	HfRings      *ebpf.MapSpec `ebpf:"hf_rings"`
+	HfRqlengths  *ebpf.MapSpec `ebpf:"hf_rqlengths"`
 	HfScratch    *ebpf.MapSpec `ebpf:"hf_scratch"`
 	HfTables     *ebpf.MapSpec `ebpf:"hf_tables"`
 	HfTimerState *ebpf.MapSpec `ebpf:"hf_timer_state"`
@@ -306,6 +314,7 @@ type cpuMaps struct {
 	HfMaple      *ebpf.Map `ebpf:"hf_maple"`
 	HfPlaces     *ebpf.Map `ebpf:"hf_places"`
 	HfRings      *ebpf.Map `ebpf:"hf_rings"`
+	HfRqlengths  *ebpf.Map `ebpf:"hf_rqlengths"`
 	HfScratch    *ebpf.Map `ebpf:"hf_scratch"`
 	HfTables     *ebpf.Map `ebpf:"hf_tables"`
 	HfTimerState *ebpf.Map `ebpf:"hf_timer_state"`
@@ -320,6 +329,7 @@ func (m *cpuMaps) Close() error {
 		m.HfMaple,
 		m.HfPlaces,
 		m.HfRings,
+		m.HfRqlengths,
 		m.HfScratch,
 		m.HfTables,
 		m.HfTimerState,

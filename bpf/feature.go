@@ -76,7 +76,7 @@ const capabilityHint = "run as root, or with CAP_BPF and CAP_PERFMON (deploy/hos
 func probes() []probe {
 	list := []probe{
 		{FeatureCPU, "the cpu profile and hostflame_cpu_seconds_total", capabilityHint, tryCPU},
-		{FeatureSched, "hostflame_runqueue_latency_seconds", capabilityHint + "; it needs BTF with task_struct.sched_info", trySched},
+		{FeatureSched, "the scheduler's metrics: hostflame_runqueue_*, hostflame_offcpu_seconds, hostflame_preemptions_total, and those by container", capabilityHint + "; it needs BTF, and CONFIG_FAIR_GROUP_SCHED=y", trySched},
 		{FeatureBlock, "the hostflame_block_io_* histograms", capabilityHint + "; it needs BTF and the block tracepoints", tryBlock},
 		{"kernel", "", "", kernelRelease},
 		{"btf", "all BPF programs: they find the kernel's fields by it", "use a kernel with CONFIG_DEBUG_INFO_BTF=y", tryBTF},
@@ -86,7 +86,8 @@ func probes() []probe {
 		{"tracepoint-sched_switch", "what " + FeatureSched + " needs", "use a kernel with CONFIG_TRACEPOINTS=y", func() (string, error) { return tracepoint("sched_switch") }},
 		{"tracepoint-sched_exit_tp", "nothing in this version", "Linux 6.16 and newer have it", func() (string, error) { return tracepoint("sched_exit_tp") }},
 		{"tracepoint-block_io_start", "exact queue times of block I/O: a request starts at the kernel's own stamp, which is that of its allocation", "Linux 6.5 and newer have it", func() (string, error) { return tracepoint("block_io_start") }},
-		{"sched-info", "what " + FeatureSched + " needs", "use a kernel with CONFIG_SCHED_INFO=y", trySchedInfo},
+		{"sched-info", "the cheap way of " + FeatureSched + ": wakeups are stamped, by hooks of their own", "use a kernel with CONFIG_SCHED_INFO=y", trySchedInfo},
+		{"quota-waits", "hostflame_runqueue_delay_seconds_total{cause=\"quota\"}: waits for lack of quota show as others", "use a kernel with CONFIG_CFS_BANDWIDTH=y", tryQuotaWaits},
 		{"perf-cpu-clock", "the cpu profile", "run with CAP_PERFMON; a container's seccomp filter may refuse perf_event_open", func() (string, error) {
 			return tryPerfEvent(unix.PERF_TYPE_SOFTWARE, unix.PERF_COUNT_SW_CPU_CLOCK)
 		}},
@@ -123,7 +124,11 @@ func trySched() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return "sched_switch", s.Close()
+	detail := "sched_switch; waits from sched_info"
+	if s.stamps {
+		detail = "sched_switch, sched_wakeup, sched_wakeup_new; waits from stamps"
+	}
+	return detail, s.Close()
 }
 
 func tryBlock() (string, error) {
@@ -203,6 +208,23 @@ func typeName(t btf.Type) string {
 		return "void"
 	}
 	return t.TypeName()
+}
+
+// tryQuotaWaits tells what the time that a container was throttled is read from.
+func tryQuotaWaits() (string, error) {
+	spec, err := btf.LoadKernelSpec()
+	if err != nil {
+		return "", err
+	}
+	for _, f := range []struct{ member, note string }{
+		{"throttled_clock_self_time", ""},
+		{"throttled_clock_pelt_time", ", whose clock is slower on slow CPUs"},
+	} {
+		if hasMember(spec, "cfs_rq", f.member) {
+			return f.member + f.note, nil
+		}
+	}
+	return "", errors.New("struct cfs_rq has no throttled time")
 }
 
 func trySchedInfo() (string, error) {

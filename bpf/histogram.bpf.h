@@ -65,16 +65,14 @@ static __always_inline __u32 hf_time_cell(__u64 ns)
 	return cell;
 }
 
-/* The histogram is per CPU, and programs of one map do not interrupt each other on a
- * CPU, so plain adds do. */
-static __always_inline void hf_time_add(struct hf_time_hist *h, __u64 ns)
+/* The cells are per CPU, and programs of one map do not interrupt each other on a CPU, so
+ * plain adds do. */
+static __always_inline void hf_time_count(__u64 *cells, __u64 ns)
 {
 	__u32 cell = hf_time_cell(ns);
 
-	if (cell < HF_TIME_CELLS) {
-		h->cells[cell]++;
-		h->sum_ns += ns;
-	}
+	if (cell < HF_TIME_CELLS)
+		cells[cell]++;
 }
 
 #endif

@@ -20,14 +20,20 @@ type judgeJudgeBooks struct {
 }
 
 type judgeJudgeCells struct {
-	_    structs.HostLayout
-	Wait struct {
-		_     structs.HostLayout
-		SumNs uint64
-		Cells [240]uint64
-	}
+	_        structs.HostLayout
+	WaitNs   uint64
+	Wait     [240]uint64
 	Unknown  uint64
 	Unbooked uint64
+}
+
+type judgeJudgeCgroup struct {
+	_       structs.HostLayout
+	Waits   uint64
+	WaitNs  uint64
+	Sleeps  uint64
+	SleepNs uint64
+	DeadNs  uint64
 }
 
 // Names of all BPF objects in the ELF.
@@ -36,13 +42,16 @@ type judgeJudgeCells struct {
 const (
 	judgeMapAlive        = "alive"
 	judgeMapCells        = "cells"
+	judgeMapCgroups      = "cgroups"
 	judgeMapDead         = "dead"
-	judgeMapQueued       = "queued"
+	judgeMapLiving       = "living"
+	judgeMapTasks        = "tasks"
 	judgeProgJudgeAlive  = "judge_alive"
 	judgeProgJudgeBirth  = "judge_birth"
 	judgeProgJudgeOccupy = "judge_occupy"
 	judgeProgJudgeSwitch = "judge_switch"
 	judgeProgJudgeWakeup = "judge_wakeup"
+	judgeVarHfCgroupV1   = "hf_cgroup_v1"
 	judgeVarHfLog2Byte   = "hf_log2_byte"
 	judgeVarHfTimeCuts   = "hf_time_cuts"
 	judgeVarHfTimeFirst  = "hf_time_first"
@@ -101,16 +110,19 @@ type judgeProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type judgeMapSpecs struct {
-	Alive  *ebpf.MapSpec `ebpf:"alive"`
-	Cells  *ebpf.MapSpec `ebpf:"cells"`
-	Dead   *ebpf.MapSpec `ebpf:"dead"`
-	Queued *ebpf.MapSpec `ebpf:"queued"`
+	Alive   *ebpf.MapSpec `ebpf:"alive"`
+	Cells   *ebpf.MapSpec `ebpf:"cells"`
+	Cgroups *ebpf.MapSpec `ebpf:"cgroups"`
+	Dead    *ebpf.MapSpec `ebpf:"dead"`
+	Living  *ebpf.MapSpec `ebpf:"living"`
+	Tasks   *ebpf.MapSpec `ebpf:"tasks"`
 }
 
 // judgeVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type judgeVariableSpecs struct {
+	HfCgroupV1  *ebpf.VariableSpec `ebpf:"hf_cgroup_v1"`
 	HfLog2Byte  *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
 	HfTimeCuts  *ebpf.VariableSpec `ebpf:"hf_time_cuts"`
 	HfTimeFirst *ebpf.VariableSpec `ebpf:"hf_time_first"`
@@ -136,18 +148,22 @@ func (o *judgeObjects) Close() error {
 //
 // It can be passed to loadJudgeObjects or ebpf.CollectionSpec.LoadAndAssign.
 type judgeMaps struct {
-	Alive  *ebpf.Map `ebpf:"alive"`
-	Cells  *ebpf.Map `ebpf:"cells"`
-	Dead   *ebpf.Map `ebpf:"dead"`
-	Queued *ebpf.Map `ebpf:"queued"`
+	Alive   *ebpf.Map `ebpf:"alive"`
+	Cells   *ebpf.Map `ebpf:"cells"`
+	Cgroups *ebpf.Map `ebpf:"cgroups"`
+	Dead    *ebpf.Map `ebpf:"dead"`
+	Living  *ebpf.Map `ebpf:"living"`
+	Tasks   *ebpf.Map `ebpf:"tasks"`
 }
 
 func (m *judgeMaps) Close() error {
 	return _JudgeClose(
 		m.Alive,
 		m.Cells,
+		m.Cgroups,
 		m.Dead,
-		m.Queued,
+		m.Living,
+		m.Tasks,
 	)
 }
 
@@ -155,6 +171,7 @@ func (m *judgeMaps) Close() error {
 //
 // It can be passed to loadJudgeObjects or ebpf.CollectionSpec.LoadAndAssign.
 type judgeVariables struct {
+	HfCgroupV1  *ebpf.Variable `ebpf:"hf_cgroup_v1"`
 	HfLog2Byte  *ebpf.Variable `ebpf:"hf_log2_byte"`
 	HfTimeCuts  *ebpf.Variable `ebpf:"hf_time_cuts"`
 	HfTimeFirst *ebpf.Variable `ebpf:"hf_time_first"`

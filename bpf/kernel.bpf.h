@@ -24,12 +24,16 @@ struct kernfs_node {
 	__u64 id;
 };
 
-struct cgroup {
-	struct kernfs_node *kn;
-};
+struct cgroup;
 
 struct cgroup_subsys_state {
 	struct cgroup *cgroup;
+	unsigned int flags;
+};
+
+struct cgroup {
+	struct cgroup_subsys_state self;
+	struct kernfs_node *kn;
 };
 
 struct css_set {
@@ -100,15 +104,28 @@ struct vm_area_struct {
 	struct file *vm_file;
 };
 
+struct rq;
+
+struct cfs_rq {
+	/* Delayed dequeue (152e11f6df29, 6.12) leaves sleepers among those that are queued. */
+	unsigned int h_nr_delayed;  /* 6.13, and 6.12 by backport */
+	unsigned int h_nr_queued;
+	unsigned int h_nr_runnable; /* since 6.14: without them */
+	struct rq *rq; /* CONFIG_FAIR_GROUP_SCHED */
+	/* CONFIG_CFS_BANDWIDTH: how long tasks in it could not run for lack of quota, ns of
+	 * the run queue's clock; up to the end of the last throttling. */
+	__u64 throttled_clock_self_time; /* since 6.6 */
+	__u64 throttled_clock_pelt_time; /* the queue's own time, by a clock that slow CPUs slow down */
+};
+
 struct rq {
+	int cpu;
+	unsigned int nr_running; /* of all classes, the one that runs included */
+	struct cfs_rq cfs;
 	__u64 clock;
 	__u64 clock_task;    /* clock without the time that is no task's */
 	__u64 prev_irq_time; /* CONFIG_IRQ_TIME_ACCOUNTING; what of that was interrupts */
 	__u64 clock_idle;    /* clock when the CPU became idle last; since e2f3e35f1f5a (5.19) */
-};
-
-struct cfs_rq {
-	struct rq *rq; /* CONFIG_FAIR_GROUP_SCHED */
 };
 
 struct sched_entity {
@@ -132,7 +149,9 @@ struct task_struct {
 	int pid;
 	int tgid;
 	unsigned int flags;
+	int prio;
 	unsigned int in_execve : 1;
+	unsigned int in_iowait : 1;
 	struct mm_struct *mm;
 	struct task_struct *group_leader;
 	__u64 start_boottime; /* since cf25e24db61c (5.5) */
@@ -266,6 +285,8 @@ enum rqf_flags {
  * see no branch. */
 #define bpf_barrier(value) asm volatile("" : "+r"(value))
 
+#define CSS_ONLINE (1 << 1)
+#define MAX_RT_PRIO 100
 #define VM_EXEC 0x00000004
 #define PF_EXITING 0x00000004
 #define PF_KTHREAD 0x00200000

@@ -4,15 +4,12 @@
 #define HF_SAMPLE_BPF_H
 
 #include "abi.h"
+#include "cgroup.bpf.h"
 #include "kernel.bpf.h"
 #include "counters.bpf.h"
 #include "unwind.bpf.h"
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_helpers.h>
-
-/* True where the cpu controller is on a v1 hierarchy: then that is where the container
- * of scheduling is, and the unified hierarchy knows nothing of it. */
-const volatile bool hf_cgroup_v1 = false;
 
 struct hf_ring {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
@@ -42,18 +39,6 @@ struct {
 
 /* Wakes the reader when the ring is half full, else leaves the sample to the timer. */
 const volatile __u64 hf_ring_half = 64 * 1024;
-
-static __always_inline __u64 hf_cgroup_id(struct task_struct *task)
-{
-	if (hf_cgroup_v1) {
-		/* Not sched_task_group: under autogroup that is a group without a cgroup. */
-		struct cgroup_subsys_state **subsys = &task->cgroups->subsys[0], *css = NULL;
-
-		bpf_probe_read_kernel(&css, sizeof(css), subsys + bpf_core_enum_value(enum cgroup_subsys_id, cpu_cgrp_id));
-		return BPF_CORE_READ(css, cgroup, kn, id);
-	}
-	return BPF_CORE_READ(task, cgroups, dfl_cgrp, kn, id);
-}
 
 /* Where the kernel's walker stops: HF_MAX_KERNEL_FRAMES, or what kernel.perf_event_max_stack
  * allows if that is less. */

@@ -1,15 +1,22 @@
 //go:build ignore
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Run-queue latency of every switch-in, from one hook: sched_switch. The kernel's
- * sched_info says when a task that woke was queued, and it is still set when sched_switch
- * fires (sched_info_arrive runs after it, in prepare_task_switch). */
+/* Run-queue latency and blocked time of every switch-in, by container, and because of whom
+ * it waited, from one hook: sched_switch. The kernel's sched_info says when a task that woke
+ * was queued, and it is still set when sched_switch fires (sched_info_arrive runs after it,
+ * in prepare_task_switch). */
 
 #include "kernel.bpf.h"
+#include "cgroup.bpf.h"
+#include "container.bpf.h"
 #include "counters.bpf.h"
 #include "histogram.bpf.h"
 #include "rqclock.bpf.h"
+#include "sched_runs.bpf.h"
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_tracing.h>
+
+/* Where there is no sched_info: wakeups are stamped, by hooks of their own. */
+const volatile bool hf_stamp_wakeups = false;
 
 /* Positions in the program list, for hf_ran. */
 enum {
@@ -17,21 +24,27 @@ enum {
 	HF_TASK_NEWTASK,
 	HF_TASK_ITER,
 	HF_SCHED_MOVE,
+	HF_SCHED_WAKEUP,
+	HF_SCHED_WAKENEW,
 };
 
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct hf_rqclock);
-} hf_rqclocks SEC(".maps");
+enum hf_runner *hf_export_runner __attribute__((unused));
+enum hf_blocked *hf_export_blocked __attribute__((unused));
+enum hf_preemptor *hf_export_preemptor __attribute__((unused));
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct hf_runqueue);
-} hf_runqueues SEC(".maps");
+	__type(value, struct hf_sched_cpu);
+} hf_sched_cpus SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, HF_SLOTS); /* less where there are many CPUs */
+	__type(key, __u32);
+	__type(value, struct hf_sched_slot);
+} hf_sched_cells SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
@@ -48,98 +61,277 @@ struct {
 } hf_accounts SEC(".maps");
 
 /* Makes the storage of a task, or finds it. What the kernel booked before stays out. */
-static __always_inline struct hf_task *know(struct task_struct *task)
+static __always_inline struct hf_task *know(struct task_struct *task, bool asleep)
 {
 	struct hf_task first = { .fresh = true };
 
-	/* In this order: an arrival in between then shows as a missing one. */
-	first.arrivals = task->sched_info.pcount;
-	barrier();
-	first.run_delay_ns = task->sched_info.run_delay;
-	first.known_ns = first.run_delay_ns;
+	if (asleep)
+		first.out_ns = bpf_ktime_get_ns();
+	if (!hf_stamp_wakeups) {
+		/* In this order: an arrival in between then shows as a missing one. */
+		first.arrivals = task->sched_info.pcount;
+		barrier();
+		first.run_delay_ns = task->sched_info.run_delay;
+		first.known_ns = first.run_delay_ns;
+	}
 	return bpf_task_storage_get(&hf_tasks, task, &first, BPF_LOCAL_STORAGE_GET_F_CREATE);
 }
 
-static __always_inline void handle_switch_in(struct task_struct *task, __u64 ktime, __u64 now, __u64 clock)
+static __always_inline struct hf_task *known(struct task_struct *task)
 {
-	__u64 queued = task->sched_info.last_queued;
-	__u64 run_delay = task->sched_info.run_delay;
-	__u64 arrivals = task->sched_info.pcount;
-	struct hf_counters *counters = hf_counters();
-	__u64 grown, wait, missed;
-	struct hf_runqueue *rq;
-	struct hf_task *t;
-	__u32 zero = 0;
+	return bpf_task_storage_get(&hf_tasks, task, NULL, 0);
+}
 
-	t = bpf_task_storage_get(&hf_tasks, task, NULL, 0);
-	if (!t) {
-		drop(HF_DROP_NO_STORAGE);
-		return;
+/* How long tasks in a queue have been throttled, in ns that only grow. */
+static __always_inline __u64 hf_throttled_ns(struct cfs_rq *queue)
+{
+	if (bpf_core_field_exists(queue->throttled_clock_self_time))
+		return queue->throttled_clock_self_time;
+	if (bpf_core_field_exists(queue->throttled_clock_pelt_time))
+		return queue->throttled_clock_pelt_time;
+	return 0;
+}
+
+static __always_inline __u32 hf_slot_of_task(struct task_struct *task, struct hf_task *t)
+{
+	__u64 cgroups = (__u64)task->cgroups;
+
+	if (t->cgroups != cgroups || t->epoch != hf_slot_epoch) {
+		t->epoch = hf_slot_epoch;
+		t->slot = hf_slot_of(hf_cgroup_of(task));
+		t->cgroups = t->slot == HF_SLOT_OTHER ? 0 : cgroups;
 	}
-	rq = bpf_map_lookup_elem(&hf_runqueues, &zero);
-	if (!rq)
-		return;
+	return t->slot;
+}
 
+static __always_inline __u32 hf_runner_of(struct task_struct *task, __u32 slot)
+{
+	if (!task->pid)
+		return HF_RUNNER_NOBODY;
+	return task->flags & PF_KTHREAD ? HF_RUNNER_KERNEL : slot;
+}
+
+/* The wait that ends now, less than 0 when it is not known; reason says why. grown gets what
+ * run_delay grew by. */
+static __always_inline __s64 hf_waited(struct task_struct *task, struct hf_task *t, __u64 ktime, __u64 now,
+				       __u64 clock, __u64 *grown, enum hf_drop *reason)
+{
+	__u64 queued, run_delay, arrivals, missed;
+	struct hf_counters *counters;
+	__s64 wait;
+
+	*reason = HF_DROP_NO_START;
+	if (hf_stamp_wakeups) {
+		if (!t->runnable && !t->woken_ns)
+			return -1;
+		return ktime - (t->runnable ? t->out_ns : t->woken_ns);
+	}
+	queued = task->sched_info.last_queued;
+	run_delay = task->sched_info.run_delay;
+	arrivals = task->sched_info.pcount;
 	missed = arrivals - t->arrivals;
-	if (missed && t->fresh)
-		t->known_ns = t->run_delay_ns = run_delay;
-	grown = run_delay - t->run_delay_ns;
-
+	t->arrivals = arrivals + !!queued;
+	if (missed) {
+		if (t->fresh)
+			t->known_ns = t->run_delay_ns = run_delay;
+		else if ((counters = hf_counters()))
+			counters->dropped[HF_DROP_SWITCH_UNSEEN] += missed;
+	}
+	*grown = run_delay - t->run_delay_ns;
 	if (missed) {
 		/* What grew are the waits of the switch-ins that were not seen, too, and
-		 * queued_ns can be older than they. */
+		 * out_ns can be older than they. */
 		wait = now - queued;
-	} else if (t->queued_ns) {
+		t->out_ns = t->runnable = 0;
+	} else if (t->runnable) {
 		/* Our own stamp, because the clock can be late at the switch-out too, and
 		 * sched_info knows nothing of a task preempted on its way to sleep. */
-		wait = ktime - t->queued_ns;
+		wait = ktime - t->out_ns;
 	} else {
 		/* Moves between run queues have put earlier legs of the wait into run_delay. */
-		wait = now - queued + grown;
+		wait = now - queued + *grown;
 	}
 	if (queued)
-		grown += clock - queued;
+		*grown += clock - queued;
+	t->run_delay_ns += *grown;
+	if (!queued && !t->runnable)
+		return -1;
+	if (t->moved_asleep) {
+		*reason = HF_DROP_DELAYED;
+		return -1;
+	}
+	*reason = HF_DROP_NEGATIVE;
+	return wait;
+}
 
-	if (missed && !t->fresh && counters)
-		counters->dropped[HF_DROP_SWITCH_UNSEEN] += missed;
-	if (!queued && (missed || !t->queued_ns))
-		drop(HF_DROP_NO_START);
-	else if (t->moved_asleep)
-		drop(HF_DROP_DELAYED);
-	else if ((__s64)wait < 0)
-		drop(HF_DROP_NEGATIVE);
-	else
-		hf_time_add(&rq->wait, wait);
+/* How much of a wait that began at since was for lack of quota. *until gets the end of the
+ * newest throttling. */
+static __always_inline __u64 hf_throttled(struct task_struct *task, struct hf_task *t, struct hf_sched_slot *cells,
+					  __u64 ktime, __u64 since, __u64 *until)
+{
+	struct cfs_rq *queue = task->se.cfs_rq;
+	__u64 ns = hf_throttled_ns(queue), past;
 
-	rq->run_delay_ns += grown;
-	t->run_delay_ns += grown;
-	t->arrivals = arrivals + !!queued;
-	t->queued_ns = 0;
-	t->fresh = t->moved_asleep = false;
+	*until = ktime;
+	if (!ns && !t->quota_ns)
+		return 0;
+	/* The first to be switched in after a throttling, in its container and on this CPU,
+	 * learns of it. */
+	if (cells->throttled_queue == (__u64)queue && ns != cells->throttled_ns) {
+		past = ns - cells->throttled_ns;
+		cells->throttled_from = ktime - past;
+		cells->throttled_until = ktime;
+	} else if (cells->throttled_queue != (__u64)queue) {
+		cells->throttled_from = cells->throttled_until = 0;
+	}
+	cells->throttled_queue = (__u64)queue;
+	cells->throttled_ns = ns;
+	if (task->prio < MAX_RT_PRIO)
+		return 0;
+	if (cells->throttled_until)
+		*until = cells->throttled_until;
+	if (t->runnable)
+		return t->quota_ns + (t->queue == (__u64)queue ? ns - t->throttled_ns : 0);
+	if (since >= cells->throttled_until)
+		return 0;
+	return cells->throttled_until - (since > cells->throttled_from ? since : cells->throttled_from);
+}
+
+/* Accounts for a wait of ns in parts, which add up to it. */
+static __always_inline void hf_account(struct task_struct *task, struct hf_task *t, struct hf_sched_cpu *cpu,
+				       struct hf_sched_slot *cells, __u32 slot, __u64 ktime, __u64 ns, struct hf_wait *w)
+{
+	__u64 until, quota = hf_throttled(task, t, cells, ktime, ktime - ns, &until);
+
+	if (!quota && !t->moved_ns && ns <= hf_age(ktime, cpu->runs[cpu->newest % HF_RUNS])) {
+		if (cpu->runner < HF_RUNNERS)
+			cells->waited_for[cpu->runner] += ns;
+		w->culprit = cpu->runner;
+		return;
+	}
+	if (quota > ns)
+		quota = ns;
+	w->now = ktime;
+	w->age = w->culprit_ns = 0;
+	w->quota_ns = quota;
+	w->quota_age = ktime - until;
+	w->slot = slot;
+	w->end = ns;
+	if (t->moved_ns && ktime - t->moved_ns < ns) {
+		w->end = ktime - t->moved_ns;
+		hf_blame_runs(cpu, cells, w);
+		w->end = ns;
+		__u32 zero = 0;
+		cpu = bpf_map_lookup_percpu_elem(&hf_sched_cpus, &zero, t->moved_from);
+	}
+	hf_blame_runs(cpu, cells, w);
+	hf_blame(cells, w, HF_RUNNER_UNKNOWN, ns);
+	if (quota > w->culprit_ns)
+		w->culprit = HF_RUNNER_QUOTA;
+}
+
+static __always_inline void handle_switch_in(struct task_struct *prev, struct task_struct *task, struct hf_task *t,
+					     struct hf_sched_cpu *cpu, __u32 slot, __u64 ktime, __u64 now, __u64 clock)
+{
+	__u64 grown = 0, blocked = 0;
+	struct hf_sched_slot *cells;
+	struct hf_wait *w = &cpu->wait;
+	enum hf_drop reason;
+	__u32 state;
+	__s64 wait;
+
+	cells = bpf_map_lookup_elem(&hf_sched_cells, &slot);
+	if (!cells)
+		return;
+	wait = hf_waited(task, t, ktime, now, clock, &grown, &reason);
+	cells->run_delay_ns += grown;
+	if (wait >= 0) {
+		if (t->out_ns && !t->runnable) {
+			blocked = ktime - t->out_ns;
+			/* The clock is right to a us, and sleeps can be shorter. */
+			if (wait > (__s64)blocked)
+				wait = blocked;
+			blocked -= wait;
+			/* io_schedule clears it when the task goes on. */
+			state = BPF_CORE_READ_BITFIELD(task, in_iowait) ? HF_BLOCKED_IO : HF_BLOCKED_OTHER;
+			cells->blocked_ns[state] += blocked;
+			hf_time_count(cells->blocked[state], blocked);
+		}
+		cells->wait_ns += wait;
+		hf_time_count(cells->wait, wait);
+		hf_account(task, t, cpu, cells, slot, ktime, wait, w);
+		/* Here all is known that a sample of this wait, and of the time blocked before,
+		 * would carry: wait, blocked, state, w->culprit, and prev, whose container and
+		 * process are the culprit's where w->culprit is cpu->runner. */
+	} else {
+		drop(reason);
+	}
+	t->runnable = t->fresh = t->moved_asleep = false;
+	t->quota_ns = t->moved_ns = t->woken_ns = 0;
+}
+
+static __always_inline void handle_switch_out(struct task_struct *task, struct hf_task *t, __u32 slot, __u64 ktime,
+					      bool runnable, __u32 runner)
+{
+	struct hf_sched_slot *cells;
+	struct cfs_rq *queue;
+
+	/* It still waits, as far as we know: its switch-in ran no program. */
+	if (hf_stamp_wakeups && (t->runnable || t->woken_ns)) {
+		drop(HF_DROP_SWITCH_UNSEEN);
+		t->woken_ns = 0;
+	}
+	t->out_ns = ktime;
+	t->runnable = runnable;
+	if (!runnable)
+		return;
+	queue = task->se.cfs_rq;
+	t->queue = (__u64)queue;
+	t->throttled_ns = hf_throttled_ns(queue);
+	if (runner == HF_RUNNER_NOBODY)
+		return; /* its quota is used up */
+	cells = bpf_map_lookup_elem(&hf_sched_cells, &slot);
+	if (cells)
+		cells->preempted[runner == HF_RUNNER_KERNEL ? HF_PREEMPTOR_KERNEL :
+				 runner == slot ? HF_PREEMPTOR_OWN : HF_PREEMPTOR_OTHER]++;
 }
 
 static __always_inline int handle_switch(bool preempt, struct task_struct *prev, struct task_struct *next)
 {
 	__u64 ktime = bpf_ktime_get_ns(), clock, now;
-	struct hf_rqclock *c;
-	struct hf_task *t;
-	__u32 zero = 0;
+	struct rq *rq = next->se.cfs_rq->rq;
+	struct hf_task *out = NULL, *in = NULL;
+	__u32 zero = 0, slot = 0, runner;
+	struct hf_sched_cpu *cpu;
 
-	c = bpf_map_lookup_elem(&hf_rqclocks, &zero);
-	if (!c)
+	cpu = bpf_map_lookup_elem(&hf_sched_cpus, &zero);
+	if (!cpu)
 		return 0;
-	clock = next->se.cfs_rq->rq->clock;
-	now = hf_rqclock_now(c, ktime, clock);
+	clock = rq->clock;
+	now = hf_rqclock_now(&cpu->clock, ktime, clock);
+	hf_run_ends(cpu, ktime, rq, !prev->pid);
 
-	/* The kernel keeps a preempted task queued whatever its state. One that sleeps needs
-	 * nothing: its switch-in has left queued_ns at 0. */
-	if (prev->pid && (preempt || prev->__state == 0)) {
-		t = bpf_task_storage_get(&hf_tasks, prev, NULL, 0);
-		if (t)
-			t->queued_ns = ktime;
+	if (next->pid) {
+		in = known(next);
+		if (in) {
+			slot = hf_slot_of_task(next, in);
+		} else {
+			slot = hf_slot_of(hf_cgroup_of(next));
+			drop(HF_DROP_NO_STORAGE);
+		}
 	}
-	if (next->pid)
-		handle_switch_in(next, ktime, now, clock);
+	runner = hf_runner_of(next, slot);
+	if (prev->pid)
+		out = known(prev);
+	/* The kernel keeps a preempted task queued whatever its state. */
+	if (out)
+		handle_switch_out(prev, out, out->slot, ktime, preempt || prev->__state == 0, runner);
+	if (in)
+		handle_switch_in(prev, next, in, cpu, slot, ktime, now, clock);
+
+	if (runner != cpu->runner)
+		hf_run_begins(cpu, ktime, runner);
+	cpu->switch_ns = ktime;
 	return 0;
 }
 
@@ -156,24 +348,67 @@ int BPF_PROG(hf_task_newtask, struct task_struct *task)
 {
 	hf_ran(HF_TASK_NEWTASK);
 	if (task->pid)
-		know(task);
+		know(task, false);
 	return 0;
 }
 
 /* Delayed dequeue (152e11f6df29, 6.12) leaves a sleeping task on its run queue. Moving it
  * to another queues it there as if it waited: sched_info counts the rest of its sleep. */
+static __always_inline bool hf_dequeue_delayed(struct task_struct *task)
+{
+	return bpf_core_field_exists(task->se.sched_delayed) && task->se.sched_delayed;
+}
+
+/* Before the move. */
 SEC("tp_btf/sched_migrate_task")
 int BPF_PROG(hf_sched_move, struct task_struct *task)
 {
+	struct cfs_rq *queue;
 	struct hf_task *t;
 
 	hf_ran(HF_SCHED_MOVE);
-	if (!task->on_rq || !task->se.sched_delayed)
+	if (!task->on_rq) /* it is being woken */
 		return 0;
-	t = bpf_task_storage_get(&hf_tasks, task, NULL, 0);
-	if (t)
-		t->moved_asleep = true;
+	t = known(task);
+	if (!t)
+		return 0;
+	if (hf_dequeue_delayed(task)) {
+		t->moved_asleep = !hf_stamp_wakeups;
+		return 0;
+	}
+	queue = task->se.cfs_rq;
+	if (t->runnable && t->queue == (__u64)queue)
+		t->quota_ns += hf_throttled_ns(queue) - t->throttled_ns;
+	t->queue = 0;
+	t->moved_ns = bpf_ktime_get_ns();
+	t->moved_from = queue->rq->cpu;
 	return 0;
+}
+
+static __always_inline int handle_wakeup(struct task_struct *task)
+{
+	struct hf_task *t;
+
+	if (task->on_cpu)
+		return 0; /* on its way to sleep, it goes on instead */
+	t = known(task);
+	if (t)
+		t->woken_ns = bpf_ktime_get_ns();
+	return 0;
+}
+
+SEC("tp_btf/sched_wakeup")
+int BPF_PROG(hf_sched_wakeup, struct task_struct *task)
+{
+	hf_ran(HF_SCHED_WAKEUP);
+	return handle_wakeup(task);
+}
+
+SEC("tp_btf/sched_wakeup_new")
+int BPF_PROG(hf_sched_wakenew, struct task_struct *task)
+{
+	hf_ran(HF_SCHED_WAKENEW);
+	return handle_wakeup(task);
 }
 
 /* Walks the tasks: makes the storage that is missing, and sums the books. */
@@ -190,8 +425,8 @@ int hf_task_iter(struct bpf_iter__task *ctx)
 	if (!task)
 		return 0;
 	sum = bpf_map_lookup_elem(&hf_accounts, &zero);
-	t = know(task);
-	if (!sum || !t)
+	t = know(task, task->__state && !task->on_rq);
+	if (!sum || !t || hf_stamp_wakeups)
 		return 0;
 	run_delay = task->sched_info.run_delay;
 	/* Legs of a wait that has not ended are not due yet. */

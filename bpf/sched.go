@@ -3,9 +3,12 @@
 package bpf
 
 import (
+	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"sync"
 
 	"github.com/cilium/ebpf"
@@ -16,24 +19,37 @@ import (
 	"github.com/hostflame/hostflame/internal/histogram"
 )
 
-//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_runqueue -type hf_task -type hf_accounting sched sched.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_sched_slot -type hf_runner -type hf_blocked -type hf_preemptor -type hf_task -type hf_accounting -type hf_slot -type hf_container -type hf_free_slots sched sched.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
 
-// ErrNoSchedInfo is returned by NewSched where the kernel does not keep what run-queue
-// latency is read from: CONFIG_SCHED_INFO or CONFIG_FAIR_GROUP_SCHED is off.
-var ErrNoSchedInfo = errors.New("kernel keeps no sched_info")
+// ErrNoGroupScheduling is returned by NewSched where the run queue can not be reached from
+// a task: CONFIG_FAIR_GROUP_SCHED is off.
+var ErrNoGroupScheduling = errors.New("kernel has no group scheduling")
 
 // SchedConfig configures the scheduler hooks.
 type SchedConfig struct {
 	// CgroupV1 says that the cpu controller is on a v1 hierarchy (see CPUControllerV1).
 	// The counters of the host are the same either way.
 	CgroupV1 bool
+	// ContainerName names the container of the cgroup with this kernfs id, soon after its
+	// first thread was switched in. Cgroups of one name are counted together. By default
+	// the id in decimal is the name.
+	ContainerName func(cgroup uint64) string
+
+	// For tests:
+	stampWakeups bool // although there is sched_info
+	slots        int  // so many, if not 0
 }
 
-// Sched measures the run-queue latency of every switch-in of every thread; the idle
-// tasks are not threads. A wait begins when the thread is queued, by a wakeup, its birth
-// or a switch-out that leaves it runnable, and ends when it is switched in; moves to
-// other CPUs are part of it, and so is throttling by a CPU quota. A thread that waits
-// when the hooks are attached counts with its whole wait.
+// Sched measures the run-queue latency of every switch-in of every thread, why it waited,
+// and how long it was blocked before; the idle tasks are not threads. A wait begins when the
+// thread is queued, by a wakeup, its birth or a switch-out that leaves it runnable, and ends
+// when it is switched in; moves to other CPUs are part of it, and so is throttling by a CPU
+// quota. A thread that waits when the hooks are attached counts with its whole wait, one
+// that sleeps with what is left of its sleep.
+//
+// When a wait began is read from the kernel's sched_info; without that (CONFIG_SCHED_INFO)
+// wakeups are stamped, which takes a hook more, and a thread that waits when the hooks are
+// attached does not count.
 //
 // A switch-in that is not recorded is a drop: of a thread that was born before NewSched in
 // a PID namespace that the caller does not see (DropNoStorage), one that emitted no
@@ -43,25 +59,22 @@ type SchedConfig struct {
 // All methods may be called from several goroutines.
 type Sched struct {
 	object
-	iter *link.Iter
+	iter   *link.Iter
+	stamps bool // wakeups are stamped, there is no sched_info
+	cancel context.CancelFunc
+	tended sync.WaitGroup
 
-	mu    sync.Mutex // for accounts and links
-	links []link.Link
-}
-
-// SchedCells are the counters of the scheduler hooks, cumulative since NewSched.
-type SchedCells struct {
-	Latency histogram.Snapshot // wait of each switch-in in ns, partition histogram.Time
-	// RunDelayNanos is the growth of the kernel's own run_delay, as the hook saw it. It holds
-	// what DropDelayed keeps out of Latency, and each wait as late clocks show it.
-	RunDelayNanos uint64
+	mu      sync.Mutex // for what follows, and accounts
+	links   []link.Link
+	books   *schedBooks
+	tendErr error
 }
 
 // NewSched loads the programs, attaches them, and measures from then on. It needs
-// CAP_PERFMON and CAP_BPF, and Linux 6.1 with BTF; ErrNoSchedInfo says that the kernel is
-// built without what it reads.
-func NewSched(SchedConfig) (*Sched, error) {
-	s, err := openSched()
+// CAP_PERFMON and CAP_BPF, and Linux 6.1 with BTF; ErrNoGroupScheduling says that the kernel
+// is built without what it reads.
+func NewSched(cfg SchedConfig) (*Sched, error) {
+	s, err := openSched(cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -77,75 +90,93 @@ func NewSched(SchedConfig) (*Sched, error) {
 }
 
 // openSched loads the programs.
-func openSched() (*Sched, error) {
+func openSched(cfg SchedConfig) (*Sched, error) {
 	kernel, err := btf.LoadKernelSpec()
 	if err != nil {
 		return nil, fmt.Errorf("load kernel BTF: %w", err)
 	}
-	if err := requireSchedInfo(kernel); err != nil {
+	if err := requireGroupScheduling(kernel); err != nil {
 		return nil, err
+	}
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return nil, fmt.Errorf("count CPUs: %w", err)
 	}
 	spec, err := loadSched()
 	if err != nil {
 		return nil, fmt.Errorf("parse sched object: %w", err)
 	}
+	stamps := cfg.stampWakeups || !hasSchedInfo(kernel)
 	index := histogram.NewIndex(histogram.Time())
 	if err := setVariables(spec, map[string]any{
-		schedVarHfTimeFirst: index.First,
-		schedVarHfTimeCuts:  index.Cuts,
+		schedVarHfTimeFirst:    index.First,
+		schedVarHfTimeCuts:     index.Cuts,
+		schedVarHfCgroupV1:     cfg.CgroupV1,
+		schedVarHfStampWakeups: stamps,
 	}); err != nil {
 		return nil, err
 	}
+	spec.Maps[schedMapHfSchedCells].MaxEntries = uint32(cmp.Or(cfg.slots, schedSlots(cpus)))
 	// In the order of hf_ran's argument.
 	programs := []string{schedProgHfSchedSwitch, schedProgHfTaskNewtask, schedProgHfTaskIter, schedProgHfSchedMove}
-	if !hasMember(kernel, "sched_entity", "sched_delayed") {
-		delete(spec.Programs, schedProgHfSchedMove)
-		programs = programs[:len(programs)-1]
+	reasons := []DropReason{DropNoStorage, DropSwitchUnseen, DropNegative, DropNoStart}
+	if wakeups := []string{schedProgHfSchedWakeup, schedProgHfSchedWakenew}; stamps {
+		programs = append(programs, wakeups...)
+	} else {
+		reasons = append(reasons, DropDelayed)
+		for _, name := range wakeups {
+			delete(spec.Programs, name)
+		}
 	}
 	coll, err := ebpf.NewCollection(spec)
 	if err != nil {
 		return nil, fmt.Errorf("load sched object: %w", err)
 	}
-	s := &Sched{object: object{
-		coll:     coll,
-		programs: programs,
-		reasons:  []DropReason{DropNoStorage, DropSwitchUnseen, DropNegative, DropNoStart, DropDelayed},
-	}}
-	if s.iter, err = link.AttachIter(link.IterOptions{Program: coll.Programs[schedProgHfTaskIter]}); err != nil {
-		s.Close()
-		return nil, fmt.Errorf("attach %s: %w", schedProgHfTaskIter, err)
+	s := &Sched{stamps: stamps, object: object{coll: coll, programs: programs, reasons: reasons}}
+	name := cfg.ContainerName
+	if name == nil {
+		name = func(cgroup uint64) string { return strconv.FormatUint(cgroup, 10) }
 	}
+	s.books, err = newSchedBooks(coll, name)
+	if err == nil {
+		s.iter, err = link.AttachIter(link.IterOptions{Program: coll.Programs[schedProgHfTaskIter]})
+	}
+	if err != nil {
+		s.Close()
+		return nil, fmt.Errorf("prepare sched object: %w", err)
+	}
+	var ctx context.Context
+	ctx, s.cancel = context.WithCancel(context.Background())
+	s.tended.Go(func() { s.tend(ctx) })
 	return s, nil
 }
 
 // know makes all threads known: those that are born from here on by their birth, those of
 // before by the walk.
 func (s *Sched) know() error {
-	if err := s.attach(schedProgHfTaskNewtask); err != nil {
-		return err
+	programs := []string{schedProgHfCgroupRmdir, schedProgHfTaskNewtask, schedProgHfSchedMove}
+	if s.stamps {
+		programs = append(programs, schedProgHfSchedWakeup, schedProgHfSchedWakenew)
 	}
-	if s.coll.Programs[schedProgHfSchedMove] != nil {
-		if err := s.attach(schedProgHfSchedMove); err != nil {
+	for _, name := range programs {
+		if err := s.attach(name); err != nil {
 			return err
 		}
 	}
 	return s.walk()
 }
 
-// requireSchedInfo returns ErrNoSchedInfo where a field that the hook reads is absent.
-func requireSchedInfo(kernel *btf.Spec) error {
-	for _, f := range []struct{ typ, member string }{
-		{"sched_info", "pcount"},
-		{"sched_info", "run_delay"},
-		{"sched_info", "last_queued"},
-		{"sched_entity", "cfs_rq"},
-		{"cfs_rq", "rq"},
-	} {
-		if !hasMember(kernel, f.typ, f.member) {
-			return fmt.Errorf("%w: struct %s has no %s", ErrNoSchedInfo, f.typ, f.member)
-		}
+// requireGroupScheduling returns ErrNoGroupScheduling where a field that the hook reads is
+// absent.
+func requireGroupScheduling(kernel *btf.Spec) error {
+	if !hasMember(kernel, "sched_entity", "cfs_rq") || !hasMember(kernel, "cfs_rq", "rq") {
+		return ErrNoGroupScheduling
 	}
 	return nil
+}
+
+func hasSchedInfo(kernel *btf.Spec) bool {
+	return hasMember(kernel, "sched_info", "pcount") && hasMember(kernel, "sched_info", "run_delay") && hasMember(kernel, "sched_info", "last_queued")
 }
 
 func hasMember(spec *btf.Spec, typ, member string) bool {
@@ -166,7 +197,9 @@ func (s *Sched) attach(program string) error {
 	if err != nil {
 		return fmt.Errorf("attach %s: %w", program, err)
 	}
+	s.mu.Lock()
 	s.links = append(s.links, l)
+	s.mu.Unlock()
 	return nil
 }
 
@@ -189,29 +222,11 @@ func (s *Sched) walk() error {
 	}
 }
 
-// Read returns the counters, summed over the possible CPUs: they keep what was measured
-// on a CPU that has left. The cells are the caller's to keep.
-func (s *Sched) Read() (SchedCells, error) {
-	var perCPU []schedHfRunqueue
-	if err := s.coll.Maps[schedMapHfRunqueues].Lookup(uint32(0), &perCPU); err != nil {
-		return SchedCells{}, fmt.Errorf("read run-queue latency: %w", err)
-	}
-	c := SchedCells{Latency: histogram.Snapshot{Cells: make([]uint64, histogram.Time().Cells())}}
-	for i := range perCPU {
-		p := &perCPU[i]
-		c.RunDelayNanos += p.RunDelayNs
-		c.Latency.Sum += p.Wait.SumNs
-		for cell := range c.Latency.Cells {
-			c.Latency.Cells[cell] += p.Wait.Cells[cell]
-		}
-	}
-	return c, nil
-}
-
 // Accounting compares the hook with the kernel's own books, over the threads now alive:
 // counted is what the hook has added to RunDelayNanos for them, kernel what their
 // sched_info grew by, both since the hook knows the thread and in ns. It walks all
-// threads, and makes known those whose birth was missed.
+// threads, and makes known those whose birth was missed. Without sched_info there are no
+// such books, and both are 0.
 func (s *Sched) Accounting() (counted, kernel uint64, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -234,6 +249,10 @@ func (s *Sched) Stats() (Stats, error) { return s.stats() }
 
 // Close detaches and frees everything. It is idempotent.
 func (s *Sched) Close() error {
+	if s.cancel != nil {
+		s.cancel()
+		s.tended.Wait()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var errs []error

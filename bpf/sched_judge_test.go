@@ -4,10 +4,12 @@ package bpf
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
+	"strconv"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -16,7 +18,7 @@ import (
 	"github.com/hostflame/hostflame/internal/histogram"
 )
 
-//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type judge_cells -type judge_books judge testdata/judge.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type judge_cells -type judge_books -type judge_cgroup judge testdata/judge.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
 
 // judge measures run-queue latency by time stamps of wakeups and switches.
 type judge struct {
@@ -32,7 +34,9 @@ func newJudge(t *testing.T) *judge {
 		t.Fatal(err)
 	}
 	index := histogram.NewIndex(histogram.Time())
-	if err := setVariables(spec, map[string]any{"hf_time_first": index.First, "hf_time_cuts": index.Cuts}); err != nil {
+	if err := setVariables(spec, map[string]any{
+		"hf_time_first": index.First, "hf_time_cuts": index.Cuts, "hf_cgroup_v1": CPUControllerV1(),
+	}); err != nil {
 		t.Fatal(err)
 	}
 	j := new(judge)
@@ -68,6 +72,22 @@ type verdict struct {
 	unbooked uint64 // switch-ins that the kernel does not book
 	delay    uint64 // run_delay of all threads, those that died since the judge came included
 	arrivals uint64 // switch-ins that the kernel booked, likewise
+	cgroups  map[string]groupVerdict
+}
+
+// groupVerdict is what the judge counted of one cgroup.
+type groupVerdict struct {
+	judgeJudgeCgroup
+	delay uint64 // as verdict's
+}
+
+func (v groupVerdict) since(b groupVerdict) groupVerdict {
+	v.Waits -= b.Waits
+	v.WaitNs -= b.WaitNs
+	v.Sleeps -= b.Sleeps
+	v.SleepNs -= b.SleepNs
+	v.delay -= b.delay
+	return v
 }
 
 func (j *judge) read(t *testing.T) verdict {
@@ -78,13 +98,24 @@ func (j *judge) read(t *testing.T) verdict {
 	}
 	v := verdict{wait: histogram.Snapshot{Cells: make([]uint64, histogram.Time().Cells())}}
 	for _, c := range cells {
-		v.wait.Add(histogram.Snapshot{Cells: c.Wait.Cells[:len(v.wait.Cells)], Sum: c.Wait.SumNs})
+		v.wait.Add(histogram.Snapshot{Cells: c.Wait[:len(v.wait.Cells)], Sum: c.WaitNs})
 		v.unknown += c.Unknown
 		v.unbooked += c.Unbooked
 	}
 	var alive judgeJudgeBooks
 	if err := j.objs.Alive.Put(uint32(0), &alive); err != nil {
 		t.Fatal(err)
+	}
+	v.cgroups = map[string]groupVerdict{}
+	var id, delay uint64
+	var living []uint64
+	for it := j.objs.Living.Iterate(); it.Next(&id, &delay); {
+		living = append(living, id)
+	}
+	for _, id := range living {
+		if err := j.objs.Living.Delete(id); err != nil {
+			t.Fatal(err)
+		}
 	}
 	r, err := j.iter.Open()
 	if err != nil {
@@ -101,6 +132,15 @@ func (j *judge) read(t *testing.T) verdict {
 	if err := j.objs.Dead.Lookup(uint32(0), &dead); err != nil {
 		t.Fatal(err)
 	}
+	var group judgeJudgeCgroup
+	for groups := j.objs.Cgroups.Iterate(); groups.Next(&id, &group); {
+		// A cgroup without threads has no entry.
+		delay = 0
+		if err := j.objs.Living.Lookup(id, &delay); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			t.Fatal(err)
+		}
+		v.cgroups[strconv.FormatUint(id, 10)] = groupVerdict{group, group.DeadNs + delay}
+	}
 	for _, b := range append(dead, alive) {
 		v.delay += b.RunDelayNs
 		v.arrivals += b.Arrivals
@@ -112,16 +152,17 @@ func (j *judge) read(t *testing.T) verdict {
 // of two.
 type observation struct {
 	SchedCells
-	dropped map[DropReason]uint64
-	hidden  uint64    // switch-ins of process 1, see hiddenArrivals
-	seen    [2]uint64 // switch-ins recorded or dropped, before and after the judge was read
+	containers map[string]SchedContainer
+	dropped    map[DropReason]uint64
+	hidden     uint64    // switch-ins of process 1, see hiddenArrivals
+	seen       [2]uint64 // switch-ins recorded or dropped, before and after the judge was read
 	verdict
 }
 
 func observe(t *testing.T, s *Sched, j *judge) (o observation) {
 	t.Helper()
 	for i := range o.seen {
-		c, err := s.Read()
+		c, containers, err := s.Read()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -136,12 +177,20 @@ func observe(t *testing.T, s *Sched, j *judge) (o observation) {
 			}
 		}
 		if i == 0 {
-			o.SchedCells, o.dropped = c, stats.Dropped
+			o.SchedCells, o.dropped, o.containers = c, stats.Dropped, byName(containers)
 			o.verdict = j.read(t)
 		}
 	}
 	o.hidden = hiddenArrivals(t)
 	return o
+}
+
+func byName(list []SchedContainer) map[string]SchedContainer {
+	all := map[string]SchedContainer{}
+	for _, c := range list {
+		all[c.Name] = c
+	}
+	return all
 }
 
 func (o observation) since(p observation) observation {

@@ -20,19 +20,22 @@ import (
 	"github.com/hostflame/hostflame/internal/kerneltest"
 )
 
-// A minute of threads that wait for CPUs in many ways, judged by the kernel's own
-// schedstat, by time stamps of every wakeup and switch, and by runqlat of libbpf-tools.
+// A minute of threads that wait for CPUs in many ways, on the host and in three containers,
+// judged by the kernel's own schedstat, by time stamps of every wakeup and switch, and by
+// runqlat of libbpf-tools.
 func TestSchedLoadedMinute(t *testing.T) {
 	kerneltest.Require(t)
 	kerneltest.RequireTool(t, "runqlat", "stdbuf")
 	kerneltest.MeasureLock(t)
 	hurry(t)
 	l := startWorkload(t, kerneltest.BuildProgram(t, "waiters"))
+	containers := startContainers(t)
 	s, j := newSched(t), newJudge(t)
 	lat := startRunqlat(t, 60)
 	before, countedBefore, bookedBefore := observe(t, s, j), counted(t, s, l), booked(t, l)
 	slots := lat.wait(t)
-	d := observe(t, s, j).since(before)
+	after := observe(t, s, j)
+	d := after.since(before)
 	counted, booked := counted(t, s, l)-countedBefore, booked(t, l)-bookedBefore
 
 	t.Logf("%d waits recorded, %v; %v dropped; process 1 switched in %d times",
@@ -54,8 +57,56 @@ func TestSchedLoadedMinute(t *testing.T) {
 	within("waits and drops, sched_info", d.Latency.Count()+lost, d.arrivals+d.unbooked, 1)
 	within("waits, time stamps", d.Latency.Count(), d.wait.Count(), 2)
 	within("sum of waits, time stamps", d.Latency.Sum, d.wait.Sum, 2)
+	for name, g := range containers {
+		c, v := after.containers[g.name].since(before.containers[g.name]), after.cgroups[g.name].since(before.cgroups[g.name])
+		t.Logf("%s: by cause %v, preempted %v", name, durations(c.DelayNanos[:]), c.Preempted)
+		checkParts(t, c)
+		within(name+": run_delay, sched_info", c.RunDelayNanos, v.delay, 1)
+		within(name+": waits, time stamps", c.Latency.Count(), v.Waits, 2)
+		within(name+": sum of waits, time stamps", c.Latency.Sum, v.WaitNs, 2+apart(v.Waits, v.WaitNs))
+		if v.Sleeps > 1000 {
+			within(name+": sleeps, time stamps", c.Blocked.Count()+c.BlockedIO.Count(), v.Sleeps, 2)
+			within(name+": sum of sleeps, time stamps", c.Blocked.Sum+c.BlockedIO.Sum, v.SleepNs, 2+apart(v.Sleeps, v.SleepNs))
+		}
+		if name == "writes" && c.BlockedIO.Count() < 1000 {
+			t.Errorf("writes: blocked by block I/O %d times only", c.BlockedIO.Count())
+		}
+	}
 	compareStamps(t, d.Latency, d.wait)
 	compareRunqlat(t, d.Latency, slots)
+}
+
+// apart is, in percent of the sum of n times, that programs of one hook run one after the
+// other, and so read the clock 0.4 us apart.
+func apart(n, nanos uint64) float64 { return 100 * 400 * float64(n) / float64(nanos) }
+
+// startContainers starts what is judged by container: threads that compute and have a
+// quota, one that writes through to the disk, two that switch as fast as they can, and
+// processes that come and go.
+func startContainers(t *testing.T) map[string]*cgroup {
+	t.Helper()
+	known := kerneltest.BuildProgram(t, "known")
+	all := map[string]*cgroup{}
+	for _, c := range []struct{ name, mode string }{
+		{"quota", "busy"}, {"writes", "write"}, {"switches", "pingpong"}, {"births", "fork"},
+	} {
+		g := newCgroup(t, c.name)
+		n := "1000000000"
+		if c.mode == "busy" {
+			g.quota(t, 20*time.Millisecond)
+			n = "2"
+		}
+		l := startWorkload(t, known, lastCPU(t), c.mode, n)
+		g.add(t, l)
+		if c.mode != "busy" {
+			if _, err := io.WriteString(l.in, "\n"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		t.Cleanup(func() { l.cmd.Process.Kill() })
+		all[c.name] = g
+	}
+	return all
 }
 
 // compareStamps holds the cumulative counts of the judge, from below and from above,

@@ -47,12 +47,12 @@ func lastCPU(t *testing.T) string {
 
 // Every switch-in of a thread is recorded or a drop, and nothing else is: no idle task, no
 // thread twice.
-func TestSchedCountsEverySwitchIn(t *testing.T) {
-	kerneltest.Require(t)
-	kerneltest.MeasureLock(t)
+func TestSchedCountsEverySwitchIn(t *testing.T) { bothMethods(t, countsEverySwitchIn) }
+
+func countsEverySwitchIn(t *testing.T, s *Sched) {
 	known := kerneltest.BuildProgram(t, "known")
-	hidden := hiddenArrivals(t)
-	s, j := newSched(t), newJudge(t)
+	j := newJudge(t)
+	first := observe(t, s, j)
 	for _, tt := range []struct {
 		mode      string
 		n         int
@@ -77,22 +77,22 @@ func TestSchedCountsEverySwitchIn(t *testing.T) {
 			}
 		})
 	}
-	o := observe(t, s, j)
-	if n := o.dropped[DropNoStorage]; n > o.hidden-hidden {
-		t.Errorf("%d switch-ins of unknown threads, but only %d were hidden", n, o.hidden-hidden)
+	d := observe(t, s, j).since(first)
+	if n := d.dropped[DropNoStorage]; n > d.hidden {
+		t.Errorf("%d switch-ins of unknown threads, but only %d were hidden", n, d.hidden)
 	}
-	if n := o.dropped[DropSwitchUnseen]; n > o.hidden-hidden {
-		t.Errorf("%d switch-ins unseen, but only %d can have followed a hidden one", n, o.hidden-hidden)
+	if n := d.dropped[DropSwitchUnseen]; n > d.hidden {
+		t.Errorf("%d switch-ins unseen, but only %d can have followed a hidden one", n, d.hidden)
 	}
 }
 
 // A thread behind one of higher priority waits exactly as long as that runs, whether it
 // was woken or preempted.
-func TestSchedKnownWaits(t *testing.T) {
-	kerneltest.Require(t)
-	kerneltest.MeasureLock(t)
+func TestSchedKnownWaits(t *testing.T) { bothMethods(t, knownWaits) }
+
+func knownWaits(t *testing.T, s *Sched) {
 	known := kerneltest.BuildProgram(t, "known")
-	s, j := newSched(t), newJudge(t)
+	j := newJudge(t)
 	before := observe(t, s, j)
 	l := startWorkload(t, known, lastCPU(t), "wait", "23", "51")
 	l.expect(t, "done")
@@ -175,7 +175,7 @@ func TestSchedWaitingAtStart(t *testing.T) {
 	kerneltest.MeasureLock(t)
 	known := kerneltest.BuildProgram(t, "known")
 	// Loading takes long where the CPU is emulated: before the wait.
-	s, err := openSched()
+	s, err := openSched(SchedConfig{})
 	if err != nil {
 		t.Fatalf("%+v", err)
 	}
@@ -189,7 +189,7 @@ func TestSchedWaitingAtStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.expect(t, "done")
-	c, err := s.Read()
+	c, _, err := s.Read()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -208,7 +208,7 @@ func TestSchedStartUnderLoad(t *testing.T) {
 	kerneltest.MeasureLock(t)
 	waiters := kerneltest.BuildProgram(t, "waiters")
 	j := newJudge(t)
-	s, err := openSched()
+	s, err := openSched(SchedConfig{})
 	if err != nil {
 		t.Fatalf("%+v", err)
 	}
@@ -323,7 +323,7 @@ func TestSchedHotplug(t *testing.T) {
 	var last SchedCells
 	read := func() (grown uint64) {
 		t.Helper()
-		c, err := s.Read()
+		c, _, err := s.Read()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -380,7 +380,7 @@ func TestSchedCloseIsIdempotent(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if _, err := s.Read(); err == nil {
+	if _, _, err := s.Read(); err == nil {
 		t.Error("read after close: no error")
 	}
 	if _, _, err := s.Accounting(); err == nil {
@@ -388,32 +388,30 @@ func TestSchedCloseIsIdempotent(t *testing.T) {
 	}
 }
 
-func TestRequireSchedInfo(t *testing.T) {
+func TestSchedMethod(t *testing.T) {
 	member := func(names ...string) (m []btf.Member) {
 		for i, name := range names {
 			m = append(m, btf.Member{Name: name, Type: &btf.Int{Name: "u64", Size: 8}, Offset: btf.Bits(64 * i)})
 		}
 		return m
 	}
-	all := func() map[string][]btf.Member {
-		return map[string][]btf.Member{
-			"sched_info":   member("pcount", "run_delay", "last_queued"),
-			"sched_entity": member("vruntime", "cfs_rq"),
-			"cfs_rq":       member("load", "rq"),
-		}
-	}
 	for _, tt := range []struct {
-		name    string
-		without string
-		members []btf.Member
-		want    error
+		name     string
+		without  string
+		members  []btf.Member
+		require  error
+		hasInfos bool
 	}{
-		{"all", "", nil, nil},
-		{"no CONFIG_SCHED_INFO", "sched_info", nil, ErrNoSchedInfo},
-		{"no CONFIG_FAIR_GROUP_SCHED", "sched_entity", member("vruntime"), ErrNoSchedInfo},
+		{"all", "", nil, nil, true},
+		{"no CONFIG_SCHED_INFO", "sched_info", nil, nil, false},
+		{"no CONFIG_FAIR_GROUP_SCHED", "sched_entity", member("vruntime"), ErrNoGroupScheduling, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			structs := all()
+			structs := map[string][]btf.Member{
+				"sched_info":   member("pcount", "run_delay", "last_queued"),
+				"sched_entity": member("vruntime", "cfs_rq"),
+				"cfs_rq":       member("load", "rq"),
+			}
 			if tt.without != "" {
 				structs[tt.without] = tt.members
 			}
@@ -430,8 +428,11 @@ func TestRequireSchedInfo(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := requireSchedInfo(spec); !errors.Is(err, tt.want) {
-				t.Errorf("%v, want %v", err, tt.want)
+			if err := requireGroupScheduling(spec); !errors.Is(err, tt.require) {
+				t.Errorf("%v, want %v", err, tt.require)
+			}
+			if got := hasSchedInfo(spec); got != tt.hasInfos {
+				t.Errorf("sched_info found: %v, want %v", got, tt.hasInfos)
 			}
 		})
 	}

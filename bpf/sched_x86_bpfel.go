@@ -19,43 +19,120 @@ type schedHfAccounting struct {
 	KernelNs  uint64
 }
 
-type schedHfRunqueue struct {
-	_          structs.HostLayout
-	RunDelayNs uint64
-	Wait       struct {
-		_     structs.HostLayout
-		SumNs uint64
-		Cells [240]uint64
-	}
+type schedHfBlocked uint32
+
+const (
+	schedHfBlockedHF_BLOCKED_IO    schedHfBlocked = 0
+	schedHfBlockedHF_BLOCKED_OTHER schedHfBlocked = 1
+	schedHfBlockedHF_BLOCKED       schedHfBlocked = 2
+)
+
+type schedHfContainer struct {
+	_       structs.HostLayout
+	Cgroup  uint64
+	Without uint64
+	Slot    uint32
+	Gone    uint32
 }
+
+type schedHfFreeSlots struct {
+	_     structs.HostLayout
+	Given uint32
+	Slots [128]uint32
+}
+
+type schedHfPreemptor uint32
+
+const (
+	schedHfPreemptorHF_PREEMPTOR_OWN    schedHfPreemptor = 0
+	schedHfPreemptorHF_PREEMPTOR_OTHER  schedHfPreemptor = 1
+	schedHfPreemptorHF_PREEMPTOR_KERNEL schedHfPreemptor = 2
+	schedHfPreemptorHF_PREEMPTORS       schedHfPreemptor = 3
+)
+
+type schedHfRunner uint32
+
+const (
+	schedHfRunnerHF_RUNNER_KERNEL  schedHfRunner = 128
+	schedHfRunnerHF_RUNNER_NOBODY  schedHfRunner = 129
+	schedHfRunnerHF_RUNNER_STOLEN  schedHfRunner = 130
+	schedHfRunnerHF_RUNNER_UNKNOWN schedHfRunner = 131
+	schedHfRunnerHF_RUNNER_QUOTA   schedHfRunner = 132
+	schedHfRunnerHF_RUNNERS        schedHfRunner = 133
+)
+
+type schedHfSchedSlot struct {
+	_              structs.HostLayout
+	WaitNs         uint64
+	RunDelayNs     uint64
+	BlockedNs      [2]uint64
+	ThrottledQueue uint64
+	ThrottledNs    uint64
+	ThrottledFrom  uint64
+	ThrottledUntil uint64
+	Preempted      [3]uint64
+	WaitedFor      [133]uint64
+	Wait           [240]uint64
+	Blocked        [2][240]uint64
+}
+
+type schedHfSlot uint32
+
+const (
+	schedHfSlotHF_SLOT_OTHER schedHfSlot = 0
+	schedHfSlotHF_SLOTS      schedHfSlot = 128
+)
 
 type schedHfTask struct {
 	_           structs.HostLayout
-	KnownNs     uint64
+	OutNs       uint64
 	RunDelayNs  uint64
 	Arrivals    uint64
-	QueuedNs    uint64
+	Cgroups     uint64
+	Epoch       uint32
+	Slot        uint8
+	Runnable    uint8
 	Fresh       uint8
 	MovedAsleep uint8
-	Pad         [6]uint8
+	Queue       uint64
+	ThrottledNs uint64
+	QuotaNs     uint64
+	MovedNs     uint64
+	MovedFrom   uint32
+	Pad         uint32
+	WokenNs     uint64
+	KnownNs     uint64
 }
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	schedMapHfAccounts     = "hf_accounts"
-	schedMapHfCount        = "hf_count"
-	schedMapHfRqclocks     = "hf_rqclocks"
-	schedMapHfRunqueues    = "hf_runqueues"
-	schedMapHfTasks        = "hf_tasks"
-	schedProgHfSchedMove   = "hf_sched_move"
-	schedProgHfSchedSwitch = "hf_sched_switch"
-	schedProgHfTaskIter    = "hf_task_iter"
-	schedProgHfTaskNewtask = "hf_task_newtask"
-	schedVarHfLog2Byte     = "hf_log2_byte"
-	schedVarHfTimeCuts     = "hf_time_cuts"
-	schedVarHfTimeFirst    = "hf_time_first"
+	schedMapHfAccounts        = "hf_accounts"
+	schedMapHfContainers      = "hf_containers"
+	schedMapHfCount           = "hf_count"
+	schedMapHfSchedCells      = "hf_sched_cells"
+	schedMapHfSchedCpus       = "hf_sched_cpus"
+	schedMapHfSlotsFree       = "hf_slots_free"
+	schedMapHfTasks           = "hf_tasks"
+	schedProgHfCgroupRmdir    = "hf_cgroup_rmdir"
+	schedProgHfSchedMove      = "hf_sched_move"
+	schedProgHfSchedSwitch    = "hf_sched_switch"
+	schedProgHfSchedWakenew   = "hf_sched_wakenew"
+	schedProgHfSchedWakeup    = "hf_sched_wakeup"
+	schedProgHfTaskIter       = "hf_task_iter"
+	schedProgHfTaskNewtask    = "hf_task_newtask"
+	schedVarHfCgroupV1        = "hf_cgroup_v1"
+	schedVarHfExportBlocked   = "hf_export_blocked"
+	schedVarHfExportPreemptor = "hf_export_preemptor"
+	schedVarHfExportRunner    = "hf_export_runner"
+	schedVarHfExportSlot      = "hf_export_slot"
+	schedVarHfLog2Byte        = "hf_log2_byte"
+	schedVarHfSlotEpoch       = "hf_slot_epoch"
+	schedVarHfSlotsTaken      = "hf_slots_taken"
+	schedVarHfStampWakeups    = "hf_stamp_wakeups"
+	schedVarHfTimeCuts        = "hf_time_cuts"
+	schedVarHfTimeFirst       = "hf_time_first"
 )
 
 // loadSched returns the embedded CollectionSpec for sched.
@@ -100,30 +177,43 @@ type schedSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type schedProgramSpecs struct {
-	HfSchedMove   *ebpf.ProgramSpec `ebpf:"hf_sched_move"`
-	HfSchedSwitch *ebpf.ProgramSpec `ebpf:"hf_sched_switch"`
-	HfTaskIter    *ebpf.ProgramSpec `ebpf:"hf_task_iter"`
-	HfTaskNewtask *ebpf.ProgramSpec `ebpf:"hf_task_newtask"`
+	HfCgroupRmdir  *ebpf.ProgramSpec `ebpf:"hf_cgroup_rmdir"`
+	HfSchedMove    *ebpf.ProgramSpec `ebpf:"hf_sched_move"`
+	HfSchedSwitch  *ebpf.ProgramSpec `ebpf:"hf_sched_switch"`
+	HfSchedWakenew *ebpf.ProgramSpec `ebpf:"hf_sched_wakenew"`
+	HfSchedWakeup  *ebpf.ProgramSpec `ebpf:"hf_sched_wakeup"`
+	HfTaskIter     *ebpf.ProgramSpec `ebpf:"hf_task_iter"`
+	HfTaskNewtask  *ebpf.ProgramSpec `ebpf:"hf_task_newtask"`
 }
 
 // schedMapSpecs contains maps before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type schedMapSpecs struct {
-	HfAccounts  *ebpf.MapSpec `ebpf:"hf_accounts"`
-	HfCount     *ebpf.MapSpec `ebpf:"hf_count"`
-	HfRqclocks  *ebpf.MapSpec `ebpf:"hf_rqclocks"`
-	HfRunqueues *ebpf.MapSpec `ebpf:"hf_runqueues"`
-	HfTasks     *ebpf.MapSpec `ebpf:"hf_tasks"`
+	HfAccounts   *ebpf.MapSpec `ebpf:"hf_accounts"`
+	HfContainers *ebpf.MapSpec `ebpf:"hf_containers"`
+	HfCount      *ebpf.MapSpec `ebpf:"hf_count"`
+	HfSchedCells *ebpf.MapSpec `ebpf:"hf_sched_cells"`
+	HfSchedCpus  *ebpf.MapSpec `ebpf:"hf_sched_cpus"`
+	HfSlotsFree  *ebpf.MapSpec `ebpf:"hf_slots_free"`
+	HfTasks      *ebpf.MapSpec `ebpf:"hf_tasks"`
 }
 
 // schedVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type schedVariableSpecs struct {
-	HfLog2Byte  *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
-	HfTimeCuts  *ebpf.VariableSpec `ebpf:"hf_time_cuts"`
-	HfTimeFirst *ebpf.VariableSpec `ebpf:"hf_time_first"`
+	HfCgroupV1        *ebpf.VariableSpec `ebpf:"hf_cgroup_v1"`
+	HfExportBlocked   *ebpf.VariableSpec `ebpf:"hf_export_blocked"`
+	HfExportPreemptor *ebpf.VariableSpec `ebpf:"hf_export_preemptor"`
+	HfExportRunner    *ebpf.VariableSpec `ebpf:"hf_export_runner"`
+	HfExportSlot      *ebpf.VariableSpec `ebpf:"hf_export_slot"`
+	HfLog2Byte        *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
+	HfSlotEpoch       *ebpf.VariableSpec `ebpf:"hf_slot_epoch"`
+	HfSlotsTaken      *ebpf.VariableSpec `ebpf:"hf_slots_taken"`
+	HfStampWakeups    *ebpf.VariableSpec `ebpf:"hf_stamp_wakeups"`
+	HfTimeCuts        *ebpf.VariableSpec `ebpf:"hf_time_cuts"`
+	HfTimeFirst       *ebpf.VariableSpec `ebpf:"hf_time_first"`
 }
 
 // schedObjects contains all objects after they have been loaded into the kernel.
@@ -146,19 +236,23 @@ func (o *schedObjects) Close() error {
 //
 // It can be passed to loadSchedObjects or ebpf.CollectionSpec.LoadAndAssign.
 type schedMaps struct {
-	HfAccounts  *ebpf.Map `ebpf:"hf_accounts"`
-	HfCount     *ebpf.Map `ebpf:"hf_count"`
-	HfRqclocks  *ebpf.Map `ebpf:"hf_rqclocks"`
-	HfRunqueues *ebpf.Map `ebpf:"hf_runqueues"`
-	HfTasks     *ebpf.Map `ebpf:"hf_tasks"`
+	HfAccounts   *ebpf.Map `ebpf:"hf_accounts"`
+	HfContainers *ebpf.Map `ebpf:"hf_containers"`
+	HfCount      *ebpf.Map `ebpf:"hf_count"`
+	HfSchedCells *ebpf.Map `ebpf:"hf_sched_cells"`
+	HfSchedCpus  *ebpf.Map `ebpf:"hf_sched_cpus"`
+	HfSlotsFree  *ebpf.Map `ebpf:"hf_slots_free"`
+	HfTasks      *ebpf.Map `ebpf:"hf_tasks"`
 }
 
 func (m *schedMaps) Close() error {
 	return _SchedClose(
 		m.HfAccounts,
+		m.HfContainers,
 		m.HfCount,
-		m.HfRqclocks,
-		m.HfRunqueues,
+		m.HfSchedCells,
+		m.HfSchedCpus,
+		m.HfSlotsFree,
 		m.HfTasks,
 	)
 }
@@ -167,25 +261,39 @@ func (m *schedMaps) Close() error {
 //
 // It can be passed to loadSchedObjects or ebpf.CollectionSpec.LoadAndAssign.
 type schedVariables struct {
-	HfLog2Byte  *ebpf.Variable `ebpf:"hf_log2_byte"`
-	HfTimeCuts  *ebpf.Variable `ebpf:"hf_time_cuts"`
-	HfTimeFirst *ebpf.Variable `ebpf:"hf_time_first"`
+	HfCgroupV1        *ebpf.Variable `ebpf:"hf_cgroup_v1"`
+	HfExportBlocked   *ebpf.Variable `ebpf:"hf_export_blocked"`
+	HfExportPreemptor *ebpf.Variable `ebpf:"hf_export_preemptor"`
+	HfExportRunner    *ebpf.Variable `ebpf:"hf_export_runner"`
+	HfExportSlot      *ebpf.Variable `ebpf:"hf_export_slot"`
+	HfLog2Byte        *ebpf.Variable `ebpf:"hf_log2_byte"`
+	HfSlotEpoch       *ebpf.Variable `ebpf:"hf_slot_epoch"`
+	HfSlotsTaken      *ebpf.Variable `ebpf:"hf_slots_taken"`
+	HfStampWakeups    *ebpf.Variable `ebpf:"hf_stamp_wakeups"`
+	HfTimeCuts        *ebpf.Variable `ebpf:"hf_time_cuts"`
+	HfTimeFirst       *ebpf.Variable `ebpf:"hf_time_first"`
 }
 
 // schedPrograms contains all programs after they have been loaded into the kernel.
 //
 // It can be passed to loadSchedObjects or ebpf.CollectionSpec.LoadAndAssign.
 type schedPrograms struct {
-	HfSchedMove   *ebpf.Program `ebpf:"hf_sched_move"`
-	HfSchedSwitch *ebpf.Program `ebpf:"hf_sched_switch"`
-	HfTaskIter    *ebpf.Program `ebpf:"hf_task_iter"`
-	HfTaskNewtask *ebpf.Program `ebpf:"hf_task_newtask"`
+	HfCgroupRmdir  *ebpf.Program `ebpf:"hf_cgroup_rmdir"`
+	HfSchedMove    *ebpf.Program `ebpf:"hf_sched_move"`
+	HfSchedSwitch  *ebpf.Program `ebpf:"hf_sched_switch"`
+	HfSchedWakenew *ebpf.Program `ebpf:"hf_sched_wakenew"`
+	HfSchedWakeup  *ebpf.Program `ebpf:"hf_sched_wakeup"`
+	HfTaskIter     *ebpf.Program `ebpf:"hf_task_iter"`
+	HfTaskNewtask  *ebpf.Program `ebpf:"hf_task_newtask"`
 }
 
 func (p *schedPrograms) Close() error {
 	return _SchedClose(
+		p.HfCgroupRmdir,
 		p.HfSchedMove,
 		p.HfSchedSwitch,
+		p.HfSchedWakenew,
+		p.HfSchedWakeup,
 		p.HfTaskIter,
 		p.HfTaskNewtask,
 	)

@@ -96,12 +96,36 @@ func testBlock(device, operation string, factor uint64) Block {
 	}
 }
 
+func testRunqueueContainer(name string, factor uint64, by map[string]uint64) RunqueueContainer {
+	return RunqueueContainer{
+		Container: name,
+		Since:     testStart.Add(time.Minute),
+		Latency:   snapshotOf(histogram.Time(), 1_000*factor, 30_000*factor),
+		Blocked: map[string]histogram.Snapshot{
+			"block_io": snapshotOf(histogram.Time()),
+			"other":    snapshotOf(histogram.Time(), 7_000*factor),
+		},
+		DelayNanos:     map[string]uint64{"quota": 0, "own": 18_000 * factor, "other": 13_000 * factor},
+		Preemptions:    map[string]uint64{"own": 3 * factor, "other": 0},
+		DelayedByNanos: by,
+	}
+}
+
 // testReaders have something in every family.
 func testReaders() Readers {
 	return Readers{
 		Runqueue: &fakeRunqueue{r: Runqueue{
-			Latency:          snapshotOf(histogram.Time(), 0, 953, 954, 1_000, 1_001, 2_500, 50_000_000_000, 50_000_000_001),
+			Latency: snapshotOf(histogram.Time(), 0, 953, 954, 1_000, 1_001, 2_500, 50_000_000_000, 50_000_000_001),
+			Blocked: map[string]histogram.Snapshot{
+				"block_io": snapshotOf(histogram.Time(), 310_000),
+				"other":    snapshotOf(histogram.Time(), 7_000, 3_000_000_000),
+			},
 			KernelDelayNanos: 1_500_000_001,
+			Length:           snapshotOf(histogram.Length(), 1, 1, 2, 3, 2048),
+			Containers: []RunqueueContainer{
+				testRunqueueContainer("/", 1, map[string]uint64{"0123456789ab": 11_000, "~other": 2_000}),
+				testRunqueueContainer("~other", 0, nil),
+			},
 		}},
 		Block: &fakeBlock{series: []Block{testBlock("vda", "read", 1), testBlock("vda", "write", 3)}},
 		CPU: fakeCPU{

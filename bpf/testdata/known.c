@@ -7,18 +7,24 @@
  *   known CPU fork N       N children are born, exit, and are waited for
  *   known CPU wait N MS    N waits of MS ms, behind a thread of higher priority
  *   known CPU delayed N    N sleeps of 200 ms, each moved to CPU 0 under way
+ *   known CPU busy N       N threads that never sleep, from the start on
+ *   known CPU crowd N      N processes of 5 threads that sleep for 2 s at a time, on all CPUs
+ *   known CPU write N      N blocks of 4 KiB are written, each through to the disk
  *
  * Prints "ready", does it when a line comes in, prints "done", and ends when standard
  * input closes. "wait" does not wait for a line: it is ready when its first wait begins. */
 #define _GNU_SOURCE
 #include <err.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <semaphore.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -215,6 +221,57 @@ static void delayed(void)
 	}
 }
 
+static void *napper(void *arg)
+{
+	for (;;)
+		nap(2000000000);
+	return arg;
+}
+
+static void crowd(void)
+{
+	cpu_set_t all;
+
+	memset(&all, 0xff, sizeof(all));
+	if (sched_setaffinity(0, sizeof(all), &all))
+		err(1, "be anywhere");
+	for (int i = 0; i < rounds; i++) {
+		pid_t pid = fork();
+
+		if (pid < 0)
+			err(1, "fork");
+		if (pid)
+			continue;
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		for (int j = 0; j < 4; j++)
+			start(napper);
+		napper(NULL);
+	}
+	say("ready");
+	await();
+}
+
+static void writes(void)
+{
+	static char block[4096];
+	int fd = open("/var/tmp", O_TMPFILE | O_WRONLY | O_DSYNC, 0600);
+
+	if (fd < 0)
+		err(1, "make a file");
+	say("ready");
+	await();
+	for (int i = 0; i < rounds; i++)
+		if (pwrite(fd, block, sizeof(block), i % 1024 * sizeof(block)) != sizeof(block))
+			err(1, "write");
+}
+
+static void busy(void)
+{
+	for (int i = 0; i < rounds; i++)
+		start(hog);
+	say("ready");
+}
+
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -222,7 +279,8 @@ int main(int argc, char **argv)
 		void (*run)(void);
 	} modes[] = {
 		{ "pingpong", pingpong }, { "sleep", sleeps }, { "alarm", alarms },
-		{ "fork", forks }, { "wait", waits }, { "delayed", delayed },
+		{ "fork", forks }, { "wait", waits }, { "delayed", delayed }, { "busy", busy }, { "write", writes },
+		{ "crowd", crowd },
 	};
 
 	if (argc < 4)

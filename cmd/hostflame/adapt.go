@@ -12,6 +12,7 @@ import (
 
 	"github.com/hostflame/hostflame/bpf"
 	"github.com/hostflame/hostflame/exporter"
+	"github.com/hostflame/hostflame/internal/histogram"
 	"github.com/hostflame/hostflame/profiler"
 )
 
@@ -22,7 +23,7 @@ import (
 // reads as its error, so that its absence shows in the metrics.
 func readers(k *kernel, p *profiler.Profiler, a *accounting) exporter.Readers {
 	r := exporter.Readers{
-		Runqueue: runqueueReader{k.sched, k.schedErr},
+		Runqueue: runqueueReader{k.sched, k.schedErr, k.cpu},
 		Block:    blockReader{k.block, k.blockErr},
 		Agent:    agentReader{k, p, a},
 	}
@@ -35,14 +36,46 @@ func readers(k *kernel, p *profiler.Profiler, a *accounting) exporter.Readers {
 type runqueueReader struct {
 	sched *bpf.Sched
 	err   error
+	cpu   *bpf.CPU // nil where it does not work
 }
 
 func (r runqueueReader) ReadRunqueue() (exporter.Runqueue, error) {
 	if r.err != nil {
 		return exporter.Runqueue{}, r.err
 	}
-	c, err := r.sched.Read()
-	return exporter.Runqueue{Latency: c.Latency, KernelDelayNanos: c.RunDelayNanos}, err
+	host, containers, err := r.sched.Read()
+	if err != nil {
+		return exporter.Runqueue{}, err
+	}
+	q := exporter.Runqueue{Latency: host.Latency, Blocked: blocked(host), KernelDelayNanos: host.RunDelayNanos}
+	if r.cpu != nil {
+		if q.Length, err = r.cpu.RunQueueLengths(); err != nil {
+			return exporter.Runqueue{}, err
+		}
+	}
+	for _, c := range containers {
+		q.Containers = append(q.Containers, runqueueContainer(c))
+	}
+	return q, nil
+}
+
+func runqueueContainer(c bpf.SchedContainer) exporter.RunqueueContainer {
+	r := exporter.RunqueueContainer{
+		Container: c.Name, Since: c.Since, Latency: c.Latency, Blocked: blocked(c.SchedCells),
+		DelayNanos: map[string]uint64{}, Preemptions: map[string]uint64{}, DelayedByNanos: c.DelayedBy,
+	}
+	for cause, ns := range c.DelayNanos {
+		r.DelayNanos[bpf.Cause(cause).String()] = ns
+	}
+	for by, n := range c.Preempted {
+		r.Preemptions[bpf.Preemptor(by).String()] = n
+	}
+	return r
+}
+
+// blocked are the times of the label `state`.
+func blocked(c bpf.SchedCells) map[string]histogram.Snapshot {
+	return map[string]histogram.Snapshot{"block_io": c.BlockedIO, "other": c.Blocked}
 }
 
 type blockReader struct {

@@ -5,9 +5,11 @@ package main
 import (
 	"errors"
 	"log/slog"
+	"strings"
 	"sync"
 
 	"github.com/hostflame/hostflame/bpf"
+	"github.com/hostflame/hostflame/profiler"
 )
 
 // kernel is the attached kernel side. What could not be attached is nil, with the reason
@@ -18,6 +20,7 @@ type kernel struct {
 	block                      *bpf.Block
 	tables                     *bpf.Tables   // of all that take stacks; nil where there can be none
 	mappings                   *bpf.Mappings // nil where there are none, or nobody to use them
+	containers                 *profiler.Containers
 	cpuErr, schedErr, blockErr error
 }
 
@@ -25,13 +28,15 @@ type kernel struct {
 // privileges do not allow is logged with what is lost; it is an error only when nothing
 // is left.
 func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
-	k := &kernel{}
+	k := &kernel{containers: profiler.NewContainers("cpu")}
 	// Without them each part makes do or says itself what does not work.
 	k.tables, _ = bpf.NewTables(cfg.TableMemory)
 	cfg.Tables = k.tables
 	// The verifier takes its time, so two at once.
 	var loading sync.WaitGroup
-	loading.Go(func() { k.sched, k.schedErr = bpf.NewSched(bpf.SchedConfig{CgroupV1: cfg.CgroupV1}) })
+	loading.Go(func() {
+		k.sched, k.schedErr = bpf.NewSched(bpf.SchedConfig{CgroupV1: cfg.CgroupV1, ContainerName: k.containerName})
+	})
 	loading.Go(func() { k.block, k.blockErr = bpf.NewBlock(bpf.BlockConfig{Tables: k.tables, CgroupV1: cfg.CgroupV1}) })
 	loading.Wait()
 	// Last, as its samples are waiting from then on.
@@ -40,6 +45,7 @@ func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
 	}
 
 	if k.cpuErr != nil && k.schedErr != nil && k.blockErr != nil {
+		k.close()
 		return nil, hintf(attachHint(k.cpuErr, cfg.Event), "attach to the kernel: %w", k.cpuErr)
 	}
 	for _, part := range []struct {
@@ -48,7 +54,7 @@ func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
 		lost string
 	}{
 		{k.cpuErr, "CPU sampling", "the cpu profile and hostflame_cpu_seconds_total"},
-		{k.schedErr, "run-queue latency", "hostflame_runqueue_latency_seconds"},
+		{k.schedErr, "run-queue latency", "the hostflame_runqueue_*, hostflame_offcpu_* and hostflame_container_* metrics of the scheduler"},
 		{k.blockErr, "block I/O latency", "the blockio profile and the hostflame_block_io_* histograms"},
 	} {
 		if part.err != nil {
@@ -56,6 +62,11 @@ func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
 		}
 	}
 	return k, nil
+}
+
+// containerName names the container of a cgroup for a label.
+func (k *kernel) containerName(cgroup uint64) string {
+	return strings.ToValidUTF8(k.containers.Name(cgroup, 0), "\uFFFD")
 }
 
 // newMappings begins to listen to what processes map; nil where that does not work.
@@ -94,5 +105,6 @@ func (k *kernel) close() error {
 		errs = append(errs, k.mappings.Close())
 	}
 	errs = append(errs, k.tables.Close())
+	errs = append(errs, k.containers.Close())
 	return errors.Join(errs...)
 }

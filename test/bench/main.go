@@ -33,8 +33,8 @@ type config struct {
 	windows int           // rounds of the programs' cost
 	window  time.Duration // how long a tool is watched in each
 	settle  time.Duration // from the start of a tool to its measurement
-	rounds  int           // rounds of the pipe benchmark
-	loops   int           // pipe operations in each
+	rounds  int           // rounds of the switching benchmarks
+	loops   int           // pipe operations in each; a 250th of messages from each sender
 	busy    time.Duration // the busy minute
 	// How long a sampler is watched in each round, at 99 samples a second and CPU.
 	stackWindow time.Duration
@@ -50,7 +50,7 @@ var (
 func main() {
 	cfg := full
 	shortRun := flag.Bool("short", false, "run once through everything, in seconds, to see that it works")
-	rounds := flag.Int("rounds", full.rounds, "interleaved `rounds` of the pipe benchmark")
+	rounds := flag.Int("rounds", full.rounds, "interleaved `rounds` of the pipe and messaging benchmarks")
 	busy := flag.Duration("busy", full.busy, "how long the busy minute is")
 	only := flag.String("only", "", "one `section`: stacks, programs, pipe or busy")
 	hostflame := flag.String("agent", "", "`path` of the agent binary; built when not given")

@@ -11,11 +11,30 @@ import (
 	"time"
 )
 
-// pipeRound runs `perf bench sched pipe` on one CPU and returns microseconds an
-// operation (two writes, two reads, two switches or so).
-func (b *bench) pipeRound() (float64, error) {
-	cmd := exec.Command("taskset", "-c", strconv.Itoa(b.cpu),
-		"perf", "bench", "-f", "simple", "sched", "pipe", "-l", strconv.Itoa(b.loops))
+// switching is a benchmark that does nothing but switch.
+type switching struct {
+	name    string // in the title
+	command []string
+	ops     int    // operations, and what one is called
+	unit    string // in words
+}
+
+func (b *bench) switchings() []switching {
+	messages := b.loops / 250
+	return []switching{{
+		// Two writes, two reads, two switches or so.
+		name: "pipe", ops: b.loops, unit: "us an operation",
+		command: []string{"taskset", "-c", strconv.Itoa(b.cpu), "perf", "bench", "-f", "simple", "sched", "pipe", "-l", strconv.Itoa(b.loops)},
+	}, {
+		// hackbench: four groups of 20 senders and 20 receivers, on all CPUs.
+		name: "messaging", ops: 4 * 20 * 20 * messages, unit: "us a message",
+		command: []string{"perf", "bench", "-f", "simple", "sched", "messaging", "-g", "4", "-l", strconv.Itoa(messages)},
+	}}
+}
+
+// run returns microseconds an operation.
+func (s switching) run() (float64, error) {
+	cmd := exec.Command(s.command[0], s.command[1:]...)
 	out, err := cmd.Output()
 	if err != nil {
 		return 0, fmt.Errorf("%s: %w", cmd, err)
@@ -24,15 +43,19 @@ func (b *bench) pipeRound() (float64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("%s printed %q, not seconds", cmd, out)
 	}
-	return seconds * 1e6 / float64(b.loops), nil
+	return seconds * 1e6 / float64(s.ops), nil
 }
 
-// pipe prints what the tools add to the benchmark that does nothing but switch.
+// pipe prints what the tools add to the benchmarks that do nothing but switch.
 func (b *bench) pipe(w io.Writer) error {
-	tools := []tool{b.nothing(), b.emptyProgram("sched_switch"), peer("runqlat"), b.agent()}
-	micros := make([][]float64, len(tools))
+	tools := []tool{b.nothing(), b.emptyProgram("sched_switch"), peer("runqlat"), peer("offcputime"), b.agent()}
+	benchmarks := b.switchings()
+	micros := make([][][]float64, len(benchmarks))
+	for i := range micros {
+		micros[i] = make([][]float64, len(tools))
+	}
 	for round := range b.rounds {
-		progress("perf bench sched pipe: round %d of %d", round+1, b.rounds)
+		progress("perf bench sched: round %d of %d", round+1, b.rounds)
 		for i := range tools {
 			i := (i + round) % len(tools) // none is always first
 			stop, err := tools[i].start()
@@ -40,19 +63,31 @@ func (b *bench) pipe(w io.Writer) error {
 				return err
 			}
 			time.Sleep(b.settle)
-			us, err := b.pipeRound()
+			for n, s := range benchmarks {
+				var us float64
+				if us, err = s.run(); err != nil {
+					break
+				}
+				micros[n][i] = append(micros[n][i], us)
+			}
 			if err := stop(); err != nil {
 				return fmt.Errorf("stop %s: %w", tools[i].name, err)
 			}
 			if err != nil {
 				return err
 			}
-			micros[i] = append(micros[i], us)
 		}
 	}
-	fmt.Fprintf(w, "\n## `taskset -c %d perf bench sched pipe -l %d`, us an operation\n\n"+
-		"%d interleaved rounds. What is added is the median of the rounds' ratios to \"nothing\" in the same round.\n\n",
-		b.cpu, b.loops, b.rounds)
+	for n, s := range benchmarks {
+		fmt.Fprintf(w, "\n## %s: `%s`, %s\n\n"+
+			"%d interleaved rounds. What is added is the median of the rounds' ratios to \"nothing\" in the same round.\n\n",
+			s.name, strings.Join(s.command, " "), s.unit, b.rounds)
+		b.printAdded(w, tools, micros[n])
+	}
+	return nil
+}
+
+func (b *bench) printAdded(w io.Writer, tools []tool, micros [][]float64) {
 	out := table{header: []string{"with", "median", "min", "quartiles", "max", "added", "quartiles"}}
 	for i, t := range tools {
 		added := make([]float64, b.rounds)
@@ -68,5 +103,4 @@ func (b *bench) pipe(w io.Writer) error {
 		out.add(row...)
 	}
 	out.print(w)
-	return nil
 }

@@ -70,7 +70,7 @@ func (b *bench) emptyProgram(tracepoint string) tool {
 
 // peers are the programs of other projects that the bench starts, and their packages.
 var peers = map[string]string{
-	"runqlat": "libbpf-tools", "biolatency": "libbpf-tools", "perf": "linux-perf",
+	"runqlat": "libbpf-tools", "biolatency": "libbpf-tools", "offcputime": "libbpf-tools", "perf": "linux-perf",
 	"fio": "fio", "stdbuf": "coreutils", "bpftrace": "bpftrace", "taskset": "util-linux",
 }
 
@@ -87,7 +87,8 @@ func requirePeers() error {
 	return fmt.Errorf("not found: %s\nhint: apt-get install %s", strings.Join(missing, ", "), strings.Join(packages, " "))
 }
 
-// peer is a tool of libbpf-tools, which says on its first line that it traces.
+// peer is a tool of libbpf-tools, which says on its first line that it traces. offcputime
+// says nothing until it ends, and is given the time to settle.
 func peer(command string) tool {
 	return tool{command, func() (func() error, error) {
 		// Its standard output is buffered whole where it is not a terminal.
@@ -105,7 +106,7 @@ func peer(command string) tool {
 			return cmd.Wait()
 		})
 		lines := bufio.NewReader(out)
-		for {
+		for command != "offcputime" {
 			line, err := lines.ReadString('\n')
 			if err != nil {
 				return nil, fmt.Errorf("start %s: %w", command, errors.Join(err, stop()))
@@ -114,6 +115,7 @@ func peer(command string) tool {
 				return stop, nil
 			}
 		}
+		return stop, nil
 	}}
 }
 

@@ -59,6 +59,12 @@ func (s *stack) testFirstScrape(t *testing.T) {
 	families, text := scrape(t, s.agent)
 	for _, name := range []string{
 		"hostflame_runqueue_latency_seconds",
+		"hostflame_runqueue_delay_seconds_total",
+		"hostflame_runqueue_length",
+		"hostflame_preemptions_total",
+		"hostflame_offcpu_seconds",
+		"hostflame_container_runqueue_latency_seconds",
+		"hostflame_container_offcpu_seconds",
 		"hostflame_block_io_latency_seconds",
 		"hostflame_block_io_queue_latency_seconds",
 		"hostflame_block_io_device_latency_seconds",

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/hostflame/hostflame/internal/kerneltest"
+)
+
+// tendSlots is what Sched does once a second, at a time of the test's choice.
+func tendSlots(t *testing.T, s *Sched, now time.Time) {
+	t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.books.slots.tend(now); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// newSlotted makes hooks with room for few containers, that are tended by the test alone.
+func newSlotted(t *testing.T, slots int) *Sched {
+	t.Helper()
+	s, err := NewSched(SchedConfig{CgroupV1: CPUControllerV1(), slots: slots})
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	t.Cleanup(func() { s.Close() })
+	s.cancel()
+	s.tended.Wait()
+	return s
+}
+
+// A cgroup that does more gets the slot of one that does less; what a slot counted before
+// stays with whom it was counted for; and a cgroup that is gone leaves its slot to others.
+func TestSchedSlots(t *testing.T) {
+	kerneltest.Require(t)
+	kerneltest.MeasureLock(t)
+	known := kerneltest.BuildProgram(t, "known")
+	s := newSlotted(t, 3)
+	read := func() (SchedCells, map[string]SchedContainer) {
+		t.Helper()
+		host, list, err := s.Read()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return host, byName(list)
+	}
+	now := time.Now()
+	// This test's own threads take one slot of two.
+	lazy, keen := newCgroup(t, "lazy"), newCgroup(t, "keen")
+	run := func(g *cgroup, mode string, n int) {
+		t.Helper()
+		l := startWorkload(t, known, lastCPU(t), mode, strconv.Itoa(n))
+		g.add(t, l)
+		l.run(t)
+		l.in.Close()
+		l.cmd.Wait()
+	}
+	run(lazy, "sleep", 101)
+	run(keen, "pingpong", 5003)
+	_, all := read()
+	before := all[lazy.name].Latency.Count()
+	if before < 101 || before > 120 {
+		t.Errorf("%d waits of the first cgroup, want the 101 and a few", before)
+	}
+	if _, ok := all[keen.name]; ok {
+		t.Error("the second cgroup has a slot, of which there are two")
+	}
+	if n := all[OtherContainers].Latency.Count(); n < 2*5003 {
+		t.Errorf("%d waits of all others, want at least 10006", n)
+	}
+
+	// The second has had more events.
+	now = now.Add(slotRivalry)
+	tendSlots(t, s, now)
+	now = now.Add(slotGrace)
+	tendSlots(t, s, now)
+	run(keen, "pingpong", 5003)
+	host, all := read()
+	if n := all[keen.name].Latency.Count(); n < 2*5003 || n > 2*5003+50 {
+		t.Errorf("%d waits of the cgroup with the slot that was the other's, want 10006 and a few", n)
+	}
+	if n := all[lazy.name].Latency.Count(); n != before {
+		t.Errorf("%d waits of the cgroup that lost its slot, want the %d", n, before)
+	}
+	var sum uint64
+	for _, c := range all {
+		sum += c.Latency.Count()
+	}
+	if n := host.Latency.Count(); n != sum {
+		t.Errorf("%d waits on the host, %d by container", n, sum)
+	}
+	if _, all := read(); all[lazy.name].Name != "" {
+		t.Error("the cgroup that lost its slot is there although it was read")
+	}
+
+	// Its threads are gone, and it with them.
+	if err := syscall.Rmdir(keen.dir); err != nil {
+		t.Fatal(err)
+	}
+	tendSlots(t, s, now)
+	if _, all := read(); all[keen.name].Latency.Count() < 2*5003 {
+		t.Error("a cgroup that is gone is not read once more")
+	}
+	tendSlots(t, s, now)
+	now = now.Add(slotGrace)
+	tendSlots(t, s, now)
+	read()
+	if _, all := read(); all[keen.name].Name != "" {
+		t.Error("a cgroup that is gone is there for ever")
+	}
+	// It had events while it had no slot: the next is for one.
+	run(lazy, "sleep", 101)
+	tendSlots(t, s, now)
+	run(lazy, "sleep", 101)
+	if _, all := read(); all[lazy.name].Latency.Count() < 101 || all[lazy.name].Latency.Count() > 120 {
+		t.Errorf("%d waits in a slot that was free again, want the 101 and a few", all[lazy.name].Latency.Count())
+	}
+}
+
+// Thousands of threads, cgroups and births: memory stays as it was, and each switch-in is
+// counted, by container or among all others, or is a drop.
+func TestSchedCrowd(t *testing.T) {
+	kerneltest.Require(t)
+	kerneltest.SkipInVM(t, "starts 10,000 threads, which says nothing of the kernel")
+	kerneltest.MeasureLock(t)
+	const (
+		processes = 2000 // of five threads, in a cgroup each
+		births    = 5000 // at least
+	)
+	known := kerneltest.BuildProgram(t, "known")
+	s, j := newSched(t), newJudge(t)
+	memory := func() (sum uint64) {
+		stats, err := s.Stats()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range stats.Maps {
+			if m.Name != schedMapHfTasks { // a thread's own, gone with it
+				sum += m.Memory
+			}
+		}
+		return sum
+	}
+	empty := memory()
+	l := startWorkload(t, known, lastCPU(t), "crowd", strconv.Itoa(processes))
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", l.cmd.Process.Pid, l.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pids := strings.Fields(string(b))
+	if len(pids) != processes {
+		t.Fatalf("%d processes, want %d", len(pids), processes)
+	}
+	parent := newCgroup(t, "crowd")
+	for i, pid := range pids {
+		dir := fmt.Sprintf("%s/%d", parent.dir, i)
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { syscall.Rmdir(dir) })
+		if err := os.WriteFile(dir+"/cgroup.procs", []byte(pid), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	forks := startWorkload(t, known, "0", "fork", strconv.Itoa(births))
+	start := time.Now()
+	before := observe(t, s, j)
+	forks.run(t)
+	time.Sleep(2 * time.Second)
+	d := observe(t, s, j).since(before)
+	rate := births / time.Since(start).Seconds()
+	t.Logf("%d recorded, %v dropped, by time stamps %d; %.0f births a second; %d bytes of maps, %d without load; process 1 switched in %d times",
+		d.Latency.Count(), d.dropped, d.wait.Count()+d.unknown, rate, memory(), empty, d.hidden)
+	if n := d.wait.Count() + d.unknown; n < d.seen[0] || n > d.seen[1] {
+		t.Errorf("%d to %d switch-ins recorded or dropped, by time stamps %d", d.seen[0], d.seen[1], n)
+	}
+	if n := memory(); n != empty {
+		t.Errorf("maps take %d bytes, without load %d", n, empty)
+	}
+	host, list, err := s.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sum uint64
+	for _, c := range list {
+		sum += c.Latency.Count()
+	}
+	// None of them is gone.
+	if n := host.Latency.Count(); n != sum || len(list) > maxSlots {
+		t.Errorf("%d waits on the host, %d in %d containers, of which there can be %d", n, sum, len(list), maxSlots)
+	}
+}
