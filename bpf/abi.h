@@ -245,7 +245,7 @@ enum hf_block_flag {
 	HF_BLOCK_SYNC = 0, /* somebody waits for it: reads, REQ_SYNC, REQ_FUA, REQ_PREFLUSH (op_is_sync) */
 	HF_BLOCK_READAHEAD = 1,
 	HF_BLOCK_METADATA = 2,
-	HF_BLOCK_FLAGS = 3,
+	HF_BLOCK_CHARGED = 3, /* by container: the bio's own, not its submitter's */
 };
 
 /* Requests of one device and operation on one CPU. What one request touches is close
@@ -272,10 +272,15 @@ struct hf_block_io {
 };
 _Static_assert(sizeof(struct hf_block_io) <= 32768, "limit of a per-CPU map value");
 
+/* Device time of a request whose issue was not seen, and of one that the device never got. */
+#define HF_BLOCK_UNKNOWN (~0ULL)
+#define HF_BLOCK_NEVER (~0ULL - 1)
+
 /* A sampled request has ended. It follows the sample of its start, whose value is the key,
  * in a ring, perhaps another CPU's. */
 struct hf_block_end {
 	__u64 key;
+	__u64 time_ns;   /* boot clock, as that of the sample, which is after the walk */
 	__u64 total_ns;
 	__u64 device_ns; /* HF_BLOCK_UNKNOWN: the issue was not seen */
 	__u64 cgroup_id; /* of the bio's blkcg, 0: none; blkio hierarchy on v1 and hybrid hosts */
@@ -285,7 +290,6 @@ struct hf_block_end {
 	__u8 absorbed;   /* it went into another request and has no end of its own */
 	__u8 pad[6];
 };
-#define HF_BLOCK_UNKNOWN (~0ULL)
 _Static_assert(sizeof(struct hf_block_end) < sizeof(struct hf_sample), "told apart by size");
 
 /* A whole disk that had I/O. */

@@ -82,7 +82,7 @@ static __always_inline void give_back(struct hf_block_places *e, struct request 
 /* Whether the device has the request that s is of, as far as was seen. */
 static __always_inline bool at_device(struct hf_block_request *s)
 {
-	return s->rq && s->issue && !(s->flags & HF_DATA_DONE);
+	return s->rq && s->issue && !s->data_done;
 }
 
 /* The device gets the request. */
@@ -90,9 +90,24 @@ static __always_inline void to_device(struct hf_block_places *e, struct hf_block
 {
 	struct hf_block_request *c = find_context(e, rq);
 
-	if (c)
-		s->depth = __sync_fetch_and_add(&c->issued, 1) + 1;
+	if (c) {
+		__u32 depth = __sync_fetch_and_add(&c->issued, 1) + 1;
+
+		s->depth = depth < HF_MAX_DEPTH ? depth : HF_MAX_DEPTH;
+	}
 	s->issue = bpf_ktime_get_ns();
+}
+
+/* What is not a stamp is as it is for a request that nothing is known of. */
+static __always_inline void reset(struct hf_block_request *s)
+{
+	s->depth = 0;
+	s->slot = HF_SLOT_OTHER;
+	s->charged = 0;
+	s->failed = 0;
+	s->data_done = 0;
+	s->sampled = 0;
+	s->weight = 0;
 }
 
 /* The key of the sample that is to be taken, 0: none. */
@@ -108,14 +123,14 @@ static __always_inline __u64 start(struct hf_block_places *e, struct hf_block_re
 	s->rq = (__u64)rq;
 	s->issue = 0;
 	s->bytes = rq->__data_len;
-	s->depth = 0;
-	s->flags = 0;
-	s->failed = 0;
+	reset(s);
 	s->start = bpf_ktime_get_ns();
+	if (hf_by_container)
+		attribute(s, rq);
 	if (!hf_stack_rate)
 		return 0;
 	draw(e, s, operation(rq->cmd_flags & REQ_OP_MASK));
-	return s->flags ? sample_key(s) : 0;
+	return s->sampled ? sample_key(s) : 0;
 }
 
 static __noinline __u64 slow_start(struct request *rq)
@@ -176,8 +191,7 @@ static __noinline int slow_issue(struct request *rq)
 		 * stamped, for each use. */
 		s->start = flush ? rq->start_time_ns : 0;
 		s->bytes = rq->__data_len;
-		s->flags = 0;
-		s->failed = 0;
+		reset(s);
 	} else if (at_device(s)) {
 		/* It was sent back where no requeue was seen. */
 		give_back(e, rq);
@@ -249,12 +263,37 @@ static __always_inline enum hf_block_error error_class(__u8 status)
 	return status && status < HF_BLOCK_ERROR_OTHER ? status : HF_BLOCK_ERROR_OTHER;
 }
 
+/* A request: how long it took, and how much of that on the device, or HF_BLOCK_NEVER or
+ * HF_BLOCK_UNKNOWN. Not static: the verifier then looks at the branches only once. */
+__noinline int hf_count_slowly(struct hf_block_io *io, __u64 total, __u64 on_device, __u32 bytes)
+{
+	__u64 queued = on_device == HF_BLOCK_NEVER ? total : total - on_device;
+
+	if (!io)
+		return 0;
+	TIME_CELL(io, total)->total++;
+	io->total_ns += total;
+	if (on_device <= total) {
+		TIME_CELL(io, on_device)->device++;
+		io->device_ns += on_device;
+	}
+	if (queued <= total) {
+		TIME_CELL(io, queued)->queue++;
+		io->queue_ns += queued;
+	}
+	if (bytes) {
+		io->sizes[size_cell(bytes)]++;
+		io->bytes += bytes;
+	}
+	return 0;
+}
+
 /* Every way that a completion can go. */
 static __noinline int slow_done(struct request *rq, __u8 status, __u32 bytes)
 {
 	__u32 rq_flags = rq->rq_flags, cmd_flags = rq->cmd_flags, op = cmd_flags & REQ_OP_MASK, device;
 	__u64 now = bpf_ktime_get_ns(), start = 0, issue = 0, key = 0, total, on_device;
-	__u32 flags = 0, failed = status ? error_class(status) + 1 : 0, depth = 0;
+	__u32 sampled = 0, data_done = 0, slot = HF_SLOT_OTHER, charged = 0, failed = status ? error_class(status) + 1 : 0, depth = 0;
 	bool flush = is_flush_rq(rq_flags, op);
 	struct request_queue *q = rq->q;
 	struct hf_block_request *s = NULL;
@@ -272,7 +311,7 @@ static __noinline int slow_done(struct request *rq, __u8 status, __u32 bytes)
 			if (bytes >= rq->__data_len && at_device(s)) {
 				give_back(e, rq);
 				s->issue = now - s->issue;
-				s->flags |= HF_DATA_DONE;
+				s->data_done = 1;
 			}
 		}
 		return 0;
@@ -294,7 +333,10 @@ static __noinline int slow_done(struct request *rq, __u8 status, __u32 bytes)
 			give_back(e, rq);
 		start = s->start;
 		issue = s->issue;
-		flags = s->flags;
+		sampled = s->sampled;
+		data_done = s->data_done;
+		slot = s->slot;
+		charged = s->charged;
 		bytes = s->bytes;
 		depth = s->depth;
 		key = sample_key(s);
@@ -323,37 +365,33 @@ static __noinline int slow_done(struct request *rq, __u8 status, __u32 bytes)
 		drop(HF_DROP_NO_SLOT);
 		return 0;
 	}
-	TIME_CELL(io, total)->total++;
-	io->total_ns += total;
-	on_device = flags & HF_DATA_DONE ? issue : now - issue;
-	if (!issue) {
-		/* An empty flush, or a device that is gone: all its time was before the
-		 * device. Else the issue was not seen, and only the total is known. */
-		if (rq->state == MQ_RQ_IDLE) {
-			TIME_CELL(io, total)->queue++;
-			io->queue_ns += total;
-		}
-	} else if (on_device <= total) {
-		TIME_CELL(io, on_device)->device++;
-		io->device_ns += on_device;
-		TIME_CELL(io, total - on_device)->queue++;
-		io->queue_ns += total - on_device;
-	}
+	if (issue)
+		on_device = data_done ? issue : now - issue;
+	else
+		/* An empty flush, or a device that is gone: all its time was before the device.
+		 * Else the issue was not seen, and only the total is known. */
+		on_device = rq->state == MQ_RQ_IDLE ? HF_BLOCK_NEVER : HF_BLOCK_UNKNOWN;
+	hf_count_slowly(io, total, on_device, bytes);
 	if (depth) {
 		io->depths[depth_cell(depth)]++;
 		io->depth_sum += depth;
 	}
-	if (bytes) {
-		io->sizes[size_cell(bytes)]++;
-		io->bytes += bytes;
-	}
 	count_flags(io, op, cmd_flags);
-	if (flags & HF_SAMPLED) {
+	if (hf_by_container && !flush) {
+		struct hf_block_io *slots = cells_of_slot(slot, operation(op));
+
+		if (slots) {
+			hf_count_slowly(slots, total, on_device, bytes);
+			slots->flagged[HF_BLOCK_CHARGED] += charged;
+		}
+	}
+	if (sampled) {
 		struct hf_block_end end = {
 			.key = key,
+			.time_ns = bpf_ktime_get_boot_ns() - (bpf_ktime_get_ns() - now),
 			.total_ns = total,
-			.device_ns = issue ? on_device : rq->state == MQ_RQ_IDLE ? 0 : HF_BLOCK_UNKNOWN,
-			.cgroup_id = charged_to(rq),
+			.device_ns = on_device == HF_BLOCK_NEVER ? 0 : on_device,
+			.cgroup_id = charged_id(rq),
 			.bytes = bytes,
 			.device = device - 1,
 			.operation = operation(op),
@@ -372,21 +410,40 @@ static __noinline int slow_done(struct request *rq, __u8 status, __u32 bytes)
 	return 0;
 }
 
+/* Where the four values of a request are counted. */
+struct hf_request_cells {
+	__u32 total, device, queue, size;
+};
+
+static __always_inline void add_cells(struct hf_block_io *io, struct hf_request_cells *c, __u64 total, __u64 on_device,
+				      __u32 bytes)
+{
+	io->total_ns += total;
+	io->queue_ns += total - on_device;
+	io->device_ns += on_device;
+	io->bytes += bytes;
+	io->sizes[c->size]++;
+	io->times[c->total & 255].total++;
+	io->times[c->device & 255].device++;
+	io->times[c->queue & 255].queue++;
+}
+
 /* Reads and writes of which all was seen, and went well; slow_done has the rest. Apart,
  * because what counts here is the size of the code. */
 static __always_inline int handle_done(struct request *rq, __u8 status, __u32 bytes)
 {
 	__u64 now = bpf_ktime_get_ns(), start, total, on_device;
 	struct hf_block_places *e = find_queue(rq->q);
-	__u32 rq_flags = rq->rq_flags, cmd_flags = rq->cmd_flags, op = cmd_flags & REQ_OP_MASK, cell;
+	__u32 rq_flags = rq->rq_flags, cmd_flags = rq->cmd_flags, op = cmd_flags & REQ_OP_MASK, device_cell;
 	struct hf_block_request *s = NULL;
 	enum hf_operation operation;
+	struct hf_request_cells cells;
 	struct hf_block_io *io;
 
 	hf_ran(HF_RAN_DONE);
 	if (likely(e))
 		s = find_state(e, rq);
-	if (unlikely(!s || s->rq != (__u64)rq || s->flags || s->failed || status || bytes < rq->__data_len ||
+	if (unlikely(!s || s->rq != (__u64)rq || s->data_done || s->sampled || s->failed || status || bytes < rq->__data_len ||
 		     (rq_flags & (hf_flush_seq | hf_io_stat)) != hf_io_stat))
 		return slow_done(rq, status, bytes);
 	/* As in slow_done. */
@@ -409,21 +466,24 @@ static __always_inline int handle_done(struct request *rq, __u8 status, __u32 by
 	bytes = s->bytes;
 	s->rq = 0;
 	give_back(e, rq);
-	io->total_ns += total;
-	io->queue_ns += total - on_device;
-	io->device_ns += on_device;
-	io->bytes += bytes;
+	cells.total = device_cell = hf_time_cell(total);
+	/* Mostly all but nothing of it. */
+	if (device_cell && on_device <= hf_time_cuts[(device_cell - 1) & 255])
+		device_cell = hf_time_cell(on_device);
+	cells.device = device_cell;
+	cells.queue = hf_time_cell(total - on_device);
+	cells.size = size_cell(bytes);
+	add_cells(io, &cells, total, on_device, bytes);
 	count_flags(io, op, cmd_flags);
-	io->sizes[size_cell(bytes)]++;
 	io->depths[depth_cell(s->depth)]++;
 	io->depth_sum += s->depth;
-	cell = hf_time_cell(total);
-	io->times[cell & 255].total++;
-	/* Mostly all but nothing of it. */
-	if (cell && on_device <= hf_time_cuts[(cell - 1) & 255])
-		cell = hf_time_cell(on_device);
-	io->times[cell & 255].device++;
-	TIME_CELL(io, total - on_device)->queue++;
+	if (hf_by_container) {
+		io = cells_of_slot(s->slot, operation);
+		if (io) {
+			add_cells(io, &cells, total, on_device, bytes);
+			io->flagged[HF_BLOCK_CHARGED] += s->charged;
+		}
+	}
 	return 0;
 }
 
@@ -461,7 +521,7 @@ static __always_inline int handle_absorb(struct request *rq)
 		return 0;
 	s = find_state(e, rq);
 	if (s && s->rq == (__u64)rq) {
-		if (s->flags & HF_SAMPLED) {
+		if (s->sampled) {
 			struct hf_block_end end = {.key = sample_key(s), .absorbed = 1};
 
 			send_end(&end);

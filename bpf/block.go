@@ -4,6 +4,7 @@ package bpf
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -16,7 +17,7 @@ import (
 	"github.com/hostflame/hostflame/internal/histogram"
 )
 
-//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_operation -type hf_block_error -type hf_block_flag -type hf_block_io -type hf_block_device -type hf_block_request -type hf_block_places -type hf_block_end block block.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_operation -type hf_block_error -type hf_block_flag -type hf_block_io -type hf_block_device -type hf_block_request -type hf_block_places -type hf_block_end -type hf_slot_operation block block.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
 
 // BlockConfig configures the block I/O hooks.
 type BlockConfig struct {
@@ -27,6 +28,10 @@ type BlockConfig struct {
 	// operation, before it leaves some out; DefaultStackRate if 0.
 	StackRate int
 	CgroupV1  bool // the cpu controller is on a v1 hierarchy (see CPUControllerV1)
+	// ContainerName names the container of a cgroup, by its kernfs id in the hierarchy of
+	// block I/O: blkio's where that is on v1 (ControllerV1), else the unified one. nil:
+	// nothing is counted by container.
+	ContainerName func(cgroup uint64) string
 }
 
 // Block measures the requests of all request-based block devices (those with a
@@ -67,9 +72,13 @@ type Block struct {
 	object
 	ownStart bool
 	stacks   *blockStacks // nil: none are taken
+	stop     context.CancelFunc
+	tended   sync.WaitGroup
 
 	mu       sync.Mutex // for what follows
 	links    []link.Link
+	books    *blockBooks // nil: not by container
+	tendErr  error
 	accounts accounts
 }
 
@@ -139,6 +148,8 @@ func newBlock(cfg BlockConfig, k blockHooks) (_ *Block, err error) {
 		blockVarHfFlushSeq:    k.flags.flushSeq,
 		blockVarHfIoStat:      k.flags.ioStat,
 		blockVarHfStackRate:   uint32(rate),
+		blockVarHfByContainer: cfg.ContainerName != nil,
+		blockVarHfBlkioV1:     ControllerV1("blkio"),
 		blockVarHfCgroupV1:    cfg.CgroupV1,
 		blockVarHfRingHalf:    uint64(ringBytes / 2),
 		blockVarHfMaxFrames:   maxFrames(),
@@ -156,6 +167,11 @@ func newBlock(cfg BlockConfig, k blockHooks) (_ *Block, err error) {
 		return nil, fmt.Errorf("count CPUs: %w", err)
 	}
 	spec.Maps[blockMapHfRings].MaxEntries = uint32(cpus)
+	if cfg.ContainerName != nil {
+		spec.Maps[blockMapHfSlotCells].MaxEntries = uint32(blockSlots(cpus) * slotOperations)
+	} else {
+		delete(spec.Programs, blockProgHfCgroupRmdir)
+	}
 	var shared map[string]*ebpf.Map
 	if rate > 0 {
 		shared = cfg.Tables.replace(spec)
@@ -181,12 +197,18 @@ func newBlock(cfg BlockConfig, k blockHooks) (_ *Block, err error) {
 			reasons: []DropReason{DropNegative, DropNoSlot, DropNoStart, DropNoEnd},
 		},
 		ownStart: k.ownStart,
+		stop:     func() {},
 	}
 	defer func() {
 		if err != nil {
 			b.Close()
 		}
 	}()
+	if cfg.ContainerName != nil {
+		if b.books, err = newBlockBooks(coll, cfg.ContainerName); err != nil {
+			return nil, err
+		}
+	}
 	if rate > 0 {
 		r, err := newRings(coll.Maps[blockMapHfRings], ringBytes)
 		if err != nil {
@@ -195,7 +217,7 @@ func newBlock(cfg BlockConfig, k blockHooks) (_ *Block, err error) {
 		b.stacks = newBlockStacks(r, b.deviceName)
 	}
 	// Backwards: what tells of new disks comes before what relies on it.
-	for _, name := range slices.Backward(b.programs) {
+	for _, name := range slices.Backward(append(slices.Clone(b.programs), blockProgHfCgroupRmdir)) {
 		if coll.Programs[name] == nil {
 			continue
 		}
@@ -204,6 +226,11 @@ func newBlock(cfg BlockConfig, k blockHooks) (_ *Block, err error) {
 			return nil, fmt.Errorf("attach %s: %w", name, err)
 		}
 		b.links = append(b.links, l)
+	}
+	if b.books != nil {
+		var ctx context.Context
+		ctx, b.stop = context.WithCancel(context.Background())
+		b.tended.Go(func() { b.tend(ctx) })
 	}
 	// The books begin here.
 	if _, _, err := b.Accounting(); err != nil {
@@ -232,6 +259,8 @@ func (b *Block) Stats() (Stats, error) {
 
 // Close detaches and frees everything. It is idempotent.
 func (b *Block) Close() error {
+	b.stop()
+	b.tended.Wait()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	var errs []error

@@ -30,26 +30,26 @@ const volatile __u64 hf_states = 0;
 /* hf_block_disk is attached. */
 const volatile bool hf_disk_seen = false;
 
-enum {
-	HF_DATA_DONE = 1, /* data step of a flush sequence: the device is through with it */
-	HF_SAMPLED = 2,   /* its stack was taken; the bits from HF_WEIGHT_BIT on are log2 of its weight */
-	HF_WEIGHT_BIT = 3,
-};
-
 /* One request in flight. A place belongs to a tag, and the request is stored with it: one
  * whose end was not seen is overwritten by the next. */
 struct hf_block_request {
 	__u64 rq;    /* the request, 0: none */
 	__u64 start; /* ns, 0: not seen */
-	__u64 issue; /* of the last issue, ns, 0: not with the device; with HF_DATA_DONE the device time */
+	__u64 issue; /* of the last issue, ns, 0: not with the device; with data_done the device time */
 	union {
 		__u32 bytes;  /* the most seen: bios merge in after the start, parts complete before the end */
 		__u32 issued; /* in a hardware context's own place: requests that its device has */
 	};
-	__u16 depth; /* requests that the device had at the last issue, this one included */
-	__u8 flags;
-	__u8 failed; /* enum hf_block_error + 1 of the first part that failed, 0: none did */
+	__u32 depth : 13;    /* requests that the device had at the last issue, this one included; or more */
+	__u32 slot : 7;      /* of the container */
+	__u32 charged : 1;   /* which is that of the bio, else of the submitter */
+	__u32 failed : 4;    /* enum hf_block_error + 1 of the first part that failed, 0: none did */
+	__u32 data_done : 1; /* data step of a flush sequence: the device is through with it */
+	__u32 sampled : 1;   /* its stack was taken */
+	__u32 weight : 5;    /* log2, of the sample */
 };
+#define HF_MAX_DEPTH 8191
+_Static_assert(HF_SLOTS <= 128, "a slot has 7 bits");
 _Static_assert(sizeof(struct hf_block_request) == 32, "half a cache line");
 
 /* Where the requests of one request_queue have their places: from base on one for each

@@ -5,6 +5,7 @@
 #define HF_BLOCK_SAMPLE_BPF_H
 
 #include "block_place.bpf.h"
+#include "block_container.bpf.h"
 #include "sample.bpf.h"
 
 HF_EXPORT_ENUMS;
@@ -40,7 +41,7 @@ static __always_inline __u64 sample_key(struct hf_block_request *s)
 	/* Read again: the pointer that is known to equal it may not be shifted. */
 	__u64 rq = *(volatile __u64 *)&s->rq;
 
-	return s->start << 25 | (rq >> 7 & 0xfffff) << 5 | s->flags >> HF_WEIGHT_BIT;
+	return s->start << 25 | (rq >> 7 & 0xfffff) << 5 | s->weight;
 }
 
 /* Draws whether the request's stack is taken, and if so notes it in s. */
@@ -62,8 +63,10 @@ static __always_inline void draw(struct hf_block_places *e, struct hf_block_requ
 		r->period++;
 	}
 	r->seen++;
-	if (!r->period || !(bpf_get_prandom_u32() & ((1ULL << r->period) - 1)))
-		s->flags |= HF_SAMPLED | r->period << HF_WEIGHT_BIT;
+	if (!r->period || !(bpf_get_prandom_u32() & ((1ULL << r->period) - 1))) {
+		s->sampled = 1;
+		s->weight = r->period;
+	}
 }
 
 /* Takes the stack of the current task for a request that was drawn. */
@@ -78,16 +81,6 @@ static __noinline int take(void *ctx, __u64 key)
 	return hf_emit(ctx, &at);
 }
 
-/* The cgroup that the request is charged to, 0 where it is nobody's. Bios of several
- * cgroups are never merged into one request (blk_cgroup_mergeable). */
-static __always_inline __u64 charged_to(struct request *rq)
-{
-	struct bio *bio = rq->bio;
-
-	if (!bio || !bpf_core_field_exists(bio->bi_blkg))
-		return 0;
-	return BPF_CORE_READ(bio, bi_blkg, blkcg, css.cgroup, kn, id);
-}
 
 /* Tells user space of the end of a request whose stack was taken. */
 static __always_inline void send_end(struct hf_block_end *end)

@@ -31,6 +31,9 @@ const RootCgroup = 1
 // device and operation, before it leaves some out.
 const DefaultStackRate = 50
 
+// blockUnknown is HF_BLOCK_UNKNOWN.
+const blockUnknown = ^uint64(0)
+
 // maxPending bounds the samples whose requests have not ended, some 2 KB each.
 const maxPending = 4096
 
@@ -109,13 +112,15 @@ func (b *blockStacks) end(s *Sample, end blockHfBlockEnd, fn func(*Sample), fail
 	if err != nil {
 		*failed = err
 	}
-	s.Value = end.TotalNs
 	s.IO = BlockIO{
 		Device: device, Operation: operationNames[end.Operation],
 		Bytes: uint64(end.Bytes), Cgroup: end.CgroupId,
 	}
-	if end.DeviceNs <= end.TotalNs {
-		s.IO.DeviceTime, s.IO.Queue = end.DeviceNs, end.TotalNs-end.DeviceNs
+	// The walk of the stack is no time of the request's, though the histograms can have it.
+	s.Value = min(end.TotalNs, end.TimeNs-s.Time)
+	if end.DeviceNs != blockUnknown {
+		s.Value = max(s.Value, end.DeviceNs)
+		s.IO.DeviceTime, s.IO.Queue = end.DeviceNs, s.Value-end.DeviceNs
 	}
 	fn(s)
 }

@@ -29,6 +29,7 @@ struct cgroup;
 struct cgroup_subsys_state {
 	struct cgroup *cgroup;
 	unsigned int flags;
+	struct cgroup_subsys_state *parent;
 };
 
 struct cgroup {
@@ -43,6 +44,7 @@ struct css_set {
 
 enum cgroup_subsys_id {
 	cpu_cgrp_id = 1,
+	io_cgrp_id = 3,
 };
 
 struct maple_tree {

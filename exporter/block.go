@@ -30,9 +30,26 @@ type Block struct {
 	Merges, Requeues, Splits uint64
 }
 
+// BlockContainer is the block I/O of one container, over all devices.
+type BlockContainer struct {
+	Container  string
+	Since      time.Time                   // when it began to count
+	Operations map[string]BlockContainerIO // read, write (with write-zeroes), other
+	Attributed map[string]uint64           // requests by what tells the container: cgroup, submitter
+}
+
+// BlockContainerIO is that of one operation.
+type BlockContainerIO struct {
+	Total, Queue, DeviceTime, Size histogram.Snapshot // as in Block
+}
+
 // BlockReader reads the block layer's counters.
 type BlockReader interface {
 	ReadBlock() ([]Block, error)
+	// ReadBlockContainers reads what was counted by container. The number of containers is
+	// bounded by who makes it, the rest is in "~other"; names are valid UTF-8, each is there
+	// once.
+	ReadBlockContainers() ([]BlockContainer, error)
 	// ReadInFlight counts the requests that devices have now, by device.
 	ReadInFlight() (map[string]int, error)
 }
@@ -43,11 +60,16 @@ type blockGroup struct {
 
 	latency, queue, device, size, errors, flagged *prometheus.Desc
 	merges, requeues, splits, depth, inFlight     *prometheus.Desc
+
+	containerLatency, containerQueue, containerDevice, containerSize, attributed *prometheus.Desc
 }
 
 func newBlockGroup(r BlockReader, created time.Time) group {
 	desc := func(name, help string, more ...string) *prometheus.Desc {
 		return prometheus.NewDesc(name, help, append([]string{"device", "operation"}, more...), nil)
+	}
+	byContainer := func(name, help string) *prometheus.Desc {
+		return prometheus.NewDesc("hostflame_container_block_io_"+name, help, []string{"container", "operation"}, nil)
 	}
 	return &blockGroup{
 		reader:  r,
@@ -74,6 +96,17 @@ func newBlockGroup(r BlockReader, created time.Time) group {
 			"Requests that the device's hardware queue had when a request was issued to it, that one included.", []string{"device"}, nil),
 		inFlight: prometheus.NewDesc("hostflame_block_io_in_flight",
 			"Block I/O requests that have started and not ended.", []string{"device"}, nil),
+		containerLatency: byContainer("latency_seconds",
+			"Time of a container's block I/O requests from their start to their last byte."),
+		containerQueue: byContainer("queue_latency_seconds",
+			"Time of a container's block I/O requests in the kernel's queues, before the device got them."),
+		containerDevice: byContainer("device_latency_seconds",
+			"Time of a container's block I/O requests in the device, from issue to their last byte."),
+		containerSize: byContainer("size_bytes",
+			"Size of a container's block I/O requests."),
+		attributed: prometheus.NewDesc("hostflame_container_block_io_attributed_requests_total",
+			"Block I/O requests of a container, by what tells that: the cgroup that the kernel charges, or the submitter where that is the root.",
+			[]string{"container", "by"}, nil),
 	}
 }
 
@@ -81,6 +114,7 @@ func (g *blockGroup) describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		g.latency, g.queue, g.device, g.size, g.errors, g.flagged,
 		g.merges, g.requeues, g.splits, g.depth, g.inFlight,
+		g.containerLatency, g.containerQueue, g.containerDevice, g.containerSize, g.attributed,
 	} {
 		ch <- d
 	}
@@ -95,7 +129,22 @@ func (g *blockGroup) collect(emit func(prometheus.Metric)) error {
 	if err != nil {
 		return fmt.Errorf("read block I/O in flight: %w", err)
 	}
+	containers, err := g.reader.ReadBlockContainers()
+	if err != nil {
+		return fmt.Errorf("read block I/O by container: %w", err)
+	}
 	b := batch{emit: emit}
+	for _, c := range containers {
+		for op, s := range c.Operations {
+			b.add(newHistogram(g.containerLatency, timeLayout(), s.Total, c.Since, c.Container, op))
+			b.add(newHistogram(g.containerQueue, timeLayout(), s.Queue, c.Since, c.Container, op))
+			b.add(newHistogram(g.containerDevice, timeLayout(), s.DeviceTime, c.Since, c.Container, op))
+			b.add(newHistogram(g.containerSize, sizeLayout(), s.Size, c.Since, c.Container, op))
+		}
+		for by, n := range c.Attributed {
+			b.add(counter(g.attributed, c.Since, float64(n), c.Container, by))
+		}
+	}
 	for device, n := range inFlight {
 		m, err := prometheus.NewConstMetric(g.inFlight, prometheus.GaugeValue, float64(n), labelValue(device))
 		b.add(m, err)

@@ -68,6 +68,15 @@ type fakeBlock struct {
 
 func (f *fakeBlock) ReadBlock() ([]Block, error) { return f.series, f.err }
 
+func (f *fakeBlock) ReadBlockContainers() ([]BlockContainer, error) {
+	read := testBlock("vda", "read", 2)
+	return []BlockContainer{{
+		Container: "0123456789ab", Since: testStart.Add(time.Minute),
+		Operations: map[string]BlockContainerIO{"read": {read.Total, read.Queue, read.DeviceTime, read.Size}},
+		Attributed: map[string]uint64{"cgroup": 3, "submitter": 1},
+	}}, f.err
+}
+
 func (f *fakeBlock) ReadInFlight() (map[string]int, error) { return map[string]int{"vda": 7}, f.err }
 
 type fakeCPU []profiler.ContainerCPU

@@ -110,6 +110,27 @@ func (r blockReader) ReadBlock() ([]exporter.Block, error) {
 	return list, nil
 }
 
+func (r blockReader) ReadBlockContainers() ([]exporter.BlockContainer, error) {
+	if r.err != nil {
+		return nil, r.err
+	}
+	containers, err := r.block.Containers()
+	if err != nil {
+		return nil, err
+	}
+	list := make([]exporter.BlockContainer, len(containers))
+	for i, c := range containers {
+		list[i] = exporter.BlockContainer{
+			Container: c.Name, Since: c.Since, Operations: map[string]exporter.BlockContainerIO{},
+			Attributed: map[string]uint64{"cgroup": c.Charged, "submitter": c.Requests - c.Charged},
+		}
+		for _, o := range c.Operations {
+			list[i].Operations[o.Operation] = exporter.BlockContainerIO{Total: o.Total, Queue: o.Queue, DeviceTime: o.DeviceTime, Size: o.Size}
+		}
+	}
+	return list, nil
+}
+
 func (r blockReader) ReadInFlight() (map[string]int, error) {
 	if r.err != nil {
 		return nil, r.err

@@ -21,6 +21,7 @@ type kernel struct {
 	tables                     *bpf.Tables   // of all that take stacks; nil where there can be none
 	mappings                   *bpf.Mappings // nil where there are none, or nobody to use them
 	containers                 *profiler.Containers
+	charged                    *profiler.Containers // of block I/O
 	cpuErr, schedErr, blockErr error
 }
 
@@ -28,7 +29,7 @@ type kernel struct {
 // privileges do not allow is logged with what is lost; it is an error only when nothing
 // is left.
 func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
-	k := &kernel{containers: profiler.NewContainers("cpu")}
+	k := &kernel{containers: profiler.NewContainers("cpu"), charged: profiler.NewContainers("blkio")}
 	// Without them each part makes do or says itself what does not work.
 	k.tables, _ = bpf.NewTables(cfg.TableMemory)
 	cfg.Tables = k.tables
@@ -37,7 +38,9 @@ func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
 	loading.Go(func() {
 		k.sched, k.schedErr = bpf.NewSched(bpf.SchedConfig{CgroupV1: cfg.CgroupV1, ContainerName: k.containerName})
 	})
-	loading.Go(func() { k.block, k.blockErr = bpf.NewBlock(bpf.BlockConfig{Tables: k.tables, CgroupV1: cfg.CgroupV1}) })
+	loading.Go(func() {
+		k.block, k.blockErr = bpf.NewBlock(bpf.BlockConfig{Tables: k.tables, CgroupV1: cfg.CgroupV1, ContainerName: k.chargedName})
+	})
 	loading.Wait()
 	// Last, as its samples are waiting from then on.
 	if k.cpu, k.cpuErr = bpf.NewCPU(cfg); k.cpuErr == nil {
@@ -67,6 +70,11 @@ func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
 // containerName names the container of a cgroup for a label.
 func (k *kernel) containerName(cgroup uint64) string {
 	return strings.ToValidUTF8(k.containers.Name(cgroup, 0), "\uFFFD")
+}
+
+// chargedName is that of a cgroup in the hierarchy of block I/O.
+func (k *kernel) chargedName(cgroup uint64) string {
+	return strings.ToValidUTF8(k.charged.Name(cgroup, 0), "\uFFFD")
 }
 
 // newMappings begins to listen to what processes map; nil where that does not work.
@@ -105,6 +113,6 @@ func (k *kernel) close() error {
 		errs = append(errs, k.mappings.Close())
 	}
 	errs = append(errs, k.tables.Close())
-	errs = append(errs, k.containers.Close())
+	errs = append(errs, k.containers.Close(), k.charged.Close())
 	return errors.Join(errs...)
 }

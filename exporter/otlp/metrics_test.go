@@ -27,9 +27,10 @@ type hostMetrics struct {
 	block    []exporter.Block
 }
 
-func (h hostMetrics) ReadRunqueue() (exporter.Runqueue, error) { return h.runqueue, nil }
-func (h hostMetrics) ReadBlock() ([]exporter.Block, error)     { return h.block, nil }
-func (h hostMetrics) ReadInFlight() (map[string]int, error)    { return nil, nil }
+func (h hostMetrics) ReadRunqueue() (exporter.Runqueue, error)                { return h.runqueue, nil }
+func (h hostMetrics) ReadBlock() ([]exporter.Block, error)                    { return h.block, nil }
+func (h hostMetrics) ReadBlockContainers() ([]exporter.BlockContainer, error) { return nil, nil }
+func (h hostMetrics) ReadInFlight() (map[string]int, error)                   { return nil, nil }
 
 // hostCreated is the created timestamp of the series of hostMetrics.
 var hostCreated = time.Unix(1_700_000_000, 0)
@@ -235,8 +236,8 @@ func TestHistogramsAreNative(t *testing.T) {
 			}
 		}
 	}
-	if seen != 9 {
-		t.Errorf("%d series of histograms, want 9", seen)
+	if seen != 11 {
+		t.Errorf("%d series of histograms, want 11", seen)
 	}
 }
 
