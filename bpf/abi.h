@@ -272,6 +272,15 @@ struct hf_block_io {
 };
 _Static_assert(sizeof(struct hf_block_io) <= 32768, "limit of a per-CPU map value");
 
+/* Bios of one device and operation on one CPU, of devices that have no requests. */
+struct hf_bio_io {
+	__u64 total_ns;
+	__u64 bytes;
+	__u64 errors;
+	__u64 sizes[HF_SIZE_CELLS];
+	__u64 times[256]; /* HF_TIME_CELLS, and a power of two */
+};
+
 /* Device time of a request whose issue was not seen, and of one that the device never got. */
 #define HF_BLOCK_UNKNOWN (~0ULL)
 #define HF_BLOCK_NEVER (~0ULL - 1)

@@ -27,7 +27,6 @@ const volatile bool hf_kernel_start = false;
 const volatile __u32 hf_flush_seq = 0;
 const volatile __u32 hf_io_stat = 0;
 
-enum hf_operation *hf_export_operation __attribute__((unused));
 enum hf_block_error *hf_export_error __attribute__((unused));
 enum hf_block_flag *hf_export_flag __attribute__((unused));
 
@@ -44,23 +43,6 @@ static __always_inline struct hf_block_io *cells_of(__u32 device, enum hf_operat
 	__u32 i = (device - 1) * HF_OPERATIONS + op;
 
 	return bpf_map_lookup_elem(&hf_block_cells, &i);
-}
-
-#define OP(name) bpf_core_enum_value(enum req_op, REQ_OP_##name)
-
-static __always_inline enum hf_operation operation(__u32 op)
-{
-	if (op == OP(READ))
-		return HF_OPERATION_READ;
-	if (op == OP(WRITE) || op == OP(ZONE_APPEND))
-		return HF_OPERATION_WRITE;
-	if (op == OP(WRITE_ZEROES))
-		return HF_OPERATION_WRITE_ZEROES;
-	if (op == OP(FLUSH))
-		return HF_OPERATION_FLUSH;
-	if (op == OP(DISCARD))
-		return HF_OPERATION_DISCARD;
-	return HF_OPERATION_OTHER;
 }
 
 /* The request that the flush machinery sends to the device: its own request structure on
@@ -98,18 +80,6 @@ static __always_inline void to_device(struct hf_block_places *e, struct hf_block
 	s->issue = bpf_ktime_get_ns();
 }
 
-/* What is not a stamp is as it is for a request that nothing is known of. */
-static __always_inline void reset(struct hf_block_request *s)
-{
-	s->depth = 0;
-	s->slot = HF_SLOT_OTHER;
-	s->charged = 0;
-	s->failed = 0;
-	s->data_done = 0;
-	s->sampled = 0;
-	s->weight = 0;
-}
-
 /* The key of the sample that is to be taken, 0: none. */
 static __always_inline __u64 start(struct hf_block_places *e, struct hf_block_request *s, struct request *rq)
 {
@@ -123,7 +93,7 @@ static __always_inline __u64 start(struct hf_block_places *e, struct hf_block_re
 	s->rq = (__u64)rq;
 	s->issue = 0;
 	s->bytes = rq->__data_len;
-	reset(s);
+	s->word = 0;
 	s->start = bpf_ktime_get_ns();
 	if (hf_by_container)
 		attribute(s, rq);
@@ -191,7 +161,7 @@ static __noinline int slow_issue(struct request *rq)
 		 * stamped, for each use. */
 		s->start = flush ? rq->start_time_ns : 0;
 		s->bytes = rq->__data_len;
-		reset(s);
+		s->word = 0;
 	} else if (at_device(s)) {
 		/* It was sent back where no requeue was seen. */
 		give_back(e, rq);
@@ -223,14 +193,6 @@ static __always_inline int handle_disk(void)
 	hf_ran(HF_RAN_DISK);
 	__sync_fetch_and_add(&hf_disks, 1);
 	return 0;
-}
-
-/* Size cells are upper-inclusive powers of two from 512 (internal/histogram, Size). */
-static __always_inline __u32 size_cell(__u32 bytes)
-{
-	__u32 cell = bytes <= 512 ? 0 : hf_log2(bytes - 1) - 8;
-
-	return cell > 18 ? 18 : cell;
 }
 
 #define TIME_CELL(io, ns) (&(io)->times[hf_time_cell(ns) & 255])
@@ -282,7 +244,7 @@ __noinline int hf_count_slowly(struct hf_block_io *io, __u64 total, __u64 on_dev
 		io->queue_ns += queued;
 	}
 	if (bytes) {
-		io->sizes[size_cell(bytes)]++;
+		io->sizes[hf_size_cell(bytes)]++;
 		io->bytes += bytes;
 	}
 	return 0;
@@ -472,7 +434,7 @@ static __always_inline int handle_done(struct request *rq, __u8 status, __u32 by
 		device_cell = hf_time_cell(on_device);
 	cells.device = device_cell;
 	cells.queue = hf_time_cell(total - on_device);
-	cells.size = size_cell(bytes);
+	cells.size = hf_size_cell(bytes);
 	add_cells(io, &cells, total, on_device, bytes);
 	count_flags(io, op, cmd_flags);
 	io->depths[depth_cell(s->depth)]++;

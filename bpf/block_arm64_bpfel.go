@@ -107,7 +107,7 @@ type blockHfBlockRequest struct {
 	Start uint64
 	Issue uint64
 	Bytes uint32
-	_     [4]byte
+	Word  uint32
 }
 
 type blockHfOperation uint32

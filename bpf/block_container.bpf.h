@@ -14,6 +14,12 @@ const volatile bool hf_by_container = false;
 /* The blkio controller is on a v1 hierarchy, which is then the one of block I/O. */
 const volatile bool hf_blkio_v1 = false;
 
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+struct css_set___many {
+	struct cgroup_subsys_state *subsys[5]; /* by enum cgroup_subsys_id */
+};
+#pragma clang attribute pop
+
 /* What is counted by container has fewer operations: reads, writes with write-zeroes, and
  * the rest. */
 enum hf_slot_operation {
@@ -71,10 +77,16 @@ static __always_inline struct cgroup *submitter(void)
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
 
 	if (hf_blkio_v1) {
-		struct cgroup_subsys_state **subsys = &task->cgroups->subsys[0], *css = NULL;
+		struct css_set___many *set = (struct css_set___many *)task->cgroups;
 
-		bpf_probe_read_kernel(&css, sizeof(css), subsys + bpf_core_enum_value(enum cgroup_subsys_id, io_cgrp_id));
-		return BPF_CORE_READ(css, cgroup);
+		/* One of them is left when the program is loaded: a fixed offset needs no helper. */
+		switch (bpf_core_enum_value(enum cgroup_subsys_id, io_cgrp_id)) {
+		case 0: return set->subsys[0]->cgroup;
+		case 1: return set->subsys[1]->cgroup;
+		case 2: return set->subsys[2]->cgroup;
+		case 3: return set->subsys[3]->cgroup;
+		case 4: return set->subsys[4]->cgroup;
+		}
 	}
 	return task->cgroups->dfl_cgrp;
 }

@@ -1,19 +1,18 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
 /* Where the state of a request in flight is, found without a hash: queue slot, hardware
- * context and tag index a dense array. And the devices' slots. */
+ * context and tag index a dense array. */
 #ifndef HF_BLOCK_PLACE_BPF_H
 #define HF_BLOCK_PLACE_BPF_H
 
 #include "abi.h"
+#include "block_device.bpf.h"
 #include "kernel.bpf.h"
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_tracing.h>
 
-#define REQ_OP_MASK 255
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
-#define HF_MAX_DEVICES 64
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 struct backing_dev_info {
@@ -40,16 +39,21 @@ struct hf_block_request {
 		__u32 bytes;  /* the most seen: bios merge in after the start, parts complete before the end */
 		__u32 issued; /* in a hardware context's own place: requests that its device has */
 	};
-	__u32 depth : 13;    /* requests that the device had at the last issue, this one included; or more */
-	__u32 slot : 7;      /* of the container */
-	__u32 charged : 1;   /* which is that of the bio, else of the submitter */
-	__u32 failed : 4;    /* enum hf_block_error + 1 of the first part that failed, 0: none did */
-	__u32 data_done : 1; /* data step of a flush sequence: the device is through with it */
-	__u32 sampled : 1;   /* its stack was taken */
-	__u32 weight : 5;    /* log2, of the sample */
+	union {
+		__u32 word;
+		struct {
+			__u32 depth : 13;    /* requests that the device had at the last issue, this one included; or more */
+			__u32 slot : 7;      /* of the container */
+			__u32 charged : 1;   /* which is that of the bio, else of the submitter */
+			__u32 failed : 4;    /* enum hf_block_error + 1 of the first part that failed, 0: none did */
+			__u32 data_done : 1; /* data step of a flush sequence: the device is through with it */
+			__u32 sampled : 1;   /* its stack was taken */
+			__u32 weight : 5;    /* log2, of the sample */
+		};
+	};
 };
 #define HF_MAX_DEPTH 8191
-_Static_assert(HF_SLOTS <= 128, "a slot has 7 bits");
+_Static_assert(HF_SLOTS <= 128 && HF_SLOT_OTHER == 0, "a slot has 7 bits, and word 0 says nothing");
 _Static_assert(sizeof(struct hf_block_request) == 32, "half a cache line");
 
 /* Where the requests of one request_queue have their places: from base on one for each
@@ -89,71 +93,10 @@ struct {
 	__type(value, struct hf_block_places);
 } hf_block_queue SEC(".maps");
 
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, HF_MAX_DEVICES); /* lowered by user space */
-	__type(key, __u32);
-	__type(value, struct hf_block_device);
-} hf_block_dev SEC(".maps");
-
 /* Places handed out. */
 __u64 hf_reserved = 0;
 /* Grows with each disk that is added: until then every queue has the disk that it had. */
 __u64 hf_disks = 1;
-
-/* The slot + 1 of the device whose name has this hash, one more if there is none yet;
- * 0 when all are taken. Not static: the verifier then looks at the loop only once. */
-__noinline __u32 hf_claim_slot(__u64 key)
-{
-	struct hf_block_device *d;
-	__u32 i, slot;
-	__u64 seen;
-
-	for (i = 0; i < HF_MAX_DEVICES; i++) {
-		slot = i;
-		d = bpf_map_lookup_elem(&hf_block_dev, &slot);
-		if (!d)
-			break;
-		seen = d->key;
-		if (!seen)
-			seen = __sync_val_compare_and_swap(&d->key, 0, key);
-		if (!seen || seen == key)
-			return i + 1;
-	}
-	return 0;
-}
-
-/* The device's slot + 1, or 0 when all are taken. A name has one slot for good, so that
- * a device that comes back continues its series. */
-static __noinline __u32 device_slot(struct gendisk *disk)
-{
-	union {
-		char name[32];
-		__u64 words[4];
-	} u = {};
-	struct hf_block_device *d;
-	__u32 i, device;
-	__u64 key = 0;
-
-	bpf_probe_read_kernel_str(u.name, sizeof(u.name), &disk->disk_name);
-	for (i = 0; i < 4; i++) {
-		key = (key ^ u.words[i]) * 0x9e3779b97f4a7c15ULL;
-		key ^= key >> 32;
-	}
-	if (!key)
-		key = 1;
-	device = hf_claim_slot(key);
-	i = device - 1;
-	d = bpf_map_lookup_elem(&hf_block_dev, &i);
-	if (!d)
-		return 0;
-	/* Whoever else writes now writes the same. */
-	d->major = disk->major;
-	d->minor = disk->first_minor;
-	__builtin_memcpy(d->name, u.name, sizeof(d->name));
-	__sync_lock_test_and_set(&d->ready, 1);
-	return device;
-}
 
 /* Gives the queue its places, the old ones if they suffice. */
 static __always_inline bool reserve(struct hf_block_places *e, struct request_queue *q)

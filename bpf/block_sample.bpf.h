@@ -23,6 +23,7 @@ const volatile __u32 hf_stack_rate = 0;
  * unbiased whatever it is. A device that is slow shares its budget with no fast one. */
 struct hf_block_rate {
 	__u64 since;  /* start of the interval */
+	__u64 random; /* state of the draws, Knuth's MMIX; a helper would cost more */
 	__u32 seen;   /* requests in it */
 	__u32 period; /* log2 */
 };
@@ -58,12 +59,14 @@ static __always_inline void draw(struct hf_block_places *e, struct hf_block_requ
 		if (r->period && (__u64)r->seen < (__u64)hf_stack_rate << (r->period - 1))
 			r->period--;
 		r->since = s->start;
+		r->random += s->start; /* so that no two CPUs draw alike */
 		r->seen = 0;
 	} else if (r->seen >= (__u64)hf_stack_rate << r->period && r->period < HF_MAX_WEIGHT_LOG2) {
 		r->period++;
 	}
 	r->seen++;
-	if (!r->period || !(bpf_get_prandom_u32() & ((1ULL << r->period) - 1))) {
+	r->random = r->random * 6364136223846793005ULL + 1442695040888963407ULL;
+	if (!(r->random >> 33 & ((1ULL << r->period) - 1))) {
 		s->sampled = 1;
 		s->weight = r->period;
 	}

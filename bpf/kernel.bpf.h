@@ -228,9 +228,15 @@ struct blkcg_gq {
 	struct blkcg *blkcg;
 };
 
+struct bvec_iter {
+	unsigned int bi_size;
+};
+
 struct bio {
 	struct block_device *bi_bdev;
 	__u32 bi_opf;
+	__u8 bi_status;
+	struct bvec_iter bi_iter;
 	struct blkcg_gq *bi_blkg; /* CONFIG_BLK_CGROUP */
 };
 

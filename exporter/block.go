@@ -43,6 +43,13 @@ type BlockContainerIO struct {
 	Total, Queue, DeviceTime, Size histogram.Snapshot // as in Block
 }
 
+// BlockBio is the I/O of one device without requests (zram, dm, md) and operation.
+type BlockBio struct {
+	Device, Operation string
+	Total, Size       histogram.Snapshot // as in Block
+	Errors            uint64
+}
+
 // BlockReader reads the block layer's counters.
 type BlockReader interface {
 	ReadBlock() ([]Block, error)
@@ -50,6 +57,8 @@ type BlockReader interface {
 	// bounded by who makes it, the rest is in "~other"; names are valid UTF-8, each is there
 	// once.
 	ReadBlockContainers() ([]BlockContainer, error)
+	// ReadBlockBios reads what was counted of the devices without requests.
+	ReadBlockBios() ([]BlockBio, error)
 	// ReadInFlight counts the requests that devices have now, by device.
 	ReadInFlight() (map[string]int, error)
 }
@@ -62,6 +71,7 @@ type blockGroup struct {
 	merges, requeues, splits, depth, inFlight     *prometheus.Desc
 
 	containerLatency, containerQueue, containerDevice, containerSize, attributed *prometheus.Desc
+	bioLatency, bioSize, bioErrors                                               *prometheus.Desc
 }
 
 func newBlockGroup(r BlockReader, created time.Time) group {
@@ -96,6 +106,12 @@ func newBlockGroup(r BlockReader, created time.Time) group {
 			"Requests that the device's hardware queue had when a request was issued to it, that one included.", []string{"device"}, nil),
 		inFlight: prometheus.NewDesc("hostflame_block_io_in_flight",
 			"Block I/O requests that have started and not ended.", []string{"device"}, nil),
+		bioLatency: desc("hostflame_block_bio_latency_seconds",
+			"Time of bios of block devices that have no requests (zram, dm, md), from submission to completion; what they send to other devices is counted there again."),
+		bioSize: desc("hostflame_block_bio_size_bytes",
+			"Size of bios of block devices that have no requests."),
+		bioErrors: desc("hostflame_block_bio_errors_total",
+			"Bios of block devices that have no requests that ended with an error."),
 		containerLatency: byContainer("latency_seconds",
 			"Time of a container's block I/O requests from their start to their last byte."),
 		containerQueue: byContainer("queue_latency_seconds",
@@ -115,6 +131,7 @@ func (g *blockGroup) describe(ch chan<- *prometheus.Desc) {
 		g.latency, g.queue, g.device, g.size, g.errors, g.flagged,
 		g.merges, g.requeues, g.splits, g.depth, g.inFlight,
 		g.containerLatency, g.containerQueue, g.containerDevice, g.containerSize, g.attributed,
+		g.bioLatency, g.bioSize, g.bioErrors,
 	} {
 		ch <- d
 	}
@@ -133,7 +150,16 @@ func (g *blockGroup) collect(emit func(prometheus.Metric)) error {
 	if err != nil {
 		return fmt.Errorf("read block I/O by container: %w", err)
 	}
+	bios, err := g.reader.ReadBlockBios()
+	if err != nil {
+		return fmt.Errorf("read bios: %w", err)
+	}
 	b := batch{emit: emit}
+	for _, s := range bios {
+		b.add(newHistogram(g.bioLatency, timeLayout(), s.Total, g.created, s.Device, s.Operation))
+		b.add(newHistogram(g.bioSize, sizeLayout(), s.Size, g.created, s.Device, s.Operation))
+		b.add(counter(g.bioErrors, g.created, float64(s.Errors), s.Device, s.Operation))
+	}
 	for _, c := range containers {
 		for op, s := range c.Operations {
 			b.add(newHistogram(g.containerLatency, timeLayout(), s.Total, c.Since, c.Container, op))

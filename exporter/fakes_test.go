@@ -77,6 +77,11 @@ func (f *fakeBlock) ReadBlockContainers() ([]BlockContainer, error) {
 	}}, f.err
 }
 
+func (f *fakeBlock) ReadBlockBios() ([]BlockBio, error) {
+	read := testBlock("zram0", "read", 5)
+	return []BlockBio{{"zram0", "read", read.Total, read.Size, 3}}, f.err
+}
+
 func (f *fakeBlock) ReadInFlight() (map[string]int, error) { return map[string]int{"vda": 7}, f.err }
 
 type fakeCPU []profiler.ContainerCPU

@@ -24,7 +24,7 @@ import (
 func readers(k *kernel, p *profiler.Profiler, a *accounting) exporter.Readers {
 	r := exporter.Readers{
 		Runqueue: runqueueReader{k.sched, k.schedErr, k.cpu},
-		Block:    blockReader{k.block, k.blockErr},
+		Block:    blockReader{k.block, k.bio, k.blockErr},
 		Agent:    agentReader{k, p, a},
 	}
 	if p != nil {
@@ -80,6 +80,7 @@ func blocked(c bpf.SchedCells) map[string]histogram.Snapshot {
 
 type blockReader struct {
 	block *bpf.Block
+	bio   *bpf.BlockBio // nil where it does not work
 	err   error
 }
 
@@ -127,6 +128,21 @@ func (r blockReader) ReadBlockContainers() ([]exporter.BlockContainer, error) {
 		for _, o := range c.Operations {
 			list[i].Operations[o.Operation] = exporter.BlockContainerIO{Total: o.Total, Queue: o.Queue, DeviceTime: o.DeviceTime, Size: o.Size}
 		}
+	}
+	return list, nil
+}
+
+func (r blockReader) ReadBlockBios() ([]exporter.BlockBio, error) {
+	if r.bio == nil {
+		return nil, r.err
+	}
+	cells, err := r.bio.Read()
+	if err != nil {
+		return nil, err
+	}
+	list := make([]exporter.BlockBio, len(cells))
+	for i, c := range cells {
+		list[i] = exporter.BlockBio(c)
 	}
 	return list, nil
 }
@@ -234,6 +250,9 @@ func (k *kernel) objects() []counted {
 	}
 	if k.block != nil {
 		list = append(list, counted{"block", false, k.block.Stats})
+	}
+	if k.bio != nil {
+		list = append(list, counted{"block", false, k.bio.Stats})
 	}
 	return list
 }

@@ -18,6 +18,7 @@ type kernel struct {
 	cpu                        *bpf.CPU
 	sched                      *bpf.Sched
 	block                      *bpf.Block
+	bio                        *bpf.BlockBio // nil where it does not work
 	tables                     *bpf.Tables   // of all that take stacks; nil where there can be none
 	mappings                   *bpf.Mappings // nil where there are none, or nobody to use them
 	containers                 *profiler.Containers
@@ -40,6 +41,12 @@ func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
 	})
 	loading.Go(func() {
 		k.block, k.blockErr = bpf.NewBlock(bpf.BlockConfig{Tables: k.tables, CgroupV1: cfg.CgroupV1, ContainerName: k.chargedName})
+	})
+	loading.Go(func() {
+		var err error
+		if k.bio, err = bpf.NewBlockBio(); err != nil {
+			log.Warn("I/O of devices without requests is not measured", "err", withoutGuess(err), "lost", "hostflame_block_bio_*")
+		}
 	})
 	loading.Wait()
 	// Last, as its samples are waiting from then on.
@@ -108,6 +115,9 @@ func (k *kernel) close() error {
 	}
 	if k.block != nil {
 		errs = append(errs, k.block.Close())
+	}
+	if k.bio != nil {
+		errs = append(errs, k.bio.Close())
 	}
 	if k.mappings != nil {
 		errs = append(errs, k.mappings.Close())

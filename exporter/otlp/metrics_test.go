@@ -30,6 +30,7 @@ type hostMetrics struct {
 func (h hostMetrics) ReadRunqueue() (exporter.Runqueue, error)                { return h.runqueue, nil }
 func (h hostMetrics) ReadBlock() ([]exporter.Block, error)                    { return h.block, nil }
 func (h hostMetrics) ReadBlockContainers() ([]exporter.BlockContainer, error) { return nil, nil }
+func (h hostMetrics) ReadBlockBios() ([]exporter.BlockBio, error)             { return nil, nil }
 func (h hostMetrics) ReadInFlight() (map[string]int, error)                   { return nil, nil }
 
 // hostCreated is the created timestamp of the series of hostMetrics.
