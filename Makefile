@@ -81,6 +81,10 @@ test-kernels-ci:
 test-unwind: packages ## Compare the unwind tables of all files of this machine with elfutils (20 minutes)
 	$(GO) test ./profiler/unwind -run RowsAgree -all -count 1 -v -timeout 90m
 
+.PHONY: test-block
+test-block: packages ## Hold all jobs of the pairwise list against /proc/diskstats (root, 3 minutes)
+	$(SUDO) env "PATH=$$PATH" $(GO) test ./bpf -run TestBlockPairwise -all -count 1 -v -timeout 30m
+
 .PHONY: bench
 bench: packages build ## Measure the agent beside runqlat and biolatency, in one run (root)
 	$(SUDO) env "PATH=$$PATH" $(GO) run ./test/bench $(ARGS)

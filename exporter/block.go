@@ -24,7 +24,7 @@ type Block struct {
 	DeviceTime histogram.Snapshot // issue to last byte
 	Size       histogram.Snapshot // bytes, in cells of histogram.Size
 	Depth      histogram.Snapshot // requests that the hardware queue had at issue, in cells of histogram.Depth
-	Errors     map[string]uint64  // requests that ended with an error, by class; "io" at least
+	Errors     map[string]uint64  // requests that ended with an error, by class; all classes are there
 	Flagged    map[string]uint64  // requests by flag: sync, readahead, metadata
 
 	Merges, Requeues, Splits uint64

@@ -224,13 +224,13 @@ func newFakeCapturer(t *testing.T) *fakeCapturer {
 		ready:   true,
 		newest: &profiler.Window{
 			Start: testStart, End: testStart.Add(10 * time.Second),
-			Profiles: []profiler.Profile{{Type: "cpu", Profile: p, Samples: 1009, Lost: map[string]uint64{"ring_full": 1, "no_ring": 2}}},
+			Profiles: []profiler.Profile{{Type: "cpu", Profile: p, Samples: 1009, Lost: map[string]uint64{"ring_full": 1, "no_ring": 2}}, {Type: "blockio", Profile: p}},
 		},
 	}
 }
 
 // testTypes are what the tests serve.
-var testTypes = []profiler.Type{profiler.CPU("", 99)}
+var testTypes = []profiler.Type{profiler.CPU("", 99), profiler.BlockIO(50)}
 
 // windowOf is a window with a profile of CPU time.
 func windowOf(p *profile.Profile) *profiler.Window {

@@ -102,10 +102,7 @@ func (r blockReader) ReadBlock() ([]exporter.Block, error) {
 			Merges:  c.Merges, Requeues: c.Requeues, Splits: c.Splits,
 		}
 		for class, n := range c.Errors {
-			// Series of the classes that nearly never happen begin when they do.
-			if e := bpf.BlockError(class); n > 0 || e == bpf.BlockErrorIO {
-				list[i].Errors[e.String()] = n
-			}
+			list[i].Errors[bpf.BlockError(class).String()] = n
 		}
 	}
 	return list, nil
