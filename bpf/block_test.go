@@ -321,8 +321,9 @@ func TestBlockLatencyAgreesWithFio(t *testing.T) {
 		d := read.Clat.Mean - ours
 		t.Logf("round %d: %d reads; fio's mean completion latency %.0f ns, our mean total %.0f ns, difference %.0f ns (0 to %.0f)",
 			round, n, read.Clat.Mean, ours, d, most)
-		// What a hypervisor takes between the completion and fio's return is no I/O.
-		if d > most && round < rounds {
+		// What a hypervisor takes between the completion and fio's return is no I/O, and the few
+		// reads of others can be slow ones.
+		if (d > most || d < 0 && n != read.TotalIOs) && round < rounds {
 			continue
 		}
 		if d < 0 || d > most {
