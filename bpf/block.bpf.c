@@ -96,7 +96,7 @@ static __always_inline __u64 start(struct hf_block_places *e, struct hf_block_re
 	s->word = 0;
 	s->start = bpf_ktime_get_ns();
 	if (hf_by_container)
-		attribute(s, rq);
+		attribute(s, rq, true);
 	if (!hf_stack_rate)
 		return 0;
 	draw(e, s, operation(rq->cmd_flags & REQ_OP_MASK));
@@ -162,6 +162,8 @@ static __noinline int slow_issue(struct request *rq)
 		s->start = flush ? rq->start_time_ns : 0;
 		s->bytes = rq->__data_len;
 		s->word = 0;
+		if (hf_by_container && !flush)
+			attribute(s, rq, false);
 	} else if (at_device(s)) {
 		/* It was sent back where no requeue was seen. */
 		give_back(e, rq);

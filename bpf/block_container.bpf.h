@@ -52,16 +52,22 @@ struct {
 	__type(value, struct hf_last_slot);
 } hf_last_slot SEC(".maps");
 
-/* The cgroup that the request is charged to, NULL for the root. */
-static __always_inline struct cgroup *charged_to(struct request *rq)
+/* What the request is charged to, NULL where there is no such thing. */
+static __always_inline struct blkcg *charge_of(struct request *rq)
 {
 	struct bio *bio = rq->bio;
-	struct blkcg *blkcg;
 
 	if (!bio || !bpf_core_field_exists(bio->bi_blkg) || !bio->bi_blkg)
 		return NULL;
-	blkcg = bio->bi_blkg->blkcg;
-	return blkcg->css.parent ? blkcg->css.cgroup : NULL;
+	return bio->bi_blkg->blkcg;
+}
+
+/* The cgroup of it, NULL for the root. */
+static __always_inline struct cgroup *charged_to(struct request *rq)
+{
+	struct blkcg *blkcg = charge_of(rq);
+
+	return blkcg && blkcg->css.parent ? blkcg->css.cgroup : NULL;
 }
 
 static __always_inline __u64 charged_id(struct request *rq)
@@ -91,16 +97,24 @@ static __always_inline struct cgroup *submitter(void)
 	return task->cgroups->dfl_cgrp;
 }
 
-/* Notes in s whose the request is; to be called where it is submitted. */
-static __always_inline void attribute(struct hf_block_request *s, struct request *rq)
+/* Notes in s whose the request is. Where its start is not seen the current task is anybody:
+ * then what is charged to the root is the root's. */
+static __always_inline void attribute(struct hf_block_request *s, struct request *rq, bool submitting)
 {
 	struct cgroup *cgroup = charged_to(rq);
 	struct hf_last_slot *last;
+	struct blkcg *blkcg;
 	__u32 zero = 0, slot;
 
 	s->charged = cgroup != NULL;
-	if (!cgroup)
+	if (!cgroup && submitting) {
 		cgroup = submitter();
+	} else if (!cgroup) {
+		blkcg = charge_of(rq);
+		if (!blkcg)
+			return;
+		cgroup = blkcg->css.cgroup;
+	}
 	last = bpf_map_lookup_elem(&hf_last_slot, &zero);
 	if (!last)
 		return;

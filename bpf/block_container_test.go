@@ -4,6 +4,7 @@ package bpf
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -145,7 +146,7 @@ func TestBlockByContainer(t *testing.T) {
 	for name, blocks := range map[string]uint64{"one": 218, "two": 53} {
 		c := got[name]
 		if len(c.Operations) == 0 {
-			t.Errorf("no container %s: %v", name, got)
+			t.Errorf("no container %s: %v", name, slices.Collect(maps.Keys(got)))
 			continue
 		}
 		w := c.Operations[1]
@@ -162,6 +163,6 @@ func TestBlockByContainer(t *testing.T) {
 		}
 	}
 	if len(got[OtherContainers].Operations) != slotOperations {
-		t.Errorf("no %s: %v", OtherContainers, got)
+		t.Errorf("no %s: %v", OtherContainers, slices.Collect(maps.Keys(got)))
 	}
 }
