@@ -106,12 +106,39 @@ struct hf_sample {
 	__u8 kernel_outcome; /* enum hf_outcome */
 	__u8 user_outcome;   /* enum hf_outcome */
 	__u8 user_mode;      /* 1 when the CPU was in user mode */
-	__u8 pad[4];
+	__u8 cause;          /* enum hf_cause, of a wait */
+	__u8 state;          /* enum hf_state, of blocked time */
+	__u8 pad[2];
 	char comm[HF_COMM_LEN];   /* of the thread group leader */
 	char thread[HF_COMM_LEN]; /* of the thread */
+	/* Of samples drawn by time (draw.bpf.h): value is what was observed, and it was taken with
+	 * probability 1 - exp(-value / mean_ns). 0 for others. */
+	__u64 mean_ns;
+	char by[HF_COMM_LEN]; /* whose thread it was waited for, as far as that is known */
+	__u32 by_pid;         /* its tgid, 0: not known */
+	__u32 pad2;
 };
-_Static_assert(sizeof(struct hf_sample) == 104, "hf_sample is packed by hand");
+_Static_assert(sizeof(struct hf_sample) == 136, "hf_sample is packed by hand");
 _Static_assert(sizeof(struct hf_sample) % 8 == 0, "frames follow, aligned");
+
+/* Why a thread did not run although it was runnable. Names: bpf/sched_read.go. */
+enum hf_cause {
+	HF_CAUSE_QUOTA = 0,
+	HF_CAUSE_OWN = 1,
+	HF_CAUSE_OTHER = 2,
+	HF_CAUSE_KERNEL = 3,
+	HF_CAUSE_IDLE = 4,
+	HF_CAUSE_STOLEN = 5,
+	HF_CAUSE_UNKNOWN = 6,
+};
+
+/* What a thread was blocked for, as far as its kernel stack does not tell. */
+enum hf_state {
+	HF_STATE_OTHER = 0,
+	HF_STATE_BLOCK_IO = 1,  /* in_iowait */
+	HF_STATE_LOCK = 2,      /* in futex, for what looks like a lock */
+	HF_STATE_CONDITION = 3, /* in futex, for something else */
+};
 
 /* Places for what is counted by container. */
 enum hf_slot {
@@ -205,6 +232,7 @@ struct hf_task {
 	__u32 pad;
 	__u64 woken_ns;     /* ktime; only where there is no sched_info */
 	__u64 known_ns;     /* run_delay when the task became known */
+	__u64 drawn_ns;     /* ktime up to which its blocked time has been drawn from */
 };
 
 /* The hook's books and the kernel's, over the tasks alive. */
@@ -320,6 +348,8 @@ struct hf_block_device {
 	enum hf_saved *hf_export_saved __attribute__((unused));                \
 	struct hf_frame *hf_export_frame __attribute__((unused));              \
 	struct hf_area *hf_export_area __attribute__((unused));                \
+	enum hf_cause *hf_export_cause __attribute__((unused));                \
+	enum hf_state *hf_export_state __attribute__((unused));                \
 	enum hf_drop *hf_export_drop __attribute__((unused))
 
 #endif

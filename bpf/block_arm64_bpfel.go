@@ -171,6 +171,7 @@ const (
 	blockVarHfDiskSeen            = "hf_disk_seen"
 	blockVarHfDisks               = "hf_disks"
 	blockVarHfExportArea          = "hf_export_area"
+	blockVarHfExportCause         = "hf_export_cause"
 	blockVarHfExportDrop          = "hf_export_drop"
 	blockVarHfExportEnd           = "hf_export_end"
 	blockVarHfExportError         = "hf_export_error"
@@ -183,6 +184,7 @@ const (
 	blockVarHfExportSaved         = "hf_export_saved"
 	blockVarHfExportSlot          = "hf_export_slot"
 	blockVarHfExportSlotOperation = "hf_export_slot_operation"
+	blockVarHfExportState         = "hf_export_state"
 	blockVarHfExportUnwindSize    = "hf_export_unwind_size"
 	blockVarHfFlushSeq            = "hf_flush_seq"
 	blockVarHfIoStat              = "hf_io_stat"
@@ -289,6 +291,7 @@ type blockVariableSpecs struct {
 	HfDiskSeen            *ebpf.VariableSpec `ebpf:"hf_disk_seen"`
 	HfDisks               *ebpf.VariableSpec `ebpf:"hf_disks"`
 	HfExportArea          *ebpf.VariableSpec `ebpf:"hf_export_area"`
+	HfExportCause         *ebpf.VariableSpec `ebpf:"hf_export_cause"`
 	HfExportDrop          *ebpf.VariableSpec `ebpf:"hf_export_drop"`
 	HfExportEnd           *ebpf.VariableSpec `ebpf:"hf_export_end"`
 	HfExportError         *ebpf.VariableSpec `ebpf:"hf_export_error"`
@@ -301,6 +304,7 @@ type blockVariableSpecs struct {
 	HfExportSaved         *ebpf.VariableSpec `ebpf:"hf_export_saved"`
 	HfExportSlot          *ebpf.VariableSpec `ebpf:"hf_export_slot"`
 	HfExportSlotOperation *ebpf.VariableSpec `ebpf:"hf_export_slot_operation"`
+	HfExportState         *ebpf.VariableSpec `ebpf:"hf_export_state"`
 	HfExportUnwindSize    *ebpf.VariableSpec `ebpf:"hf_export_unwind_size"`
 	HfFlushSeq            *ebpf.VariableSpec `ebpf:"hf_flush_seq"`
 	HfIoStat              *ebpf.VariableSpec `ebpf:"hf_io_stat"`
@@ -392,6 +396,7 @@ type blockVariables struct {
 	HfDiskSeen            *ebpf.Variable `ebpf:"hf_disk_seen"`
 	HfDisks               *ebpf.Variable `ebpf:"hf_disks"`
 	HfExportArea          *ebpf.Variable `ebpf:"hf_export_area"`
+	HfExportCause         *ebpf.Variable `ebpf:"hf_export_cause"`
 	HfExportDrop          *ebpf.Variable `ebpf:"hf_export_drop"`
 	HfExportEnd           *ebpf.Variable `ebpf:"hf_export_end"`
 	HfExportError         *ebpf.Variable `ebpf:"hf_export_error"`
@@ -404,6 +409,7 @@ type blockVariables struct {
 	HfExportSaved         *ebpf.Variable `ebpf:"hf_export_saved"`
 	HfExportSlot          *ebpf.Variable `ebpf:"hf_export_slot"`
 	HfExportSlotOperation *ebpf.Variable `ebpf:"hf_export_slot_operation"`
+	HfExportState         *ebpf.Variable `ebpf:"hf_export_state"`
 	HfExportUnwindSize    *ebpf.Variable `ebpf:"hf_export_unwind_size"`
 	HfFlushSeq            *ebpf.Variable `ebpf:"hf_flush_seq"`
 	HfIoStat              *ebpf.Variable `ebpf:"hf_io_stat"`

@@ -160,12 +160,23 @@ func TestSchedCrowd(t *testing.T) {
 		t.Fatalf("%d processes, want %d", len(pids), processes)
 	}
 	parent := newCgroup(t, "crowd")
+	t.Cleanup(func() {
+		l.in.Close()
+		l.cmd.Wait()
+		for i := range pids {
+			// Its process is still about to die.
+			for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+				if err := syscall.Rmdir(fmt.Sprintf("%s/%d", parent.dir, i)); err != syscall.EBUSY {
+					break
+				}
+			}
+		}
+	})
 	for i, pid := range pids {
 		dir := fmt.Sprintf("%s/%d", parent.dir, i)
-		if err := os.Mkdir(dir, 0o755); err != nil {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { syscall.Rmdir(dir) })
 		if err := os.WriteFile(dir+"/cgroup.procs", []byte(pid), 0); err != nil {
 			t.Fatal(err)
 		}

@@ -27,6 +27,18 @@ type cpuHfArea struct {
 	}
 }
 
+type cpuHfCause uint32
+
+const (
+	cpuHfCauseHF_CAUSE_QUOTA   cpuHfCause = 0
+	cpuHfCauseHF_CAUSE_OWN     cpuHfCause = 1
+	cpuHfCauseHF_CAUSE_OTHER   cpuHfCause = 2
+	cpuHfCauseHF_CAUSE_KERNEL  cpuHfCause = 3
+	cpuHfCauseHF_CAUSE_IDLE    cpuHfCause = 4
+	cpuHfCauseHF_CAUSE_STOLEN  cpuHfCause = 5
+	cpuHfCauseHF_CAUSE_UNKNOWN cpuHfCause = 6
+)
+
 type cpuHfCounters struct {
 	_         structs.HostLayout
 	Dropped   [9]uint64
@@ -124,9 +136,15 @@ type cpuHfSample struct {
 	KernelOutcome uint8
 	UserOutcome   uint8
 	UserMode      uint8
-	Pad           [4]uint8
+	Cause         uint8
+	State         uint8
+	Pad           [2]uint8
 	Comm          [16]int8
 	Thread        [16]int8
+	MeanNs        uint64
+	By            [16]int8
+	ByPid         uint32
+	Pad2          uint32
 }
 
 type cpuHfSaved uint32
@@ -136,6 +154,15 @@ const (
 	cpuHfSavedHF_SAVED_CFA  cpuHfSaved = 1
 	cpuHfSavedHF_SAVED_FP   cpuHfSaved = 2
 	cpuHfSavedHF_SAVED_LOST cpuHfSaved = 3
+)
+
+type cpuHfState uint32
+
+const (
+	cpuHfStateHF_STATE_OTHER     cpuHfState = 0
+	cpuHfStateHF_STATE_BLOCK_IO  cpuHfState = 1
+	cpuHfStateHF_STATE_LOCK      cpuHfState = 2
+	cpuHfStateHF_STATE_CONDITION cpuHfState = 3
 )
 
 type cpuHfTable struct {
@@ -192,12 +219,14 @@ const (
 	cpuVarHfCgroupV1         = "hf_cgroup_v1"
 	cpuVarHfCopyStacks       = "hf_copy_stacks"
 	cpuVarHfExportArea       = "hf_export_area"
+	cpuVarHfExportCause      = "hf_export_cause"
 	cpuVarHfExportDrop       = "hf_export_drop"
 	cpuVarHfExportFrame      = "hf_export_frame"
 	cpuVarHfExportOutcome    = "hf_export_outcome"
 	cpuVarHfExportProfile    = "hf_export_profile"
 	cpuVarHfExportRuleKind   = "hf_export_rule_kind"
 	cpuVarHfExportSaved      = "hf_export_saved"
+	cpuVarHfExportState      = "hf_export_state"
 	cpuVarHfExportUnwindSize = "hf_export_unwind_size"
 	cpuVarHfMaxFrames        = "hf_max_frames"
 	cpuVarHfPeriodNs         = "hf_period_ns"
@@ -275,12 +304,14 @@ type cpuVariableSpecs struct {
 	HfCgroupV1         *ebpf.VariableSpec `ebpf:"hf_cgroup_v1"`
 	HfCopyStacks       *ebpf.VariableSpec `ebpf:"hf_copy_stacks"`
 	HfExportArea       *ebpf.VariableSpec `ebpf:"hf_export_area"`
+	HfExportCause      *ebpf.VariableSpec `ebpf:"hf_export_cause"`
 	HfExportDrop       *ebpf.VariableSpec `ebpf:"hf_export_drop"`
 	HfExportFrame      *ebpf.VariableSpec `ebpf:"hf_export_frame"`
 	HfExportOutcome    *ebpf.VariableSpec `ebpf:"hf_export_outcome"`
 	HfExportProfile    *ebpf.VariableSpec `ebpf:"hf_export_profile"`
 	HfExportRuleKind   *ebpf.VariableSpec `ebpf:"hf_export_rule_kind"`
 	HfExportSaved      *ebpf.VariableSpec `ebpf:"hf_export_saved"`
+	HfExportState      *ebpf.VariableSpec `ebpf:"hf_export_state"`
 	HfExportUnwindSize *ebpf.VariableSpec `ebpf:"hf_export_unwind_size"`
 	HfMaxFrames        *ebpf.VariableSpec `ebpf:"hf_max_frames"`
 	HfPeriodNs         *ebpf.VariableSpec `ebpf:"hf_period_ns"`
@@ -345,12 +376,14 @@ type cpuVariables struct {
 	HfCgroupV1         *ebpf.Variable `ebpf:"hf_cgroup_v1"`
 	HfCopyStacks       *ebpf.Variable `ebpf:"hf_copy_stacks"`
 	HfExportArea       *ebpf.Variable `ebpf:"hf_export_area"`
+	HfExportCause      *ebpf.Variable `ebpf:"hf_export_cause"`
 	HfExportDrop       *ebpf.Variable `ebpf:"hf_export_drop"`
 	HfExportFrame      *ebpf.Variable `ebpf:"hf_export_frame"`
 	HfExportOutcome    *ebpf.Variable `ebpf:"hf_export_outcome"`
 	HfExportProfile    *ebpf.Variable `ebpf:"hf_export_profile"`
 	HfExportRuleKind   *ebpf.Variable `ebpf:"hf_export_rule_kind"`
 	HfExportSaved      *ebpf.Variable `ebpf:"hf_export_saved"`
+	HfExportState      *ebpf.Variable `ebpf:"hf_export_state"`
 	HfExportUnwindSize *ebpf.Variable `ebpf:"hf_export_unwind_size"`
 	HfMaxFrames        *ebpf.Variable `ebpf:"hf_max_frames"`
 	HfPeriodNs         *ebpf.Variable `ebpf:"hf_period_ns"`

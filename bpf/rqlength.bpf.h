@@ -22,7 +22,8 @@ static __always_inline void hf_rqlength_count(__u32 periods)
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
 	struct hf_rqlength *l;
 	struct rq *rq;
-	__u32 zero = 0, length, cell = 0;
+	__u64 length, cell = 0;
+	__u32 zero = 0;
 
 	if (!bpf_core_field_exists(task->se.cfs_rq) || !bpf_core_field_exists(((struct cfs_rq *)0)->rq))
 		return;
@@ -35,11 +36,12 @@ static __always_inline void hf_rqlength_count(__u32 periods)
 		length -= BPF_CORE_READ(rq, cfs.h_nr_queued) - BPF_CORE_READ(rq, cfs.h_nr_runnable);
 	else if (bpf_core_field_exists(rq->cfs.h_nr_delayed))
 		length -= BPF_CORE_READ(rq, cfs.h_nr_delayed);
+	/* One for each bound that is less, without a branch for the verifier to follow. */
 	for (int i = 0; i < HF_LENGTH_CELLS - 1; i++)
-		cell += length > 1U << i;
+		cell += ((1ULL << i) - length) >> 63;
 	if (cell < HF_LENGTH_CELLS) {
 		l->cells[cell] += periods;
-		l->sum += (__u64)length * periods;
+		l->sum += length * periods;
 	}
 }
 

@@ -127,31 +127,37 @@ struct hf_moment {
 	__u32 weight;
 	bool user_mode; /* the CPU was in user mode: there is no kernel stack */
 	__u64 ip;       /* the interrupted instruction, what is left when a walk fails; 0: not known */
+	__u32 skip;     /* kernel frames that are how the hook is called */
+	__u64 mean_ns;  /* of the draw that decided for the sample; 0: none did */
 };
 
-static __always_inline int hf_emit(void *ctx, const struct hf_moment *at)
+/* Fills the header but for what the moment has. */
+static __always_inline void hf_head(struct hf_sample *head, struct task_struct *task, __u32 cpu)
 {
-	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
-	struct hf_counters *counters = hf_counters();
-	__u64 id = bpf_get_current_pid_tgid(), size, flags;
-	__u32 cpu = bpf_get_smp_processor_id(), zero = 0, used = 0;
-	long kernel;
-	struct hf_scratch *s;
-	void *ring;
+	head->time_ns = bpf_ktime_get_boot_ns();
+	head->cgroup_id = hf_cgroup_id(task);
+	head->start_ns = BPF_CORE_READ(task, group_leader, start_boottime);
+	head->exec_id = task->self_exec_id;
+	head->pid = task->tgid;
+	head->tid = task->pid;
+	head->cpu = cpu;
+	head->user_mode = head->cause = head->state = 0;
+	head->by_pid = 0;
+	BPF_CORE_READ_STR_INTO(&head->thread, task, comm);
+	BPF_CORE_READ_STR_INTO(&head->comm, task, group_leader, comm);
+}
 
-	s = bpf_map_lookup_elem(&hf_scratch, &zero);
-	if (!s || !counters)
-		return 0;
-	ring = bpf_map_lookup_elem(&hf_rings, &cpu);
-	if (!ring) {
-		counters->dropped[HF_DROP_NO_RING] += at->weight;
-		return 0;
-	}
+/* Takes the stacks of the current task into s. Returns the bytes of them. */
+static __always_inline __u32 hf_take(void *ctx, struct hf_scratch *s, struct task_struct *task, void *ring,
+				     const struct hf_moment *at)
+{
+	__u32 used = 0;
+	long kernel;
 
 	s->head.kernel_outcome = HF_OUTCOME_NONE;
 	s->head.kernel_frames = s->head.user_frames = s->head.areas = s->head.stack_bytes = 0;
 	if (!at->user_mode) {
-		kernel = bpf_get_stack(ctx, s->rest, HF_MAX_KERNEL_FRAMES * 8, 0);
+		kernel = bpf_get_stack(ctx, s->rest, HF_MAX_KERNEL_FRAMES * 8, at->skip);
 		s->head.kernel_outcome = hf_outcome_of(kernel);
 		if (kernel <= 0) {
 			*(__u64 *)s->rest = at->ip;
@@ -171,22 +177,21 @@ static __always_inline int hf_emit(void *ctx, const struct hf_moment *at)
 		s->head.user_outcome = HF_OUTCOME_EXEC;
 	else
 		used = hf_append_user(s, task, ring, used);
+	return used;
+}
 
+/* Puts s with the rest of its header, and used bytes of stacks, into a ring. */
+static __always_inline void hf_put(struct hf_scratch *s, __u32 used, void *ring, const struct hf_moment *at)
+{
+	struct hf_counters *counters = hf_counters();
+	__u64 size = sizeof(s->head) + used, flags;
+
+	if (!counters)
+		return;
 	s->head.profile = at->profile;
-	s->head.time_ns = bpf_ktime_get_boot_ns();
-	s->head.cgroup_id = hf_cgroup_id(task);
 	s->head.value = at->value;
-	s->head.start_ns = BPF_CORE_READ(task, group_leader, start_boottime);
-	s->head.exec_id = task->self_exec_id;
-	s->head.pid = id >> 32;
-	s->head.tid = (__u32)id;
-	s->head.cpu = cpu;
 	s->head.weight = at->weight;
-	s->head.user_mode = at->user_mode;
-	bpf_get_current_comm(s->head.thread, sizeof(s->head.thread));
-	BPF_CORE_READ_STR_INTO(&s->head.comm, task, group_leader, comm);
-
-	size = sizeof(s->head) + used;
+	s->head.mean_ns = at->mean_ns;
 	if (size > sizeof(*s))
 		size = sizeof(*s);
 	flags = bpf_ringbuf_query(ring, BPF_RB_AVAIL_DATA) + size > hf_ring_half ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
@@ -194,6 +199,34 @@ static __always_inline int hf_emit(void *ctx, const struct hf_moment *at)
 		counters->dropped[HF_DROP_RING_FULL] += at->weight;
 	else
 		counters->delivered += at->weight;
+}
+
+static __always_inline void *hf_ring_of(__u32 cpu, __u32 weight)
+{
+	struct hf_counters *counters = hf_counters();
+	void *ring = bpf_map_lookup_elem(&hf_rings, &cpu);
+
+	if (!ring && counters)
+		counters->dropped[HF_DROP_NO_RING] += weight;
+	return ring;
+}
+
+/* Samples the current task. */
+static __always_inline int hf_emit(void *ctx, const struct hf_moment *at)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
+	__u32 cpu = bpf_get_smp_processor_id(), zero = 0, used;
+	struct hf_scratch *s;
+	void *ring;
+
+	s = bpf_map_lookup_elem(&hf_scratch, &zero);
+	ring = hf_ring_of(cpu, at->weight);
+	if (!s || !ring)
+		return 0;
+	used = hf_take(ctx, s, task, ring, at);
+	hf_head(&s->head, task, cpu);
+	s->head.user_mode = at->user_mode;
+	hf_put(s, used, ring, at);
 	return 0;
 }
 

@@ -11,6 +11,7 @@ package bpf
 import (
 	"bytes"
 	"fmt"
+	"math"
 	"slices"
 	"unsafe"
 )
@@ -142,9 +143,14 @@ type Sample struct {
 	Thread        Comm   // of the thread
 	Cgroup        uint64 // kernfs id: cpu hierarchy on v1 and hybrid hosts, else v2
 	Time          uint64
-	Value         uint64  // ns; for ProfileCPU the sampling period times the weight, for ProfileBlockIO the latency of one request
+	Value         uint64  // ns that it stands for; for ProfileCPU the sampling period times the weight, for ProfileBlockIO the latency of one request
 	IO            BlockIO // of ProfileBlockIO
-	Start         uint64  // when the thread group leader was born
+	Duration      uint64  // ns that were observed; 0 for ProfileCPU
+	Cause         Cause   // of ProfileRunqueue
+	State         State   // of ProfileOffCPU
+	ByPID         uint32  // of ProfileRunqueue: whose thread it waited for, 0 where that is not known
+	By            Comm
+	Start         uint64 // when the thread group leader was born
 	ExecID        uint64
 	Kernel, User  []uint64
 	Areas         []Area // that the user addresses lie in
@@ -225,7 +231,22 @@ func (s *Sample) decode(record []byte) error {
 		Stack:         stack,
 		StackStart:    stop.SP - redZone,
 	}
+	if h.MeanNs > 0 {
+		s.Duration = h.Value
+		s.Cause, s.State, s.ByPID, s.By = Cause(h.Cause), State(h.State), h.ByPid, makeComm(&h.By)
+		s.weigh(h.MeanNs)
+	}
 	return nil
+}
+
+// weigh gives a sample that was drawn by time what it stands for: the inverse of the
+// probability with which it was taken (bpf/draw.bpf.h). Weight is a whole number, rounded up
+// or down at random, so that sums of it are right.
+func (s *Sample) weigh(mean uint64) {
+	w := 1 / -math.Expm1(-float64(s.Duration)/float64(mean))
+	s.Value = uint64(math.Round(float64(s.Duration) * w))
+	random := (s.Time ^ uint64(s.TID)<<32) * 0x9e3779b97f4a7c15 >> 11
+	s.Weight = uint32(min(w+float64(random)/(1<<53), math.MaxUint32))
 }
 
 // fill copies the first bytes of b, which has enough of them, into v.

@@ -9,6 +9,7 @@
 #include "cgroup.bpf.h"
 #include "container.bpf.h"
 #include "counters.bpf.h"
+#include "draw.bpf.h"
 #include "histogram.bpf.h"
 #include "rqclock.bpf.h"
 #include "sched_runs.bpf.h"
@@ -230,14 +231,59 @@ static __always_inline void hf_account(struct task_struct *task, struct hf_task 
 		w->culprit = HF_RUNNER_QUOTA;
 }
 
+static __always_inline __u8 hf_cause_of(__u32 runner, __u32 slot)
+{
+	switch (runner) {
+	case HF_RUNNER_QUOTA:
+		return HF_CAUSE_QUOTA;
+	case HF_RUNNER_KERNEL:
+		return HF_CAUSE_KERNEL;
+	case HF_RUNNER_NOBODY:
+		return HF_CAUSE_IDLE;
+	case HF_RUNNER_STOLEN:
+		return HF_CAUSE_STOLEN;
+	case HF_RUNNER_UNKNOWN:
+		return HF_CAUSE_UNKNOWN;
+	}
+	return runner == slot ? HF_CAUSE_OWN : HF_CAUSE_OTHER;
+}
+
+/* Draws from the wait and the blocked time that p has; what is not taken becomes 0 there.
+ * waits.bpf.c takes the samples when the task runs. Not static, so that the verifier sees it once: its paths times those of the switch
+ * are too many for Linux 6.1. */
+__noinline int hf_draw_waits(struct hf_waiting *p, __u64 ktime)
+{
+	struct task_struct *by, *task;
+
+	if (!p)
+		return 0;
+	task = (struct task_struct *)p->task;
+	by = (struct task_struct *)p->by_task;
+	p->by_pid = 0;
+	if (!hf_wait_mean_ns || !hf_drawn(&p->wait_draw, p->wait_ns, hf_wait_mean_ns, ktime, &p->wait_mean_ns)) {
+		p->wait_ns = 0;
+	} else if (by) {
+		p->by_pid = BPF_CORE_READ(by, tgid);
+		BPF_CORE_READ_STR_INTO(&p->by, by, comm);
+	}
+	if (!hf_blocked_mean_ns || !p->blocked_ns ||
+	    !hf_drawn(&p->blocked_draw, p->blocked_ns, hf_blocked_mean_ns, ktime, &p->blocked_mean_ns))
+		p->blocked_ns = 0;
+	else
+		p->iowait = BPF_CORE_READ_BITFIELD_PROBED(task, in_iowait);
+	p->tid = p->wait_ns || p->blocked_ns ? BPF_CORE_READ(task, pid) : 0;
+	return 0;
+}
+
 static __always_inline void handle_switch_in(struct task_struct *prev, struct task_struct *task, struct hf_task *t,
 					     struct hf_sched_cpu *cpu, __u32 slot, __u64 ktime, __u64 now, __u64 clock)
 {
 	__u64 grown = 0, blocked = 0;
 	struct hf_sched_slot *cells;
 	struct hf_wait *w = &cpu->wait;
+	struct hf_waiting *p;
 	enum hf_drop reason;
-	__u32 state;
+	__u32 state, zero = 0;
 	__s64 wait;
 
 	cells = bpf_map_lookup_elem(&hf_sched_cells, &slot);
@@ -260,9 +306,17 @@ static __always_inline void handle_switch_in(struct task_struct *prev, struct ta
 		cells->wait_ns += wait;
 		hf_time_count(cells->wait, wait);
 		hf_account(task, t, cpu, cells, slot, ktime, wait, w);
-		/* Here all is known that a sample of this wait, and of the time blocked before,
-		 * would carry: wait, blocked, state, w->culprit, and prev, whose container and
-		 * process are the culprit's where w->culprit is cpu->runner. */
+		if (t->drawn_ns > t->out_ns)
+			blocked = blocked + t->out_ns > t->drawn_ns ? blocked + t->out_ns - t->drawn_ns : 0;
+		p = bpf_map_lookup_elem(&hf_waitings, &zero);
+		if (p && (hf_wait_mean_ns || hf_blocked_mean_ns)) {
+			p->wait_ns = wait;
+			p->blocked_ns = blocked;
+			p->cause = hf_cause_of(w->culprit, slot);
+			p->task = (__u64)task;
+			p->by_task = w->culprit == cpu->runner && prev->pid ? (__u64)prev : 0;
+			hf_draw_waits(p, ktime);
+		}
 	} else {
 		drop(reason);
 	}

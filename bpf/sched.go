@@ -34,6 +34,8 @@ type SchedConfig struct {
 	// first thread was switched in. Cgroups of one name are counted together. By default
 	// the id in decimal is the name.
 	ContainerName func(cgroup uint64) string
+	// Sampling is what Waits takes samples by.
+	Sampling WaitSampling
 
 	// For tests:
 	stampWakeups bool // although there is sched_info
@@ -59,10 +61,12 @@ type SchedConfig struct {
 // All methods may be called from several goroutines.
 type Sched struct {
 	object
-	iter   *link.Iter
-	stamps bool // wakeups are stamped, there is no sched_info
-	cancel context.CancelFunc
-	tended sync.WaitGroup
+	iter     *link.Iter
+	stamps   bool // wakeups are stamped, there is no sched_info
+	cgroupV1 bool
+	sampling WaitSampling
+	cancel   context.CancelFunc
+	tended   sync.WaitGroup
 
 	mu      sync.Mutex // for what follows, and accounts
 	links   []link.Link
@@ -108,12 +112,12 @@ func openSched(cfg SchedConfig) (*Sched, error) {
 	}
 	stamps := cfg.stampWakeups || !hasSchedInfo(kernel)
 	index := histogram.NewIndex(histogram.Time())
-	if err := setVariables(spec, map[string]any{
-		schedVarHfTimeFirst:    index.First,
-		schedVarHfTimeCuts:     index.Cuts,
-		schedVarHfCgroupV1:     cfg.CgroupV1,
-		schedVarHfStampWakeups: stamps,
-	}); err != nil {
+	variables := cfg.Sampling.variables()
+	variables[schedVarHfTimeFirst] = index.First
+	variables[schedVarHfTimeCuts] = index.Cuts
+	variables[schedVarHfCgroupV1] = cfg.CgroupV1
+	variables[schedVarHfStampWakeups] = stamps
+	if err := setVariables(spec, variables); err != nil {
 		return nil, err
 	}
 	spec.Maps[schedMapHfSchedCells].MaxEntries = uint32(cmp.Or(cfg.slots, schedSlots(cpus)))
@@ -132,7 +136,7 @@ func openSched(cfg SchedConfig) (*Sched, error) {
 	if err != nil {
 		return nil, fmt.Errorf("load sched object: %w", err)
 	}
-	s := &Sched{stamps: stamps, object: object{coll: coll, programs: programs, reasons: reasons}}
+	s := &Sched{stamps: stamps, cgroupV1: cfg.CgroupV1, sampling: cfg.Sampling, object: object{coll: coll, programs: programs, reasons: reasons}}
 	name := cfg.ContainerName
 	if name == nil {
 		name = func(cgroup uint64) string { return strconv.FormatUint(cgroup, 10) }

@@ -102,6 +102,7 @@ type schedHfTask struct {
 	Pad         uint32
 	WokenNs     uint64
 	KnownNs     uint64
+	DrawnNs     uint64
 }
 
 // Names of all BPF objects in the ELF.
@@ -115,6 +116,7 @@ const (
 	schedMapHfSchedCpus       = "hf_sched_cpus"
 	schedMapHfSlotsFree       = "hf_slots_free"
 	schedMapHfTasks           = "hf_tasks"
+	schedMapHfWaitings        = "hf_waitings"
 	schedProgHfCgroupRmdir    = "hf_cgroup_rmdir"
 	schedProgHfSchedMove      = "hf_sched_move"
 	schedProgHfSchedSwitch    = "hf_sched_switch"
@@ -122,17 +124,21 @@ const (
 	schedProgHfSchedWakeup    = "hf_sched_wakeup"
 	schedProgHfTaskIter       = "hf_task_iter"
 	schedProgHfTaskNewtask    = "hf_task_newtask"
+	schedVarHfBlockedMeanNs   = "hf_blocked_mean_ns"
 	schedVarHfCgroupV1        = "hf_cgroup_v1"
+	schedVarHfDrawPerSecond   = "hf_draw_per_second"
 	schedVarHfExportBlocked   = "hf_export_blocked"
 	schedVarHfExportPreemptor = "hf_export_preemptor"
 	schedVarHfExportRunner    = "hf_export_runner"
 	schedVarHfExportSlot      = "hf_export_slot"
 	schedVarHfLog2Byte        = "hf_log2_byte"
+	schedVarHfLog2Fraction    = "hf_log2_fraction"
 	schedVarHfSlotEpoch       = "hf_slot_epoch"
 	schedVarHfSlotsTaken      = "hf_slots_taken"
 	schedVarHfStampWakeups    = "hf_stamp_wakeups"
 	schedVarHfTimeCuts        = "hf_time_cuts"
 	schedVarHfTimeFirst       = "hf_time_first"
+	schedVarHfWaitMeanNs      = "hf_wait_mean_ns"
 )
 
 // loadSched returns the embedded CollectionSpec for sched.
@@ -197,23 +203,28 @@ type schedMapSpecs struct {
 	HfSchedCpus  *ebpf.MapSpec `ebpf:"hf_sched_cpus"`
 	HfSlotsFree  *ebpf.MapSpec `ebpf:"hf_slots_free"`
 	HfTasks      *ebpf.MapSpec `ebpf:"hf_tasks"`
+	HfWaitings   *ebpf.MapSpec `ebpf:"hf_waitings"`
 }
 
 // schedVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type schedVariableSpecs struct {
+	HfBlockedMeanNs   *ebpf.VariableSpec `ebpf:"hf_blocked_mean_ns"`
 	HfCgroupV1        *ebpf.VariableSpec `ebpf:"hf_cgroup_v1"`
+	HfDrawPerSecond   *ebpf.VariableSpec `ebpf:"hf_draw_per_second"`
 	HfExportBlocked   *ebpf.VariableSpec `ebpf:"hf_export_blocked"`
 	HfExportPreemptor *ebpf.VariableSpec `ebpf:"hf_export_preemptor"`
 	HfExportRunner    *ebpf.VariableSpec `ebpf:"hf_export_runner"`
 	HfExportSlot      *ebpf.VariableSpec `ebpf:"hf_export_slot"`
 	HfLog2Byte        *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
+	HfLog2Fraction    *ebpf.VariableSpec `ebpf:"hf_log2_fraction"`
 	HfSlotEpoch       *ebpf.VariableSpec `ebpf:"hf_slot_epoch"`
 	HfSlotsTaken      *ebpf.VariableSpec `ebpf:"hf_slots_taken"`
 	HfStampWakeups    *ebpf.VariableSpec `ebpf:"hf_stamp_wakeups"`
 	HfTimeCuts        *ebpf.VariableSpec `ebpf:"hf_time_cuts"`
 	HfTimeFirst       *ebpf.VariableSpec `ebpf:"hf_time_first"`
+	HfWaitMeanNs      *ebpf.VariableSpec `ebpf:"hf_wait_mean_ns"`
 }
 
 // schedObjects contains all objects after they have been loaded into the kernel.
@@ -243,6 +254,7 @@ type schedMaps struct {
 	HfSchedCpus  *ebpf.Map `ebpf:"hf_sched_cpus"`
 	HfSlotsFree  *ebpf.Map `ebpf:"hf_slots_free"`
 	HfTasks      *ebpf.Map `ebpf:"hf_tasks"`
+	HfWaitings   *ebpf.Map `ebpf:"hf_waitings"`
 }
 
 func (m *schedMaps) Close() error {
@@ -254,6 +266,7 @@ func (m *schedMaps) Close() error {
 		m.HfSchedCpus,
 		m.HfSlotsFree,
 		m.HfTasks,
+		m.HfWaitings,
 	)
 }
 
@@ -261,17 +274,21 @@ func (m *schedMaps) Close() error {
 //
 // It can be passed to loadSchedObjects or ebpf.CollectionSpec.LoadAndAssign.
 type schedVariables struct {
+	HfBlockedMeanNs   *ebpf.Variable `ebpf:"hf_blocked_mean_ns"`
 	HfCgroupV1        *ebpf.Variable `ebpf:"hf_cgroup_v1"`
+	HfDrawPerSecond   *ebpf.Variable `ebpf:"hf_draw_per_second"`
 	HfExportBlocked   *ebpf.Variable `ebpf:"hf_export_blocked"`
 	HfExportPreemptor *ebpf.Variable `ebpf:"hf_export_preemptor"`
 	HfExportRunner    *ebpf.Variable `ebpf:"hf_export_runner"`
 	HfExportSlot      *ebpf.Variable `ebpf:"hf_export_slot"`
 	HfLog2Byte        *ebpf.Variable `ebpf:"hf_log2_byte"`
+	HfLog2Fraction    *ebpf.Variable `ebpf:"hf_log2_fraction"`
 	HfSlotEpoch       *ebpf.Variable `ebpf:"hf_slot_epoch"`
 	HfSlotsTaken      *ebpf.Variable `ebpf:"hf_slots_taken"`
 	HfStampWakeups    *ebpf.Variable `ebpf:"hf_stamp_wakeups"`
 	HfTimeCuts        *ebpf.Variable `ebpf:"hf_time_cuts"`
 	HfTimeFirst       *ebpf.Variable `ebpf:"hf_time_first"`
+	HfWaitMeanNs      *ebpf.Variable `ebpf:"hf_wait_mean_ns"`
 }
 
 // schedPrograms contains all programs after they have been loaded into the kernel.

@@ -63,10 +63,12 @@ func TestSchedLoadedMinute(t *testing.T) {
 		checkParts(t, c)
 		within(name+": run_delay, sched_info", c.RunDelayNanos, v.delay, 1)
 		within(name+": waits, time stamps", c.Latency.Count(), v.Waits, 2)
-		within(name+": sum of waits, time stamps", c.Latency.Sum, v.WaitNs, 2+apart(v.Waits, v.WaitNs))
+		within(name+": sum of waits, time stamps", c.Latency.Sum, v.WaitNs, 2+apart(400, v.Waits, v.WaitNs))
 		if v.Sleeps > 1000 {
+			slept := c.Blocked.Sum + c.BlockedIO.Sum
 			within(name+": sleeps, time stamps", c.Blocked.Count()+c.BlockedIO.Count(), v.Sleeps, 2)
-			within(name+": sum of sleeps, time stamps", c.Blocked.Sum+c.BlockedIO.Sum, v.SleepNs, 2+apart(v.Sleeps, v.SleepNs))
+			within(name+": sum of waits and sleeps, time stamps", c.Latency.Sum+slept, v.WaitNs+v.SleepNs, 1)
+			within(name+": sum of sleeps, time stamps", slept, v.SleepNs, 2+apart(2000, v.Sleeps, v.SleepNs))
 		}
 		if name == "writes" && c.BlockedIO.Count() < 1000 {
 			t.Errorf("writes: blocked by block I/O %d times only", c.BlockedIO.Count())
@@ -76,9 +78,11 @@ func TestSchedLoadedMinute(t *testing.T) {
 	compareRunqlat(t, d.Latency, slots)
 }
 
-// apart is, in percent of the sum of n times, that programs of one hook run one after the
-// other, and so read the clock 0.4 us apart.
-func apart(n, nanos uint64) float64 { return 100 * 400 * float64(n) / float64(nanos) }
+// apart is what n stamps that are so many ns apart come to, in percent of the sum. Programs of
+// one hook run one after the other, some 0.4 us. And the kernel's own stamp is from before a
+// thread that is woken is put into the queues, the judge's from after that: where an interrupt
+// does it, with cold caches, more than a us.
+func apart(ns, n, sum uint64) float64 { return 100 * float64(ns) * float64(n) / float64(sum) }
 
 // startContainers starts what is judged by container: threads that compute and have a
 // quota, one that writes through to the disk, two that switch as fast as they can, and

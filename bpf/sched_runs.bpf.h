@@ -81,7 +81,7 @@ static __always_inline void hf_blame(struct hf_sched_slot *cells, struct hf_wait
 }
 
 /* Accounts for the wait by what ran on cpu, as far back as that is known. */
-static __noinline int hf_blame_runs(struct hf_sched_cpu *cpu, struct hf_sched_slot *cells, struct hf_wait *w)
+__noinline int hf_blame_runs(struct hf_sched_cpu *cpu, struct hf_sched_slot *cells, struct hf_wait *w)
 {
 	hf_run run;
 
@@ -116,6 +116,11 @@ static __always_inline void hf_run_ends(struct hf_sched_cpu *cpu, __u64 ktime, s
 	__u64 not_task = rq->clock - rq->clock_task, stolen = not_task - cpu->not_task;
 
 	cpu->not_task = not_task;
+	if (!cpu->switch_ns) { /* the first that is seen */
+		cpu->runner = HF_RUNNER_UNKNOWN;
+		cpu->runs[cpu->newest % HF_RUNS] = HF_RUNNER_UNKNOWN; /* since the boot */
+		return;
+	}
 	if ((ktime ^ cpu->switch_ns) >> HF_GRID_SHIFT && (cpu->grid[cpu->grid_newest % HF_GRID_RUNS] & 255) != cpu->runner) {
 		cpu->grid_newest++;
 		cpu->grid[cpu->grid_newest % HF_GRID_RUNS] =

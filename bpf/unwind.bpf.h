@@ -599,6 +599,45 @@ static long hf_step(__u32 i, void *unused)
 	return w->outcome != 0;
 }
 
+/* Fills the leaf from the registers with which its task entered the kernel. True for a
+ * 32-bit program. */
+static __always_inline bool hf_leaf(struct hf_frame *at, const struct hf_regs *regs)
+{
+	at->exact = at->leaf = true;
+	at->ip = regs->ip;
+#if defined(__TARGET_ARCH_x86)
+	/* struct pt_regs: r15 ... */
+	at->registers[0] = regs->general[10];
+	at->registers[1] = regs->general[12];
+	at->registers[2] = regs->general[11];
+	at->registers[3] = regs->general[5];
+	at->registers[4] = regs->general[13];
+	at->registers[5] = regs->general[14];
+	at->registers[6] = regs->general[4];
+	at->registers[7] = regs->sp;
+	at->registers[8] = regs->general[9];
+	at->registers[9] = regs->general[8];
+	at->registers[10] = regs->general[7];
+	at->registers[11] = regs->general[6];
+	at->registers[12] = regs->general[3];
+	at->registers[13] = regs->general[2];
+	at->registers[14] = regs->general[1];
+	at->registers[15] = regs->general[0];
+#else
+	for (int i = 0; i < 31; i++)
+		at->registers[i] = regs->general[i];
+	at->registers[31] = regs->sp;
+#endif
+	at->sp = at->registers[HF_DWARF_SP];
+	at->fp = at->registers[HF_DWARF_FP];
+	at->second = at->registers[HF_DWARF_SECOND];
+#if defined(__TARGET_ARCH_x86)
+	return regs->cs == 0x23; /* __USER32_CS */
+#else
+	return regs->pstate & 0x10; /* PSR_MODE32_BIT */
+#endif
+}
+
 /* Fills the leaf from the registers with which the task entered the kernel. */
 static __always_inline bool hf_walk_begin(struct hf_walk *w, struct task_struct *task)
 {
@@ -616,43 +655,13 @@ static __always_inline bool hf_walk_begin(struct hf_walk *w, struct task_struct 
 	w->window_at = w->window_size = 0;
 	w->window_next = HF_FIRST_WINDOW;
 	w->word = 8;
-	w->at.exact = w->at.leaf = true;
 	/* Not on the stack, which is short. */
 	struct hf_regs *regs = (struct hf_regs *)w->window;
 
 	if (bpf_probe_read_kernel(regs, sizeof(*regs), user))
 		return false;
-	w->at.ip = regs->ip;
-#if defined(__TARGET_ARCH_x86)
-	/* struct pt_regs: r15 ... */
-	w->at.registers[0] = regs->general[10];
-	w->at.registers[1] = regs->general[12];
-	w->at.registers[2] = regs->general[11];
-	w->at.registers[3] = regs->general[5];
-	w->at.registers[4] = regs->general[13];
-	w->at.registers[5] = regs->general[14];
-	w->at.registers[6] = regs->general[4];
-	w->at.registers[7] = regs->sp;
-	w->at.registers[8] = regs->general[9];
-	w->at.registers[9] = regs->general[8];
-	w->at.registers[10] = regs->general[7];
-	w->at.registers[11] = regs->general[6];
-	w->at.registers[12] = regs->general[3];
-	w->at.registers[13] = regs->general[2];
-	w->at.registers[14] = regs->general[1];
-	w->at.registers[15] = regs->general[0];
-	if (regs->cs == 0x23) /* __USER32_CS */
+	if (hf_leaf(&w->at, regs))
 		w->word = 4;
-#else
-	for (int i = 0; i < 31; i++)
-		w->at.registers[i] = regs->general[i];
-	w->at.registers[31] = regs->sp;
-	if (regs->pstate & 0x10) /* PSR_MODE32_BIT */
-		w->word = 4;
-#endif
-	w->at.sp = w->at.registers[HF_DWARF_SP];
-	w->at.fp = w->at.registers[HF_DWARF_FP];
-	w->at.second = w->at.registers[HF_DWARF_SECOND];
 	return true;
 }
 

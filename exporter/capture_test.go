@@ -63,7 +63,7 @@ func TestCaptureOfAnotherType(t *testing.T) {
 		Labels: []profiler.Label{{Name: "state"}},
 		Least:  &profiler.Least{Parameter: "min_delay"},
 	}
-	capturer.newest.Profiles = append(capturer.newest.Profiles, profiler.Profile{Type: "wait", Profile: oneStack("waitingFunction")})
+	capturer.newest.Profiles = append(capturer.newest.Profiles, profiler.NewProfile("wait", oneStack("waitingFunction"), 0, nil))
 	s := testServer(t, capturer, func(c *HandlerConfig, _ *http.Server) {
 		c.Types = []profiler.Type{testTypes[0], wait, {Name: "absent", Values: wait.Values}}
 		c.MissingTypes = map[string]error{"absent": errors.New("no such hook")}

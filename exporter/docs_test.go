@@ -17,6 +17,8 @@ import (
 	dto "github.com/prometheus/client_model/go"
 
 	"github.com/hostflame/hostflame/exporter/otlp"
+
+	"github.com/hostflame/hostflame/profiler"
 )
 
 // tableRows are the cells of the rows of a document that begin with code.
@@ -111,7 +113,11 @@ func TestMetricsDocumentedQueries(t *testing.T) {
 
 // TestPathsDocumented: what docs/http-api.md lists is served.
 func TestPathsDocumented(t *testing.T) {
-	s := testServer(t, newFakeCapturer(t), func(c *HandlerConfig, _ *http.Server) { c.DebugPprof = true })
+	states := profiler.NewStates(nil)
+	s := testServer(t, newFakeCapturer(t), func(c *HandlerConfig, _ *http.Server) {
+		c.DebugPprof = true
+		c.Types = []profiler.Type{profiler.CPU("", 99), profiler.Runqueue(), profiler.OffCPU(states), profiler.Wall(99, states), profiler.BlockIO(50)}
+	})
 	paths := 0
 	for _, row := range tableRows(t, "../docs/http-api.md") {
 		if !strings.HasPrefix(row[0], "/") {

@@ -224,7 +224,7 @@ func newFakeCapturer(t *testing.T) *fakeCapturer {
 		ready:   true,
 		newest: &profiler.Window{
 			Start: testStart, End: testStart.Add(10 * time.Second),
-			Profiles: []profiler.Profile{{Type: "cpu", Profile: p, Samples: 1009, Lost: map[string]uint64{"ring_full": 1, "no_ring": 2}}, {Type: "blockio", Profile: p}},
+			Profiles: []profiler.Profile{profiler.NewProfile("cpu", p, 1009, map[string]uint64{"ring_full": 1, "no_ring": 2}), profiler.NewProfile("blockio", p, 0, nil)},
 		},
 	}
 }
@@ -234,7 +234,7 @@ var testTypes = []profiler.Type{profiler.CPU("", 99), profiler.BlockIO(50)}
 
 // windowOf is a window with a profile of CPU time.
 func windowOf(p *profile.Profile) *profiler.Window {
-	return &profiler.Window{Start: testStart, End: testStart, Profiles: []profiler.Profile{{Type: "cpu", Profile: p}}}
+	return &profiler.Window{Start: testStart, End: testStart, Profiles: []profiler.Profile{profiler.NewProfile("cpu", p, 0, nil)}}
 }
 
 func (f *fakeCapturer) Capture(ctx context.Context, r profiler.Request) (*profile.Profile, error) {

@@ -84,11 +84,16 @@ func (u *ui) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusFound)
 		return
 	case "download":
+		pp, err := of.Pprof()
+		if err != nil {
+			u.fail(w, err)
+			return
+		}
 		attachment(w, u.host, typ, window.End)
 		if r.Method == http.MethodHead {
 			return
 		}
-		if err := of.Profile.Write(w); err != nil {
+		if err := pp.Write(w); err != nil {
 			u.logger.Debug("send window failed", "err", err)
 		}
 		return
@@ -109,13 +114,17 @@ func (u *ui) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	handler, err := u.page(window, of, page)
 	if err != nil {
-		u.logger.Error("make web UI failed", "err", err)
-		http.Error(w, fmt.Sprintf("make web UI: %v", err), http.StatusInternalServerError)
+		u.fail(w, err)
 		return
 	}
 	answer := &recorder{header: http.Header{}, status: http.StatusOK}
 	handler.ServeHTTP(answer, r)
 	u.send(w, answer, up)
+}
+
+func (u *ui) fail(w http.ResponseWriter, err error) {
+	u.logger.Error("make web UI failed", "err", err)
+	http.Error(w, fmt.Sprintf("make web UI: %v", err), http.StatusInternalServerError)
 }
 
 // path takes apart what follows /ui/: the first profile type has its pages there, each other
@@ -156,7 +165,11 @@ func (u *ui) page(window *profiler.Window, of *profiler.Profile, name string) (h
 		u.window, u.pages = window, map[string]map[string]http.Handler{}
 	}
 	if u.pages[of.Type] == nil {
-		pages, err := newPages(u.dressed(of.Profile), u.logger)
+		pp, err := of.Pprof()
+		if err != nil {
+			return nil, err
+		}
+		pages, err := newPages(u.dressed(pp), u.logger)
 		if err != nil {
 			return nil, err
 		}
@@ -176,7 +189,8 @@ var cloneSuffix = regexp.MustCompile(`(\.(isra|constprop|part|cold|lto_priv|llvm
 // the first mapping as the main binary, and what it calls it is the title of its pages.
 // Where there is little room pprof shows what follows the last dot of a name, so the dots
 // of "schedule.isra.0" become others. It writes a mapping without symbols as [name], so
-// one that has brackets already, as [anon] has, does without.
+// one that has brackets already, as [anon] has, does without. It colours by package, so each
+// state is one.
 func (u *ui) dressed(p *profile.Profile) *profile.Profile {
 	p = p.Copy()
 	var last uint64
@@ -188,6 +202,11 @@ func (u *ui) dressed(p *profile.Profile) *profile.Profile {
 	for _, f := range p.Function {
 		if i := cloneSuffix.FindStringIndex(f.Name); i != nil {
 			f.Name = f.Name[:i[0]] + strings.ReplaceAll(f.Name[i[0]:], ".", "·")
+		}
+	}
+	for _, s := range p.Sample {
+		if l := s.Label["state"]; len(l) > 0 {
+			s.Label["state"] = []string{l[0] + "::" + l[0]}
 		}
 	}
 	return p
@@ -266,7 +285,7 @@ func newPages(p *profile.Profile, logger *slog.Logger) (map[string]http.Handler,
 	defer undo()
 	var pages map[string]http.Handler
 	err = driver.PProf(&driver.Options{
-		Flagset:       flags{byComm: hasLabel(p, "comm")},
+		Flagset:       flags{byComm: hasLabel(p, "comm"), byState: hasLabel(p, "state")},
 		Fetch:         fetcher{p},
 		Sym:           noSymbolizer{},
 		Obj:           noObjTool{},
@@ -298,7 +317,8 @@ func hasLabel(p *profile.Profile, name string) bool {
 // flags is the command line "-http=localhost:1 -no_browser window". The address is only
 // parsed.
 type flags struct {
-	byComm bool // the comm is the root of each stack
+	byComm  bool // the comm is the root of each stack
+	byState bool // the state is the leaf, in a colour of its own
 }
 
 func (flags) Bool(name string, def bool, _ string) *bool {
@@ -321,6 +341,16 @@ func (f flags) String(name, def, _ string) *string {
 		def = ""
 		if f.byComm {
 			def = "comm"
+		}
+	case "tagleaf":
+		def = ""
+		if f.byState {
+			def = "state"
+		}
+	case "tagignore":
+		def = ""
+		if f.byState {
+			def = "idle=true" // it would be most of the picture; ?ti= shows it
 		}
 	}
 	return &def

@@ -288,7 +288,7 @@ func TestKernelShares(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			w := workload.Start(t, workload.Build(t, test.name), "1", "60")
 			_, windows := sampling(t, 997, 4*time.Second)
-			got := stacksOf((<-windows).Of("cpu").Profile, w.PID)
+			got := stacksOf(pprofOf(t, (<-windows).Of("cpu")), w.PID)
 			var spent [3]float64
 			var names [3]string
 			if _, err := fmt.Sscan(w.Stop(), &names[0], &spent[0], &names[1], &spent[1], &names[2], &spent[2]); err != nil {
@@ -338,7 +338,7 @@ func TestKernelMappings(t *testing.T) {
 	}
 	_, windows := sampling(t, 997, 6*time.Second)
 	pids["exec"] = start(t, "exec")
-	got := (<-windows).Of("cpu").Profile
+	got := pprofOf(t, (<-windows).Of("cpu"))
 	of := func(name string) stacks { return stacksOf(got, pids[name]) }
 
 	// The system call is made by a function without a frame.
@@ -405,7 +405,7 @@ func TestKernelBriefProcesses(t *testing.T) {
 		pids[int64(cmd.Process.Pid)] = true
 	}
 	var samples, due, whole int64
-	for _, s := range (<-windows).Of("cpu").Profile.Sample {
+	for _, s := range pprofOf(t, (<-windows).Of("cpu")).Sample {
 		if len(s.NumLabel["pid"]) == 0 || !pids[s.NumLabel["pid"][0]] {
 			continue
 		}

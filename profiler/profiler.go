@@ -43,6 +43,9 @@ type Feed struct {
 	// Losses returns what the kernel side lost of a profile, by reason, since it was loaded.
 	// May be nil.
 	Losses func(bpf.Profile) map[string]uint64
+	// Observe makes samples of what has begun and not ended. It is called before the drain
+	// that begins or ends a window or a capture. May be nil.
+	Observe func() error
 }
 
 // Config configures a Profiler. The zero value of a limit stands for its default.
@@ -170,10 +173,19 @@ type Window struct {
 // Profile is what a window has of one type.
 type Profile struct {
 	Type    string
-	Profile *profile.Profile
 	Samples uint64            // delivered
 	Lost    map[string]uint64 // by reason, those that have none left out
+	pprof   func() (*profile.Profile, error)
 }
+
+// NewProfile returns a Profile that has pp as its pprof profile.
+func NewProfile(typ string, pp *profile.Profile, samples uint64, lost map[string]uint64) Profile {
+	return Profile{typ, samples, lost, func() (*profile.Profile, error) { return pp, nil }}
+}
+
+// Pprof returns the pprof profile, which is shared. It is made when it is first asked for:
+// nobody looks at most windows.
+func (p *Profile) Pprof() (*profile.Profile, error) { return p.pprof() }
 
 // Of returns the profile of a type, by name, nil if w has none.
 func (w *Window) Of(name string) *Profile {
@@ -334,6 +346,7 @@ func (p *Profiler) loop(ctx context.Context) error {
 	for ended := false; !ended; {
 		err := p.wait(ctx)
 		ended = ctx.Err() != nil
+		p.observe(ended)
 		derr := p.drain()
 		if derr != nil {
 			err = derr
@@ -353,6 +366,27 @@ func (p *Profiler) loop(ctx context.Context) error {
 		p.afterDrain()
 	}
 	return nil
+}
+
+// observe makes the sources tell of what has not ended, if a window or a capture begins or
+// ends with the drain that follows.
+func (p *Profiler) observe(last bool) {
+	p.mu.Lock()
+	due := last || len(p.pending) > 0
+	p.mu.Unlock()
+	due = due || bootTime() >= p.window.start.boot+p.cfg.Window ||
+		slices.ContainsFunc(p.captures, func(c *capture) bool { return bootTime() >= c.end() })
+	if !due {
+		return
+	}
+	for i := range p.cfg.Feeds {
+		if f := &p.cfg.Feeds[i]; f.Observe != nil {
+			if err := f.Observe(); err != nil {
+				p.drainErrors[i].Add(1)
+				p.cfg.Logger.Error("observe what has not ended", "err", err)
+			}
+		}
+	}
 }
 
 // drain takes what all sources have.
@@ -603,13 +637,11 @@ func (p *Profiler) meta(a *aggregate, start, end instant, lost map[string]uint64
 func (p *Profiler) publish(c closedWindow) {
 	w := &Window{Start: c.start.wall, End: c.start.wall.Add(c.end.boot - c.start.boot)}
 	for _, part := range c.parts {
-		pp, err := p.profile(part.rows, part.meta, c.deadline)
-		if err != nil {
-			p.cfg.Logger.Error("close window failed", "type", part.meta.typ.Name, "err", err)
-			return
-		}
+		found, late := p.symbols.lookup(part.rows, c.deadline) // the processes may be gone soon
+		part.meta.late = late
 		w.Profiles = append(w.Profiles, Profile{
-			Type: part.meta.typ.Name, Profile: pp, Samples: part.meta.samples, Lost: part.meta.lost,
+			Type: part.meta.typ.Name, Samples: part.meta.samples, Lost: part.meta.lost,
+			pprof: sync.OnceValues(func() (*profile.Profile, error) { return buildProfile(part.rows, found, part.meta) }),
 		})
 	}
 	p.newest.Store(w)

@@ -238,10 +238,10 @@ func TestLastWindow(t *testing.T) {
 		t.Fatalf("%d windows, want one, the newest", len(windows))
 	}
 	w := windows[0]
-	if got := functions(t, w.Of("cpu").Profile); !slices.Equal(got, []string{"leafFunction", "callerFunction"}) {
+	if got := functions(t, pprofOf(t, w.Of("cpu"))); !slices.Equal(got, []string{"leafFunction", "callerFunction"}) {
 		t.Errorf("stack %q", got)
 	}
-	sample := w.Of("cpu").Profile.Sample[0]
+	sample := pprofOf(t, w.Of("cpu")).Sample[0]
 	if w.Of("cpu").Samples != 5 || sample.Value[0] != 5 || sample.Value[1] != 50_000_000 {
 		t.Errorf("%d samples, values %d; want 5", w.Of("cpu").Samples, sample.Value)
 	}
@@ -266,8 +266,8 @@ func TestLastWindow(t *testing.T) {
 	if addr := sample.Location[0].Address; addr != s.User[0]&^bpf.ExactAddr {
 		t.Errorf("leaf at %#x, want %#x", addr, s.User[0]&^bpf.ExactAddr)
 	}
-	if d := w.End.Sub(w.Start); d != time.Duration(w.Of("cpu").Profile.DurationNanos) || d <= 0 {
-		t.Errorf("window of %v, profile of %d ns", d, w.Of("cpu").Profile.DurationNanos)
+	if d := w.End.Sub(w.Start); d != time.Duration(pprofOf(t, w.Of("cpu")).DurationNanos) || d <= 0 {
+		t.Errorf("window of %v, profile of %d ns", d, pprofOf(t, w.Of("cpu")).DurationNanos)
 	}
 	if since := time.Since(w.End); since < 0 || since > 10*time.Second {
 		t.Errorf("window ended %v ago", since)
@@ -305,8 +305,8 @@ func TestWindowsFollowEachOther(t *testing.T) {
 	sum := uint64(0)
 	for i, w := range windows {
 		sum += w.Of("cpu").Samples
-		if uint64(total(w.Of("cpu").Profile)) != w.Of("cpu").Samples {
-			t.Errorf("window %d: %d samples in the profile, %d in the window", i, total(w.Of("cpu").Profile), w.Of("cpu").Samples)
+		if uint64(total(pprofOf(t, w.Of("cpu")))) != w.Of("cpu").Samples {
+			t.Errorf("window %d: %d samples in the profile, %d in the window", i, total(pprofOf(t, w.Of("cpu"))), w.Of("cpu").Samples)
 		}
 		if i > 0 {
 			if gap := w.Start.Sub(windows[i-1].End); gap.Abs() > 5*time.Millisecond {
@@ -567,8 +567,8 @@ func TestStacksOverflow(t *testing.T) {
 		r.source.put(s)
 	}
 	r.stop(t)
-	if last.Of("cpu").Samples != 100 || total(last.Of("cpu").Profile) != 100 || len(last.Of("cpu").Profile.Sample) != 11 {
-		t.Errorf("%d samples, %d in %d rows of the profile; want 100 in 11", last.Of("cpu").Samples, total(last.Of("cpu").Profile), len(last.Of("cpu").Profile.Sample))
+	if last.Of("cpu").Samples != 100 || total(pprofOf(t, last.Of("cpu"))) != 100 || len(pprofOf(t, last.Of("cpu")).Sample) != 11 {
+		t.Errorf("%d samples, %d in %d rows of the profile; want 100 in 11", last.Of("cpu").Samples, total(pprofOf(t, last.Of("cpu"))), len(pprofOf(t, last.Of("cpu")).Sample))
 	}
 	st := r.Stats()
 	if st.Stacks["cpu"]["stacks_overflow"] != 90 {
@@ -658,4 +658,13 @@ func BenchmarkTake(b *testing.B) {
 	for b.Loop() {
 		p.take(&sample)
 	}
+}
+
+func pprofOf(t *testing.T, p *Profile) *profile.Profile {
+	t.Helper()
+	pp, err := p.Pprof()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pp
 }

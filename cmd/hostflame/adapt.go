@@ -245,6 +245,9 @@ func (k *kernel) objects() []counted {
 	if k.sched != nil {
 		list = append(list, counted{"runqueue", false, k.sched.Stats})
 	}
+	if k.waits != nil {
+		list = append(list, counted{"waits", true, k.waits.Stats}) // runqueue and offcpu share their rings
+	}
 	if k.block != nil {
 		list = append(list, counted{"block", false, k.block.Stats})
 	}

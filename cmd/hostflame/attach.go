@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"log/slog"
 	"strings"
@@ -17,6 +18,7 @@ import (
 type kernel struct {
 	cpu                        *bpf.CPU
 	sched                      *bpf.Sched
+	waits                      *bpf.Waits // where cpu and sched work
 	block                      *bpf.Block
 	bio                        *bpf.BlockBio // nil where it does not work
 	tables                     *bpf.Tables   // of all that take stacks; nil where there can be none
@@ -24,12 +26,13 @@ type kernel struct {
 	containers                 *profiler.Containers
 	charged                    *profiler.Containers // of block I/O
 	cpuErr, schedErr, blockErr error
+	waitsErr                   error
 }
 
 // attach loads and attaches each hook family on its own. What this kernel or these
 // privileges do not allow is logged with what is lost; it is an error only when nothing
 // is left.
-func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
+func attach(cfg bpf.CPUConfig, waits bpf.WaitSampling, log *slog.Logger) (*kernel, error) {
 	k := &kernel{containers: profiler.NewContainers("cpu"), charged: profiler.NewContainers("blkio")}
 	// Without them each part makes do or says itself what does not work.
 	k.tables, _ = bpf.NewTables(cfg.TableMemory)
@@ -37,7 +40,7 @@ func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
 	// The verifier takes its time, so two at once.
 	var loading sync.WaitGroup
 	loading.Go(func() {
-		k.sched, k.schedErr = bpf.NewSched(bpf.SchedConfig{CgroupV1: cfg.CgroupV1, ContainerName: k.containerName})
+		k.sched, k.schedErr = bpf.NewSched(bpf.SchedConfig{CgroupV1: cfg.CgroupV1, ContainerName: k.containerName, Sampling: waits})
 	})
 	loading.Go(func() {
 		k.block, k.blockErr = bpf.NewBlock(bpf.BlockConfig{Tables: k.tables, CgroupV1: cfg.CgroupV1, ContainerName: k.chargedName})
@@ -53,6 +56,9 @@ func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
 	if k.cpu, k.cpuErr = bpf.NewCPU(cfg); k.cpuErr == nil {
 		k.mappings = newMappings(log)
 	}
+	if k.waitsErr = cmp.Or(k.cpuErr, k.schedErr); k.waitsErr == nil {
+		k.waits, k.waitsErr = bpf.NewWaits(k.sched, k.cpu.Tables())
+	}
 
 	if k.cpuErr != nil && k.schedErr != nil && k.blockErr != nil {
 		k.close()
@@ -65,6 +71,7 @@ func attach(cfg bpf.CPUConfig, log *slog.Logger) (*kernel, error) {
 	}{
 		{k.cpuErr, "CPU sampling", "the cpu profile and hostflame_cpu_seconds_total"},
 		{k.schedErr, "run-queue latency", "the hostflame_runqueue_*, hostflame_offcpu_* and hostflame_container_* metrics of the scheduler"},
+		{k.waitsErr, "sampling of waits and blocked time", "the profiles runqueue, offcpu and wall"},
 		{k.blockErr, "block I/O latency", "the blockio profile and the hostflame_block_io_* histograms"},
 	} {
 		if part.err != nil {
@@ -98,15 +105,22 @@ func newMappings(log *slog.Logger) *bpf.Mappings {
 // detach stops the sampling. What was sampled can still be drained, and the histograms
 // still be read.
 func (k *kernel) detach() error {
-	if k.cpu == nil {
-		return nil
+	var errs []error
+	if k.cpu != nil {
+		errs = append(errs, k.cpu.Detach())
 	}
-	return k.cpu.Detach()
+	if k.waits != nil {
+		errs = append(errs, k.waits.Detach())
+	}
+	return errors.Join(errs...)
 }
 
 // close frees everything. It is idempotent.
 func (k *kernel) close() error {
 	var errs []error
+	if k.waits != nil {
+		errs = append(errs, k.waits.Close())
+	}
 	if k.cpu != nil {
 		errs = append(errs, k.cpu.Close())
 	}

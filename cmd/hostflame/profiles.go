@@ -11,21 +11,34 @@ import (
 
 // profileTypes are the types that the agent has, the first being what / and /ui/ show, and
 // missing says of those that this host can not have why.
-func profileTypes(k *kernel, cfg bpf.CPUConfig) (types []profiler.Type, missing map[string]error) {
-	types = []profiler.Type{profiler.CPU(cfg.Event, cfg.Frequency), profiler.BlockIO(bpf.DefaultStackRate)}
+func profileTypes(k *kernel, cfg bpf.CPUConfig, states *profiler.States) (types []profiler.Type, missing map[string]error) {
+	waits := []profiler.Type{profiler.Runqueue(), profiler.OffCPU(states), profiler.Wall(cfg.Frequency, states)}
 	missing = map[string]error{}
+	for _, t := range waits {
+		if k.waitsErr != nil {
+			missing[t.Name] = k.waitsErr
+		}
+	}
 	switch {
 	case k.blockErr != nil:
 		missing["blockio"] = k.blockErr
 	case k.block != nil && !k.block.HasStacks():
 		missing["blockio"] = errors.New("this kernel has no block_io_start (Linux 6.5), at which the stacks are taken")
 	}
-	return types, missing
+	types = append([]profiler.Type{profiler.CPU(cfg.Event, cfg.Frequency)}, waits...)
+	return append(types, profiler.BlockIO(bpf.DefaultStackRate)), missing
 }
 
-// feeds are where the samples of all types come from; the CPU's are drained through cpu.
+// feeds are the sources of the samples of all types; those of CPU time are drained through cpu.
 func feeds(k *kernel, cpu profiler.Source) []profiler.Feed {
 	list := []profiler.Feed{cpuFeed(k.cpu, cpu)}
+	if k.waits != nil {
+		list = append(list, profiler.Feed{
+			Source: k.waits, Profiles: []bpf.Profile{bpf.ProfileRunqueue, bpf.ProfileOffCPU},
+			Losses:  func(bpf.Profile) map[string]uint64 { return lossesOf(k.waits.Stats) },
+			Observe: k.waits.Observe,
+		})
+	}
 	if k.block != nil && k.block.HasStacks() {
 		list = append(list, profiler.Feed{
 			Source: k.block, Profiles: []bpf.Profile{bpf.ProfileBlockIO},

@@ -68,10 +68,14 @@ func (r *record) run(ctx context.Context, env environment) error {
 		return err
 	}
 	recorded := &w.Profiles[0]
-	if err := out.commit(func(w2 io.Writer) error { return r.encode(w2, recorded.Profile) }); err != nil {
+	pp, err := recorded.Pprof()
+	if err != nil {
 		return err
 	}
-	bannerf(env.stderr, "%s", summary(recorded, *r.frequency))
+	if err := out.commit(func(w2 io.Writer) error { return r.encode(w2, pp) }); err != nil {
+		return err
+	}
+	bannerf(env.stderr, "%s", summary(recorded, pp, *r.frequency))
 	if out.w == nil {
 		bannerf(env.stderr, "wrote %s", *r.output)
 	}
@@ -183,14 +187,14 @@ func (r *record) encode(w io.Writer, p *profile.Profile) error {
 }
 
 // summary is the last line: what was recorded, what is missing, and what is on top.
-func summary(p *profiler.Profile, hz int) string {
+func summary(p *profiler.Profile, pp *profile.Profile, hz int) string {
 	var lost uint64
 	for _, n := range p.Lost {
 		lost += n
 	}
-	elapsed := time.Duration(p.Profile.DurationNanos)
+	elapsed := time.Duration(pp.DurationNanos)
 	s := fmt.Sprintf("%d samples in %.1f s at %d Hz, %d lost", p.Samples, elapsed.Seconds(), hz, lost)
-	if name, share := topFunction(p.Profile); name != "" {
+	if name, share := topFunction(pp); name != "" {
 		s += fmt.Sprintf("; on top: %s, %.1f %%", name, 100*share)
 	}
 	return s

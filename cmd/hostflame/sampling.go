@@ -9,7 +9,9 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"time"
 
 	"github.com/alecthomas/kingpin/v2"
 	"github.com/alecthomas/units"
@@ -38,6 +40,39 @@ func samplingFlags(c *kingpin.CmdClause) (s sampling) {
 	s.tableMemory = c.Flag("unwind.table-memory", "Kernel memory for unwind tables, at least 1MiB. Of what finds no room the least recently sampled goes.").Default("32MiB").Bytes()
 	s.tableCache = c.Flag("unwind.cache-directory", "Where unwind tables are kept between starts, at most 256 MiB; empty for nowhere.").
 		Default(defaultCacheDirectory()).String()
+	return s
+}
+
+// waitFlags are how waits and blocked time are sampled.
+type waitFlags struct {
+	mean *time.Duration
+	rate *int
+}
+
+func newWaitFlags(c *kingpin.CmdClause) (w waitFlags) {
+	w.mean = c.Flag("sampling.wait-interval", "Time waited for a CPU between two samples of it, on average; 0 takes none.").Default(bpf.DefaultWaitMean.String()).Duration()
+	w.rate = c.Flag("sampling.wait-rate", "Samples a second and CPU of waits, and of blocked time, on average, at most; 0 takes none.").Default(strconv.Itoa(bpf.DefaultWalks)).Int()
+	return w
+}
+
+func (w waitFlags) checkWaits() error {
+	if d := *w.mean; d < 0 {
+		return usagef("10ms is a good value for always", "--sampling.wait-interval=%v is negative", d)
+	}
+	if n := *w.rate; n < 0 || n > maxFrequency {
+		return usagef("100 is a good rate for always; --sampling.wait-rate takes 0 to 1000", "wait rate %d Hz is out of range", n)
+	}
+	return nil
+}
+
+func (w waitFlags) waitSampling() bpf.WaitSampling {
+	s := bpf.WaitSampling{Wait: *w.mean, PerSecond: *w.rate}
+	if *w.rate == 0 {
+		s.Blocked = -1
+	}
+	if *w.mean == 0 || *w.rate == 0 {
+		s.Wait = -1
+	}
 	return s
 }
 

@@ -229,7 +229,7 @@ func plain(address string) Signal { return Signal{Target: address, Timeout: 5 * 
 func window() *profiler.Window { return windowOf(hostProfile()) }
 
 func windowOf(p *profile.Profile) *profiler.Window {
-	return &profiler.Window{Profiles: []profiler.Profile{{Type: "cpu", Profile: p}}}
+	return &profiler.Window{Profiles: []profiler.Profile{profiler.NewProfile("cpu", p, 0, nil)}}
 }
 
 type logBuffer struct {
@@ -317,4 +317,13 @@ func lint(t *testing.T, g prometheus.Gatherer) {
 	for _, p := range problems {
 		t.Errorf("%s: %s", p.Metric, p.Text)
 	}
+}
+
+// pprofOf is the pprof profile of a window that window has made.
+func pprofOf(w *profiler.Window) *profile.Profile {
+	p, err := w.Profiles[0].Pprof()
+	if err != nil {
+		panic(err)
+	}
+	return p
 }

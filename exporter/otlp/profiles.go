@@ -103,7 +103,11 @@ func (p *profiles) convert(ctx context.Context) {
 
 func (p *profiles) enqueue(w *profiler.Window) {
 	for _, of := range w.Profiles {
-		c, err := convert(of.Profile, p.resource, p.limit)
+		var c converted
+		pp, err := of.Pprof()
+		if err == nil {
+			c, err = convert(pp, p.resource, p.limit)
+		}
 		if err != nil {
 			p.drop(dropUnsupported, 1)
 			p.bad.warn("profile not sent by OTLP", "type", of.Type, "err", err)

@@ -113,7 +113,7 @@ func TestPushRetries(t *testing.T) {
 	}
 	r := start(t, Config{Profiles: plain(b.address)}, quick)
 	first, second := window(), window()
-	second.Profiles[0].Profile.TimeNanos++
+	pprofOf(second).TimeNanos++
 	r.Push(first)
 	r.Push(second)
 	b.wait(t, 4)
@@ -124,7 +124,7 @@ func TestPushRetries(t *testing.T) {
 	for _, m := range b.profiles {
 		p := m.ResourceProfiles[0].ScopeProfiles[0].Profiles[0]
 		ids = append(ids, string(p.ProfileId))
-		times = append(times, int64(p.TimeUnixNano)-first.Profiles[0].Profile.TimeNanos)
+		times = append(times, int64(p.TimeUnixNano)-pprofOf(first).TimeNanos)
 	}
 	if diff := cmp.Diff([]any{int64(0), int64(0), int64(0), int64(1)}, times); diff != "" {
 		t.Errorf("order: -want +got\n%s", diff)
@@ -312,7 +312,7 @@ func TestPushUnsupported(t *testing.T) {
 	b := startBackend(t)
 	r := start(t, Config{Profiles: plain(b.address)}, nil)
 	bad := window()
-	bad.Profiles[0].Profile.SampleType = []*profile.ValueType{{Type: "a", Unit: "b"}, {Type: "c", Unit: "d"}}
+	pprofOf(bad).SampleType = []*profile.ValueType{{Type: "a", Unit: "b"}, {Type: "c", Unit: "d"}}
 	r.Push(bad)
 	r.Push(window())
 	b.wait(t, 1)

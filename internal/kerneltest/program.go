@@ -31,6 +31,7 @@ type Program struct {
 var Programs = []Program{
 	{Name: "known", Source: "bpf/testdata/known.c", Flags: []string{"-static", "-pthread"}},
 	{Name: "signals", Source: "test/workload/src/signals.c", Flags: []string{"-static", "-pthread"}},
+	{Name: "threads", Source: "test/workload/src/threads.c", Flags: []string{"-static", "-pthread"}},
 	{Name: "waiters", Source: "bpf/testdata/waiters.c", Flags: []string{"-static", "-pthread"}},
 }
 

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -52,6 +53,7 @@ func TestEndToEnd(t *testing.T) {
 	t.Run("Load", func(t *testing.T) {
 		t.Run("Pprof", parallel(s.testPprof))
 		t.Run("Capture", parallel(s.testCapture))
+		t.Run("Wall", parallel(s.testWall))
 		t.Run("SecondAgent", parallel(s.testSecondAgent))
 		t.Run("Prometheus", parallel(s.testPrometheus))
 		t.Run("Collector", parallel(s.testCollector))
@@ -138,7 +140,29 @@ func (s *stack) startLoad(t *testing.T) {
 	s.burn = workload.Start(t, s.programs[workload.Burn], "1", loadSeconds)
 	s.burnGo = workload.Start(t, s.programs[workload.BurnGo], "1", loadSeconds)
 	s.pingpong = workload.Start(t, s.programs[workload.PingPong], "1", "0")
+	contain(t, s.pingpong)
 	s.fio = startFio(t, s, 40*time.Second)
+}
+
+// contain puts a process into a container of its own, so that there are two that wait for
+// each other.
+func contain(t *testing.T, p *workload.Process) {
+	t.Helper()
+	dir := "/sys/fs/cgroup/cpu"
+	if _, err := os.Stat(dir); err != nil {
+		dir = "/sys/fs/cgroup"
+	}
+	dir = filepath.Join(dir, "hostflame-e2e.service")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		p.Stop()
+		os.Remove(dir)
+	})
+	if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(p.PID)), 0); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // eventually asks until the answer is nil, or d has passed; then the last answer is the

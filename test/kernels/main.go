@@ -32,15 +32,16 @@ var matrix = []target{
 }
 
 type options struct {
-	targets   []target
-	packages  []string
-	run, skip string
-	short     bool
-	verbose   bool
-	newest    bool
-	cgroupV1  bool
-	timeout   time.Duration
-	cache     string
+	targets    []target
+	packages   []string
+	run, skip  string
+	short      bool
+	verbose    bool
+	newest     bool
+	cgroupV1   bool
+	parameters string
+	timeout    time.Duration
+	cache      string
 }
 
 func main() {
@@ -67,6 +68,7 @@ func parse(args []string) (o options, err error) {
 	f.BoolVar(&o.verbose, "v", false, "print every line that the machines say")
 	f.BoolVar(&o.newest, "update", false, "look for newer kernels than the cache has")
 	f.BoolVar(&o.cgroupV1, "cgroup-v1", false, "mount v1 hierarchies beside v2")
+	f.StringVar(&o.parameters, "append", "", "`parameters` of the kernel, such as preempt=full")
 	f.DurationVar(&o.timeout, "timeout", 10*time.Minute, "for one machine")
 	f.StringVar(&o.cache, "cache", "", "folder of the kernels; hostflame/kernels in the user's cache if empty")
 	f.Parse(args)
@@ -165,7 +167,7 @@ func test(ctx context.Context, k kernel, u *userland, disk string, o options) er
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()
 	var tests tally
-	verdicts, err := boot(ctx, machines[k.arch], image, initrd, disk, func(line string) {
+	verdicts, err := boot(ctx, machines[k.arch], image, initrd, disk, o.parameters, func(line string) {
 		if tests.count(line); o.verbose || !strings.HasPrefix(line, "=== ") {
 			fmt.Println(line)
 		}

@@ -42,13 +42,13 @@ var machines = map[string]machine{
 	},
 }
 
-// boot runs the machine until it powers off, hands each line that it says to out, and returns
+// boot runs the machine, with more parameters of the kernel, until it powers off, hands each line that it says to out, and returns
 // the verdicts of init. It kills the machine when ctx ends.
-func boot(ctx context.Context, m machine, kernel, initrd, disk string, out func(line string)) ([]guest.Verdict, error) {
+func boot(ctx context.Context, m machine, kernel, initrd, disk, parameters string, out func(line string)) ([]guest.Verdict, error) {
 	// A panic ends the machine: -no-reboot, and no wait before the reboot.
 	// The emulated TSC follows the clock of this machine, on all CPUs alike, but does not
 	// say so: the kernel would take it for unstable, and the run queues' clocks with it.
-	cmdline := "console=" + m.console + " loglevel=4 oops=panic panic=-1 tsc=reliable rdinit=/init"
+	cmdline := "console=" + m.console + " loglevel=4 oops=panic panic=-1 tsc=reliable rdinit=/init " + parameters
 	args := append([]string{"-smp", "2", "-m", "2G", "-display", "none", "-nodefaults",
 		"-no-reboot", "-serial", "stdio", "-kernel", kernel, "-initrd", initrd, "-append", cmdline,
 		"-drive", "if=virtio,format=raw,snapshot=on,file=" + disk}, m.args...)

@@ -29,6 +29,7 @@ const (
 	Storm      = "storm"      // short-lived processes
 	Threads    = "threads"    // hogs and sleepers that all live to the end
 	BadELF     = "badelf"     // runs code of a corrupt file
+	Phases     = "phases"     // computes, and waits in five ways
 	ShellStorm = "shellstorm" // sh, ls, expr, sed and gcc, over and over
 )
 
@@ -47,6 +48,7 @@ var builds = map[string][]string{
 	Storm:      {"gcc", "-O2", "-g", "src/storm.c"},
 	Threads:    {"gcc", "-O2", "-g", "-pthread", "src/threads.c"},
 	BadELF:     {"gcc", "-O2", "-g", "src/badelf.c"},
+	Phases:     {"gcc", "-O2", "-g", "-pthread", "src/phases.c"},
 	ShellStorm: {"gcc", "-O2", "-g", "src/shellstorm.c"},
 }
 

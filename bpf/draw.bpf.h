@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Sampling by time. Waits and blocked times of a thread are pieces of time, and those that
+ * points fall into are sampled that a Poisson process strews, one in mean_ns on average: a
+ * piece of d ns is taken with probability 1 - exp(-d / mean_ns), whatever was taken before.
+ * Weighed with the inverse of that the samples add up to the exact sums, without bias.
+ *
+ * What is left to the next point is counted down, so a piece that is not taken costs a
+ * multiplication. Lengths are in units of the mean, so that the mean may change at any
+ * time: it grows when there are more samples than is meant to be walked for. */
+#ifndef HF_DRAW_BPF_H
+#define HF_DRAW_BPF_H
+
+#include "abi.h"
+#include "kernel.bpf.h"
+#include "histogram.bpf.h"
+#include <bpf/bpf_helpers.h>
+
+/* A mean is 1 << HF_DRAW_SHIFT units. */
+#define HF_DRAW_SHIFT 40
+#define HF_DRAW_RATE_SHIFT 60
+#define HF_DRAW_PERIOD_NS 250000000ULL
+#define HF_DRAW_MAX_MEAN_NS (1ULL << 40)
+
+/* The least means, in ns; 0: nothing is sampled. */
+const volatile __u64 hf_wait_mean_ns = 0;
+const volatile __u64 hf_blocked_mean_ns = 0;
+/* Samples of one kind that a CPU takes in a second, on average, at most. */
+const volatile __u64 hf_draw_per_second = 100;
+
+/* log2(1 + i / 256) << 20 */
+const volatile __u32 hf_log2_fraction[512] = {};
+
+struct hf_draw {
+	__u64 left; /* to the next point; 0: not begun */
+	__u64 mean_ns;
+	__u64 rate; /* (1 << HF_DRAW_RATE_SHIFT) / mean_ns */
+	__u64 since_ns; /* ktime since when it counts in taken */
+	__u64 taken;
+};
+
+/* What the task that is being switched in is sampled for, when it runs. */
+struct hf_waiting {
+	struct hf_draw wait_draw;
+	struct hf_draw blocked_draw;
+	__u64 wait_ns;      /* 0: not sampled */
+	__u64 wait_mean_ns;
+	__u64 blocked_ns;
+	__u64 blocked_mean_ns;
+	__u64 task;         /* addresses: of the task, and of the one it waited for, 0 where that is */
+	__u64 by_task;      /* not known */
+	__u32 tid;          /* 0: nothing is pending */
+	__u32 by_pid;
+	char by[HF_COMM_LEN];
+	__u8 cause;         /* enum hf_cause */
+	__u8 iowait;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct hf_waiting);
+} hf_waitings SEC(".maps");
+
+/* -ln of a random number between 0 and 1: the way to the next point. */
+static __always_inline __u64 hf_draw_distance(void)
+{
+	__u64 r = bpf_get_prandom_u32() | 1, log, fraction, from, to;
+	__u32 exponent = hf_log2(r), i;
+
+	fraction = r << (31 - (exponent & 31)) & 0x7fffffff;
+	i = fraction >> 23;
+	bpf_barrier(i);
+	from = hf_log2_fraction[i & 511];
+	to = hf_log2_fraction[(i + 1) & 511];
+	log = ((__u64)exponent << 20) + from + ((to - from) * (fraction & 0x7fffff) >> 23);
+	/* ln 2 << 32; the low bits are as random as those of r. */
+	return (((32ULL << 20) - log) * 2977044472ULL >> 32) << 20 | (bpf_get_prandom_u32() & 0xfffff);
+}
+
+/* A sample was taken: draws the next point, and lets the mean follow the rate of samples. */
+static __noinline int hf_draw_again(struct hf_draw *d, __u64 least_ns, __u64 now)
+{
+	__u64 past, want, mean;
+
+	if (!d)
+		return 0;
+	d->left = hf_draw_distance() + 1;
+	mean = d->mean_ns;
+	if (!mean) {
+		mean = least_ns;
+		d->since_ns = now;
+	}
+	d->taken++;
+	past = now - d->since_ns;
+	want = hf_draw_per_second * (past >> 10) / 976563 + 1;
+	if (past > HF_DRAW_PERIOD_NS) {
+		/* Down by half at most: a pause says little of what comes. */
+		mean = d->taken * 2 < want ? mean / 2 : mean * d->taken / want;
+		d->since_ns = now;
+		d->taken = 0;
+	} else if (d->taken > hf_draw_per_second / 2) {
+		mean *= 2;
+		d->since_ns = now;
+		d->taken = 0;
+	}
+	if (mean < least_ns)
+		mean = least_ns;
+	if (mean > HF_DRAW_MAX_MEAN_NS)
+		mean = HF_DRAW_MAX_MEAN_NS;
+	if (!mean)
+		mean = 1;
+	d->mean_ns = mean;
+	d->rate = (1ULL << HF_DRAW_RATE_SHIFT) / mean;
+	return 0;
+}
+
+/* Whether a piece of ns is sampled; then *mean_ns gets the mean that this was decided by. */
+static __always_inline bool hf_drawn(struct hf_draw *d, __u64 ns, __u64 least_ns, __u64 now, __u64 *mean_ns)
+{
+	__u64 length;
+
+	if (!d->left) {
+		hf_draw_again(d, least_ns, now);
+		d->taken = 0;
+	}
+	if (ns < 8 * d->mean_ns)
+		length = ns * d->rate >> (HF_DRAW_RATE_SHIFT - HF_DRAW_SHIFT);
+	else if (ns < 128 * d->mean_ns)
+		length = (ns >> 4) * d->rate >> (HF_DRAW_RATE_SHIFT - HF_DRAW_SHIFT - 4);
+	else
+		length = ~0ULL;
+	if (length < d->left) {
+		d->left -= length;
+		return false;
+	}
+	*mean_ns = d->mean_ns;
+	hf_draw_again(d, least_ns, now);
+	return true;
+}
+
+#endif

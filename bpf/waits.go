@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+)
+
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types waits waits.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
+
+// State is what a thread was blocked for, as far as the kernel tells without its stack.
+type State uint8
+
+// The states.
+const (
+	StateOther     = State(cpuHfStateHF_STATE_OTHER)
+	StateBlockIO   = State(cpuHfStateHF_STATE_BLOCK_IO)  // the kernel's iowait
+	StateLock      = State(cpuHfStateHF_STATE_LOCK)      // in futex, for what looks like a lock
+	StateCondition = State(cpuHfStateHF_STATE_CONDITION) // in futex, for something else
+)
+
+// WaitSampling says how densely waits and blocked time are sampled: a point in every mean
+// time on average, at random, and the waits that points fall into are taken.
+type WaitSampling struct {
+	Wait    time.Duration // mean of run-queue waits; DefaultWaitMean if 0, none are taken if negative
+	Blocked time.Duration // least mean of blocked time; DefaultBlockedMean if 0, none is taken if negative
+	// PerSecond bounds the samples of each of the two on one CPU, on average: the means grow
+	// until that holds. DefaultWalks if 0.
+	PerSecond int
+}
+
+// The defaults of WaitSampling.
+const (
+	DefaultWaitMean    = 10 * time.Millisecond
+	DefaultBlockedMean = time.Millisecond
+	DefaultWalks       = 100
+)
+
+func (w WaitSampling) wait() uint64    { return uint64(max(cmp.Or(w.Wait, DefaultWaitMean), 0)) }
+func (w WaitSampling) blocked() uint64 { return uint64(max(cmp.Or(w.Blocked, DefaultBlockedMean), 0)) }
+
+// variables are the load-time constants of draw.bpf.h.
+func (w WaitSampling) variables() map[string]any {
+	var fractions [512]uint32
+	for i := range 257 {
+		fractions[i] = uint32(math.Round(math.Log2(1+float64(i)/256) * (1 << 20)))
+	}
+	return map[string]any{
+		waitsVarHfWaitMeanNs:    w.wait(),
+		waitsVarHfBlockedMeanNs: w.blocked(),
+		waitsVarHfDrawPerSecond: uint64(cmp.Or(w.PerSecond, DefaultWalks)),
+		waitsVarHfLog2Fraction:  fractions,
+	}
+}
+
+// Waits takes the stacks of threads that waited for a CPU (ProfileRunqueue) or were blocked
+// (ProfileOffCPU). The weights of the samples of either times what was observed add up to
+// the time that Sched counts, without bias. Drain and Wait are for one goroutine.
+type Waits struct {
+	object
+	rings *rings
+	iter  *link.Iter
+
+	mu    sync.Mutex
+	links []link.Link
+}
+
+// NewWaits takes the samples that s draws, by the unwind tables given, until Close; s and
+// tables are to outlive it. It needs a hook at the end of schedule(): the tracepoint
+// sched_exit_tp (Linux 6.16), or a kprobe.
+func NewWaits(s *Sched, tables *Tables) (_ *Waits, err error) {
+	spec, err := loadWaits()
+	if err != nil {
+		return nil, fmt.Errorf("parse waits object: %w", err)
+	}
+	size := ringSize(2 * cmp.Or(s.sampling.PerSecond, DefaultWalks))
+	variables := s.sampling.variables()
+	variables[waitsVarHfCgroupV1] = s.cgroupV1
+	variables[waitsVarHfRingHalf] = uint64(size / 2)
+	variables[waitsVarHfMaxFrames] = maxFrames()
+	variables[waitsVarHfAddressMask] = AddressMask()
+	kernel, err := btf.LoadKernelSpec()
+	if err != nil {
+		return nil, fmt.Errorf("load kernel BTF: %w", err)
+	}
+	exit, err := hasTracepoint(kernel, "sched_exit_tp")
+	if err != nil {
+		return nil, err
+	}
+	symbol := ""
+	if exit {
+		delete(spec.Programs, waitsProgHfWaitFinish)
+		variables[waitsVarHfSkipFrames] = uint32(2) // this program, and what calls the programs of tracepoints
+	} else {
+		delete(spec.Programs, waitsProgHfWaitExit)
+		if symbol, err = switchEnd(); err != nil {
+			return nil, err
+		}
+	}
+	if err := setVariables(spec, variables); err != nil {
+		return nil, err
+	}
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return nil, fmt.Errorf("count CPUs: %w", err)
+	}
+	spec.Maps[waitsMapHfRings].MaxEntries = uint32(cpus)
+	replace := tables.replace(spec)
+	replace[waitsMapHfTasks] = s.coll.Maps[schedMapHfTasks]
+	replace[waitsMapHfWaitings] = s.coll.Maps[schedMapHfWaitings]
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replace})
+	if err != nil {
+		return nil, fmt.Errorf("load waits object: %w", err)
+	}
+	w := &Waits{object: object{
+		coll:     coll,
+		programs: []string{waitsProgHfWaitExit, waitsProgHfBlockedIter},
+		reasons:  []DropReason{DropRingFull, DropNoRing},
+	}}
+	defer func() {
+		if err != nil {
+			w.Close()
+		}
+	}()
+	if w.rings, err = newRings(coll.Maps[waitsMapHfRings], size); err != nil {
+		return nil, err
+	}
+	if w.iter, err = link.AttachIter(link.IterOptions{Program: coll.Programs[waitsProgHfBlockedIter]}); err != nil {
+		return nil, fmt.Errorf("prepare the walk over threads: %w", err)
+	}
+	var l link.Link
+	if exit {
+		l, err = link.AttachTracing(link.TracingOptions{Program: coll.Programs[waitsProgHfWaitExit]})
+	} else {
+		w.programs[0] = waitsProgHfWaitFinish
+		l, err = link.Kprobe(symbol, coll.Programs[waitsProgHfWaitFinish], nil)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("attach to the end of schedule: %w", err)
+	}
+	w.links = append(w.links, l)
+	return w, nil
+}
+
+// switchEnd is the kernel's name of finish_task_switch: compilers append to it.
+func switchEnd() (string, error) {
+	b, err := os.ReadFile("/proc/kallsyms")
+	if err != nil {
+		return "", fmt.Errorf("look for finish_task_switch: %w", err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) == 3 && (f[2] == "finish_task_switch" || strings.HasPrefix(f[2], "finish_task_switch.")) {
+			return f[2], nil
+		}
+	}
+	return "", errors.New("look for finish_task_switch: no such kernel function")
+}
+
+// Drain hands every sample that the kernel has taken to fn. The sample is valid during
+// the call only: its memory is used again.
+func (w *Waits) Drain(fn func(*Sample)) error { return w.rings.drain(fn) }
+
+// Wait returns when a ring is half full, after d, or, with its error, when ctx ends.
+func (w *Waits) Wait(ctx context.Context, d time.Duration) error { return w.rings.wait(ctx, d) }
+
+// Observe samples threads that are blocked now from the time since they were, or since the
+// last Observe: what ends later counts from here on.
+func (w *Waits) Observe() error {
+	r, err := w.iter.Open()
+	if err != nil {
+		return fmt.Errorf("walk blocked threads: %w", err)
+	}
+	defer r.Close()
+	for {
+		_, err := io.Copy(io.Discard, r)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EAGAIN) {
+			return fmt.Errorf("walk blocked threads: %w", err)
+		}
+	}
+}
+
+// Stats returns the counters of the object.
+func (w *Waits) Stats() (Stats, error) { return w.stats() }
+
+// Detach stops sampling. What is in the rings can still be drained.
+func (w *Waits) Detach() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var errs []error
+	for _, l := range w.links {
+		errs = append(errs, l.Close())
+	}
+	w.links = nil
+	return errors.Join(errs...)
+}
+
+// Close detaches and frees everything. It is idempotent.
+func (w *Waits) Close() error {
+	errs := []error{w.Detach()}
+	if w.iter != nil {
+		errs = append(errs, w.iter.Close())
+		w.iter = nil
+	}
+	if w.rings != nil {
+		errs = append(errs, w.rings.close())
+		w.rings = nil
+	}
+	w.coll.Close()
+	return errors.Join(errs...)
+}

@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf
+
+import (
+	"math"
+	"os"
+	"os/exec"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/hostflame/hostflame/internal/kerneltest"
+)
+
+func newWaits(t *testing.T, sampling WaitSampling) (*Sched, *Waits) {
+	t.Helper()
+	kerneltest.Require(t)
+	s, err := NewSched(SchedConfig{CgroupV1: CPUControllerV1(), Sampling: sampling})
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	t.Cleanup(func() { s.Close() })
+	tables, err := NewTables(DefaultTableMemory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tables.Close() })
+	w, err := NewWaits(s, tables)
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	t.Cleanup(func() { w.Close() })
+	return s, w
+}
+
+// sampled is what the samples of one profile stand for, and the variance of that.
+type sampled struct {
+	n        int
+	nanos    float64
+	variance float64
+}
+
+func (s *sampled) add(x *Sample) {
+	w := float64(x.Value) / float64(x.Duration)
+	s.n++
+	s.nanos += float64(x.Value)
+	// Of an estimator of Horvitz and Thompson's whose draws are independent.
+	s.variance += float64(x.Duration) * float64(x.Duration) * w * (w - 1)
+}
+
+// check compares with the exact sum: the larger of share of it and four standard errors.
+func (s *sampled) check(t *testing.T, what string, exact uint64, share float64) {
+	t.Helper()
+	e := float64(exact)
+	allowed := max(share*e, 4*math.Sqrt(s.variance))
+	t.Logf("%s: %d samples stand for %.3f s of %.3f s, %+.2f %% (allowed %.2f %%)", what, s.n, s.nanos/1e9, e/1e9, 100*(s.nanos-e)/e, 100*allowed/e)
+	if s.n == 0 || math.Abs(s.nanos-e) > allowed {
+		t.Errorf("%s: the samples do not add up", what)
+	}
+}
+
+// drainFor drains as the agent does, while d goes by.
+func (w *Waits) drainFor(t *testing.T, d time.Duration, fn func(*Sample)) {
+	t.Helper()
+	for end := time.Now().Add(d); ; {
+		if err := w.Drain(fn); err != nil {
+			t.Fatal(err)
+		}
+		left := time.Until(end)
+		if left <= 0 {
+			return
+		}
+		time.Sleep(min(left, 250*time.Millisecond))
+	}
+}
+
+// runThreads starts the workload threads and ends it with the test.
+func runThreads(t *testing.T, args ...string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command(kerneltest.BuildProgram(t, "threads"), args...)
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	return cmd
+}
+
+// The samples add up to what the hook counts, for the host and for a container.
+func TestWaitsAddUp(t *testing.T) {
+	d := 60 * time.Second
+	if testing.Short() {
+		d = 10 * time.Second
+	}
+	s, w := newWaits(t, WaitSampling{})
+	kerneltest.MeasureLock(t)
+	c := newCgroup(t, "waits")
+	load := runThreads(t, "20", "3", strconv.Itoa(int(d.Seconds())+10))
+	c.set(t, "cgroup.procs", strconv.Itoa(load.Process.Pid))
+	id, err := strconv.ParseUint(c.name, 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Second)
+	w.drainFor(t, 0, func(*Sample) {})
+	hostBefore, containersBefore, err := s.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var host, wait, blocked sampled
+	w.drainFor(t, d, func(x *Sample) {
+		if x.Profile == ProfileRunqueue {
+			host.add(x)
+		}
+		if x.Cgroup != id {
+			return
+		}
+		switch x.Profile {
+		case ProfileRunqueue:
+			wait.add(x)
+		case ProfileOffCPU:
+			blocked.add(x)
+		}
+	})
+	hostAfter, containersAfter, err := s.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	grown := byName(containersAfter)[c.name].since(byName(containersBefore)[c.name])
+	host.check(t, "waits of the host", hostAfter.Latency.Sum-hostBefore.Latency.Sum, 0.03)
+	wait.check(t, "waits of the container", grown.Latency.Sum, 0.03)
+	blocked.check(t, "blocked time of the container", grown.Blocked.Sum+grown.BlockedIO.Sum, 0.03)
+	if st, err := w.Stats(); err != nil || st.Dropped[DropRingFull] > 0 {
+		t.Errorf("drops %v, %v", st.Dropped, err)
+	}
+}
+
+// With a mean that is far below every wait each of them is a sample of its own.
+func TestWaitsAllTaken(t *testing.T) {
+	s, w := newWaits(t, WaitSampling{Wait: time.Nanosecond, Blocked: time.Nanosecond, PerSecond: 100_000})
+	c := newCgroup(t, "all-waits")
+	load := runThreads(t, "3", "1", "20")
+	c.set(t, "cgroup.procs", strconv.Itoa(load.Process.Pid))
+	time.Sleep(500 * time.Millisecond)
+	w.drainFor(t, 0, func(*Sample) {})
+	_, before, err := s.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wait, blocked sampled
+	w.drainFor(t, 5*time.Second, func(x *Sample) {
+		switch id := strconv.FormatUint(x.Cgroup, 10); {
+		case id != c.name:
+		case x.Weight != 1:
+			t.Errorf("weight %d of %d ns", x.Weight, x.Duration)
+		case x.Profile == ProfileRunqueue:
+			wait.add(x)
+		case x.Profile == ProfileOffCPU:
+			blocked.add(x)
+		}
+	})
+	_, after, err := s.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	grown := byName(after)[c.name].since(byName(before)[c.name])
+	// The sums are not read at the moment of the drains, and an emulated CPU is slow.
+	share := 0.01
+	if kerneltest.InVM() {
+		share = 0.03
+	}
+	wait.variance, blocked.variance = 0, 0
+	wait.check(t, "waits", grown.Latency.Sum, share)
+	blocked.check(t, "blocked time", grown.Blocked.Sum+grown.BlockedIO.Sum, share)
+	if n := grown.Latency.Count(); math.Abs(float64(n)-float64(wait.n)) > share*float64(n) {
+		t.Errorf("%d samples of %d waits", wait.n, n)
+	}
+}
+
+// Where many threads sleep for short times the mean grows, and no more stacks are walked than
+// was asked for.
+func TestWaitsKeepTheRate(t *testing.T) {
+	const perSecond = 50
+	_, w := newWaits(t, WaitSampling{Wait: time.Microsecond, Blocked: time.Microsecond, PerSecond: perSecond})
+	runThreads(t, "100", "2", "30")
+	w.drainFor(t, 3*time.Second, func(*Sample) {})
+	n := map[Profile]int{}
+	start := time.Now()
+	w.drainFor(t, 5*time.Second, func(x *Sample) { n[x.Profile]++ })
+	cpus, err := OnlineCPUs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []Profile{ProfileRunqueue, ProfileOffCPU} {
+		rate := float64(n[p]) / time.Since(start).Seconds() / float64(len(cpus))
+		t.Logf("profile %d: %.0f samples a second and CPU", p, rate)
+		if rate > 1.5*perSecond || rate < perSecond/4 {
+			t.Errorf("profile %d: %.0f samples a second and CPU, want about %d", p, rate, perSecond)
+		}
+	}
+}
+
+// A thread that stays blocked is sampled while it is, from when that was last asked for.
+func TestWaitsObserveTheBlocked(t *testing.T) {
+	_, w := newWaits(t, WaitSampling{PerSecond: 2000}) // of all that are idle on this host
+	cmd := runThreads(t, "0", "0", "1000")             // the main thread sleeps
+	time.Sleep(200 * time.Millisecond)
+	var got sampled
+	observe := func() {
+		if err := w.Observe(); err != nil {
+			t.Fatal(err)
+		}
+		w.drainFor(t, 0, func(x *Sample) {
+			if x.PID != uint32(cmd.Process.Pid) || x.Profile != ProfileOffCPU {
+				return
+			}
+			got.add(x)
+			if len(x.Kernel) == 0 || x.UserOutcome != OutcomeNoTable || len(x.Stack) == 0 {
+				t.Errorf("%d kernel frames, %v, %d bytes of user stack", len(x.Kernel), x.UserOutcome, len(x.Stack))
+			}
+		})
+	}
+	observe()
+	got = sampled{}
+	start := time.Now()
+	for range 20 {
+		time.Sleep(100 * time.Millisecond)
+		observe()
+	}
+	got.check(t, "a sleep", uint64(time.Since(start)), 0.03)
+}
+
+// finish_task_switch does where there is no tracepoint at the end of schedule().
+func TestWaitsHook(t *testing.T) {
+	_, w := newWaits(t, WaitSampling{})
+	st, err := w.Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Log(st.Programs[0].Name)
+	runThreads(t, "5", "2", "10")
+	user := 0
+	w.drainFor(t, 2*time.Second, func(x *Sample) {
+		if len(x.User) > 0 && x.Profile == ProfileRunqueue {
+			user++
+		}
+		if len(x.Kernel) == 0 && x.KernelOutcome == OutcomeComplete {
+			t.Error("complete, and no kernel frames")
+		}
+	})
+	if user == 0 {
+		t.Error("no user stacks of waits")
+	}
+}

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package profiler
+
+import (
+	"time"
+
+	"github.com/hostflame/hostflame/bpf"
+)
+
+var minDuration = &Least{"min_duration", func(s *bpf.Sample) uint64 { return s.Duration }}
+
+// Runqueue is the profile type of the time that threads were runnable and had no CPU.
+func Runqueue() Type {
+	return Type{
+		Name:    "runqueue",
+		Samples: []bpf.Profile{bpf.ProfileRunqueue},
+		Values: []Value{
+			{ValueType{"waits", "count"}, weighed},
+			{ValueType{"delay", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value }},
+		},
+		Period: Period{ValueType{"runqueue", "nanoseconds"}, 1},
+		Labels: []Label{
+			{"cause", func(s *bpf.Sample) string { return s.Cause.String() }},
+			{"culprit", func(s *bpf.Sample) string {
+				if s.ByPID == 0 {
+					return ""
+				}
+				return s.By.String()
+			}},
+		},
+		Least: minDuration,
+	}
+}
+
+// OffCPU is the profile type of the time that threads neither ran nor were runnable. Their
+// states are names's.
+func OffCPU(states *States) Type {
+	return Type{
+		Name:    "offcpu",
+		Samples: []bpf.Profile{bpf.ProfileOffCPU},
+		Values: []Value{
+			{ValueType{"sleeps", "count"}, weighed},
+			{ValueType{"blocked", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value }},
+		},
+		Period: Period{ValueType{"offcpu", "nanoseconds"}, 1},
+		Labels: states.labels(),
+		Least:  minDuration,
+	}
+}
+
+// Wall is the profile type of all the time of threads, by what they did: the samples of CPU
+// time, of waits and of blocked time together. How many stacks a value is from tells how far
+// it can be trusted.
+func Wall(frequency int, states *States) Type {
+	return Type{
+		Name:    "wall",
+		Samples: []bpf.Profile{bpf.ProfileCPU, bpf.ProfileRunqueue, bpf.ProfileOffCPU},
+		Values: []Value{
+			{ValueType{"stacks", "count"}, func(*bpf.Sample) uint64 { return 1 }},
+			{ValueType{"wall", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value }},
+		},
+		Period: Period{ValueType{"wall", "nanoseconds"}, int64(time.Second) / int64(frequency)},
+		Labels: states.labels(),
+		Least:  minDuration,
+	}
+}
