@@ -98,6 +98,10 @@ test-fuzz: ## Run each fuzz target of the symbolizer for FUZZTIME
 		done; \
 	done
 
+.PHONY: test-block
+test-block: packages ## Hold all jobs of the pairwise list against /proc/diskstats (root, 3 minutes)
+	$(SUDO) env "PATH=$$PATH" $(GO) test ./bpf -run TestBlockPairwise -all -count 1 -v -timeout 30m
+
 .PHONY: bench
 bench: packages build ## Measure the agent beside runqlat and biolatency, in one run (root)
 	$(SUDO) env "PATH=$$PATH" $(GO) run ./test/bench -vmlinux "$$(.ci/vmlinux)" $(ARGS)

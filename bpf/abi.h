@@ -18,6 +18,8 @@
 /* Cells of a time histogram, padded: internal/histogram has 233. */
 #define HF_TIME_CELLS 240
 #define HF_SIZE_CELLS 24
+/* internal/histogram has 15. */
+#define HF_DEPTH_CELLS 15
 /* Cells of a histogram of run-queue lengths: up to 1, 2, 4 ... 1,024, and more. */
 #define HF_LENGTH_CELLS 12
 
@@ -245,8 +247,33 @@ enum hf_operation {
 	HF_OPERATION_WRITE = 1,
 	HF_OPERATION_FLUSH = 2,
 	HF_OPERATION_DISCARD = 3,
-	HF_OPERATION_OTHER = 4,
-	HF_OPERATIONS = 5,
+	HF_OPERATION_WRITE_ZEROES = 4,
+	HF_OPERATION_OTHER = 5,
+	HF_OPERATIONS = 6,
+};
+
+/* Why a request failed: its blk_status_t (include/linux/blk_types.h), of which the first
+ * ten are the same in all kernels since 4.13. */
+enum hf_block_error {
+	HF_BLOCK_ERROR_IO = 0, /* BLK_STS_IOERR */
+	HF_BLOCK_ERROR_NOT_SUPPORTED = 1,
+	HF_BLOCK_ERROR_TIMEOUT = 2,
+	HF_BLOCK_ERROR_NO_SPACE = 3,
+	HF_BLOCK_ERROR_TRANSPORT = 4,
+	HF_BLOCK_ERROR_TARGET = 5,
+	HF_BLOCK_ERROR_RESERVATION = 6,
+	HF_BLOCK_ERROR_MEDIUM = 7,
+	HF_BLOCK_ERROR_PROTECTION = 8,
+	HF_BLOCK_ERROR_OTHER = 9,
+	HF_BLOCK_ERRORS = 10,
+};
+
+/* What requests are flagged as. */
+enum hf_block_flag {
+	HF_BLOCK_SYNC = 0, /* somebody waits for it: reads, REQ_SYNC, REQ_FUA, REQ_PREFLUSH (op_is_sync) */
+	HF_BLOCK_READAHEAD = 1,
+	HF_BLOCK_METADATA = 2,
+	HF_BLOCK_CHARGED = 3, /* by container: the bio's own, not its submitter's */
 };
 
 /* Requests of one device and operation on one CPU. What one request touches is close
@@ -256,16 +283,51 @@ struct hf_block_io {
 	__u64 queue_ns;
 	__u64 device_ns;
 	__u64 bytes;
+	__u64 flagged[4]; /* by enum hf_block_flag */
 	__u64 sizes[HF_SIZE_CELLS];
+	__u64 depths[HF_DEPTH_CELLS]; /* of requests that were issued */
+	__u64 depth_sum;
 	struct hf_block_times {
 		__u64 total;  /* start to last byte */
 		__u64 device; /* last issue to last byte */
 		__u64 queue;  /* the rest */
 	} times[256]; /* HF_TIME_CELLS, and a power of two */
-	__u64 errors;
+	__u64 errors[16]; /* by enum hf_block_error; a power of two */
 	__u64 unbooked; /* requests that /proc/diskstats does not count */
+	__u64 merges;   /* bios and requests that went into a request that waited */
+	__u64 requeues; /* issues that the driver sent back */
+	__u64 splits;   /* bios cut in two because the device takes no larger ones */
 };
 _Static_assert(sizeof(struct hf_block_io) <= 32768, "limit of a per-CPU map value");
+
+/* Bios of one device and operation on one CPU, of devices that have no requests. */
+struct hf_bio_io {
+	__u64 total_ns;
+	__u64 bytes;
+	__u64 errors;
+	__u64 sizes[HF_SIZE_CELLS];
+	__u64 times[256]; /* HF_TIME_CELLS, and a power of two */
+};
+
+/* Device time of a request whose issue was not seen, and of one that the device never got. */
+#define HF_BLOCK_UNKNOWN (~0ULL)
+#define HF_BLOCK_NEVER (~0ULL - 1)
+
+/* A sampled request has ended. It follows the sample of its start, whose value is the key,
+ * in a ring, perhaps another CPU's. */
+struct hf_block_end {
+	__u64 key;
+	__u64 time_ns;   /* boot clock, as that of the sample, which is after the walk */
+	__u64 total_ns;
+	__u64 device_ns; /* HF_BLOCK_UNKNOWN: the issue was not seen */
+	__u64 cgroup_id; /* of the bio's blkcg, 0: none; blkio hierarchy on v1 and hybrid hosts */
+	__u32 bytes;
+	__u32 device;    /* slot */
+	__u8 operation;  /* enum hf_operation */
+	__u8 absorbed;   /* it went into another request and has no end of its own */
+	__u8 pad[6];
+};
+_Static_assert(sizeof(struct hf_block_end) < sizeof(struct hf_sample), "told apart by size");
 
 /* A whole disk that had I/O. */
 struct hf_block_device {

@@ -6,99 +6,29 @@
 #include "kernel.bpf.h"
 #include "counters.bpf.h"
 #include "histogram.bpf.h"
-
-#include <bpf/bpf_core_read.h>
-#include <bpf/bpf_helpers.h>
-#include <bpf/bpf_tracing.h>
-
-#define REQ_OP_MASK 255
-#define likely(x) __builtin_expect(!!(x), 1)
-#define unlikely(x) __builtin_expect(!!(x), 0)
-#define HF_MAX_DEVICES 64
+#include "block_place.bpf.h"
+#include "block_sample.bpf.h"
 
 enum {
 	HF_RAN_START = 0,
 	HF_RAN_ISSUE = 1,
 	HF_RAN_DONE = 2,
 	HF_RAN_DISK = 3,
+	HF_RAN_REQUEUE = 4,
+	HF_RAN_ABSORB = 5,
+	HF_RAN_BACK = 6,
+	HF_RAN_FRONT = 7,
+	HF_RAN_SPLIT = 8,
 };
 
-#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
-struct backing_dev_info {
-	struct device *dev;
-};
-
-struct gendisk___bdi {
-	struct backing_dev_info *bdi;
-};
-#pragma clang attribute pop
-
-/* How many requests have a place in hf_block_state. */
-const volatile __u64 hf_states = 0;
 /* The kernel has no block_io_start: starts are the kernel's own stamps. */
 const volatile bool hf_kernel_start = false;
-/* hf_block_disk is attached. */
-const volatile bool hf_disk_seen = false;
 /* Flags of request.rq_flags, whose bits have changed: user space finds them. */
 const volatile __u32 hf_flush_seq = 0;
 const volatile __u32 hf_io_stat = 0;
 
-enum hf_operation *hf_export_operation __attribute__((unused));
-
-enum {
-	HF_FAILED = 1,    /* a part of it failed */
-	HF_DATA_DONE = 2, /* data step of a flush sequence: the device is through with it */
-};
-
-/* One request in flight. A place belongs to a tag, and the request is stored with it: one
- * that was merged away, or whose end was not seen, is overwritten by the next. */
-struct hf_block_state {
-	__u64 rq;    /* the request, 0: none */
-	__u64 start; /* ns, 0: not seen */
-	__u64 issue; /* of the last issue, ns, 0: not seen; with HF_DATA_DONE the device time */
-	__u32 bytes; /* the most seen: bios merge in after the start, parts complete before the end */
-	__u32 flags;
-};
-_Static_assert(sizeof(struct hf_block_state) == 32, "half a cache line");
-
-/* Where the requests of one request_queue have their places: base + hardware context *
- * depth + tag, then one for the flush request of each hardware context. */
-struct hf_block_queue {
-	__u64 queue;   /* the request_queue, 0: none, or about to change */
-	__u64 diskseq; /* tells a new disk at the address of an old one */
-	__u64 disks;   /* hf_disks when the diskseq was looked at, 0: look every time */
-	__u32 base, places, depth, hctxs;
-	__u32 device; /* slot + 1, 0: none */
-	__u32 busy;   /* being written */
-	__u32 full;   /* no places left for it */
-	__u32 pad[3];
-};
-_Static_assert(sizeof(struct hf_block_queue) == 64, "a cache line");
-
-/* Values of a map that can be mapped are aligned to pages, and so to cache lines. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(map_flags, BPF_F_MMAPABLE);
-	__uint(max_entries, 1); /* hf_states */
-	__type(key, __u32);
-	__type(value, struct hf_block_state);
-} hf_block_state SEC(".maps");
-
-/* By request_queue.id, which the kernel keeps small and dense. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(map_flags, BPF_F_MMAPABLE);
-	__uint(max_entries, 1); /* sized by user space */
-	__type(key, __u32);
-	__type(value, struct hf_block_queue);
-} hf_block_queue SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, HF_MAX_DEVICES); /* lowered by user space */
-	__type(key, __u32);
-	__type(value, struct hf_block_device);
-} hf_block_dev SEC(".maps");
+enum hf_block_error *hf_export_error __attribute__((unused));
+enum hf_block_flag *hf_export_flag __attribute__((unused));
 
 /* By device slot * HF_OPERATIONS + operation. */
 struct {
@@ -108,24 +38,11 @@ struct {
 	__type(value, struct hf_block_io);
 } hf_block_cells SEC(".maps");
 
-/* Places handed out. */
-__u64 hf_places = 0;
-/* Grows with each disk that is added: until then every queue has the disk that it had. */
-__u64 hf_disks = 1;
-
-#define OP(name) bpf_core_enum_value(enum req_op, REQ_OP_##name)
-
-static __always_inline enum hf_operation operation(__u32 op)
+static __always_inline struct hf_block_io *cells_of(__u32 device, enum hf_operation op)
 {
-	if (op == OP(READ))
-		return HF_OPERATION_READ;
-	if (op == OP(WRITE) || op == OP(ZONE_APPEND) || op == OP(WRITE_ZEROES))
-		return HF_OPERATION_WRITE;
-	if (op == OP(FLUSH))
-		return HF_OPERATION_FLUSH;
-	if (op == OP(DISCARD))
-		return HF_OPERATION_DISCARD;
-	return HF_OPERATION_OTHER;
+	__u32 i = (device - 1) * HF_OPERATIONS + op;
+
+	return bpf_map_lookup_elem(&hf_block_cells, &i);
 }
 
 /* The request that the flush machinery sends to the device: its own request structure on
@@ -135,187 +52,62 @@ static __always_inline bool is_flush_rq(__u32 rq_flags, __u32 op)
 	return op == OP(FLUSH) && (rq_flags & hf_flush_seq);
 }
 
-/* The slot + 1 of the device whose name has this hash, one more if there is none yet;
- * 0 when all are taken. Not static: the verifier then looks at the loop only once. */
-__noinline __u32 hf_claim_slot(__u64 key)
+/* What the device has of the request is one less. */
+static __always_inline void give_back(struct hf_block_places *e, struct request *rq)
 {
-	struct hf_block_device *d;
-	__u32 i, slot;
-	__u64 seen;
+	struct hf_block_request *c = find_context(e, rq);
 
-	for (i = 0; i < HF_MAX_DEVICES; i++) {
-		slot = i;
-		d = bpf_map_lookup_elem(&hf_block_dev, &slot);
-		if (!d)
-			break;
-		seen = d->key;
-		if (!seen)
-			seen = __sync_val_compare_and_swap(&d->key, 0, key);
-		if (!seen || seen == key)
-			return i + 1;
+	if (c)
+		__sync_fetch_and_add(&c->issued, -1);
+}
+
+/* Whether the device has the request that s is of, as far as was seen. */
+static __always_inline bool at_device(struct hf_block_request *s)
+{
+	return s->rq && s->issue && !s->data_done;
+}
+
+/* The device gets the request. */
+static __always_inline void to_device(struct hf_block_places *e, struct hf_block_request *s, struct request *rq)
+{
+	struct hf_block_request *c = find_context(e, rq);
+
+	if (c) {
+		__u32 depth = __sync_fetch_and_add(&c->issued, 1) + 1;
+
+		s->depth = depth < HF_MAX_DEPTH ? depth : HF_MAX_DEPTH;
 	}
-	return 0;
+	s->issue = bpf_ktime_get_ns();
 }
 
-/* The device's slot + 1, or 0 when all are taken. A name has one slot for good, so that
- * a device that comes back continues its series. */
-static __noinline __u32 device_slot(struct gendisk *disk)
+/* The key of the sample that is to be taken, 0: none. */
+static __always_inline __u64 start(struct hf_block_places *e, struct hf_block_request *s, struct request *rq)
 {
-	union {
-		char name[32];
-		__u64 words[4];
-	} u = {};
-	struct hf_block_device *d;
-	__u32 i, device;
-	__u64 key = 0;
-
-	bpf_probe_read_kernel_str(u.name, sizeof(u.name), &disk->disk_name);
-	for (i = 0; i < 4; i++) {
-		key = (key ^ u.words[i]) * 0x9e3779b97f4a7c15ULL;
-		key ^= key >> 32;
-	}
-	if (!key)
-		key = 1;
-	device = hf_claim_slot(key);
-	i = device - 1;
-	d = bpf_map_lookup_elem(&hf_block_dev, &i);
-	if (!d)
-		return 0;
-	/* Whoever else writes now writes the same. */
-	d->major = disk->major;
-	d->minor = disk->first_minor;
-	__builtin_memcpy(d->name, u.name, sizeof(d->name));
-	__sync_lock_test_and_set(&d->ready, 1);
-	return device;
-}
-
-/* Gives the queue its places, the old ones if they suffice. */
-static __always_inline bool reserve(struct hf_block_queue *e, struct request_queue *q)
-{
-	struct blk_mq_tag_set *set = q->tag_set;
-	__u64 depth, hctxs, need, base;
-
-	/* With a scheduler a request is named by its scheduler tag, else by the device's.
-	 * Shared tags are unique over all hardware contexts. */
-	depth = q->elevator ? q->nr_requests : set->queue_depth;
-	hctxs = set->shared_tags ? 1 : q->nr_hw_queues;
-	need = hctxs * depth + q->nr_hw_queues;
-	if (need > e->places) {
-		if (need > hf_states)
-			return false;
-		base = __sync_fetch_and_add(&hf_places, need);
-		if (base + need > hf_states) {
-			__sync_fetch_and_add(&hf_places, -need);
-			return false;
-		}
-		e->base = base;
-		e->places = need;
-	}
-	e->depth = depth;
-	e->hctxs = hctxs;
-	return true;
-}
-
-/* A disk's backing_dev_info is registered before its first request, which hf_block_disk sees;
- * but that of a hidden disk (a path of NVMe multipath) never is. */
-static __always_inline __u64 looked_at(struct gendisk *disk, __u64 disks)
-{
-	return hf_disk_seen && ((struct gendisk___bdi *)disk)->bdi->dev ? disks : 0;
-}
-
-/* Fills the entry of a queue that was not seen yet, whose disk is another one, or that
- * grew. Of several CPUs one does it; for the others the queue is not there yet. */
-static __noinline int learn(struct hf_block_queue *e, struct request_queue *q)
-{
-	struct gendisk *disk = q->disk;
-	__u64 disks = hf_disks;
-
-	if (!disk || __sync_val_compare_and_swap(&e->busy, 0, 1))
-		return 0;
-	__sync_lock_test_and_set(&e->queue, 0);
-	e->full = !reserve(e, q);
-	e->diskseq = disk->diskseq;
-	e->disks = looked_at(disk, disks);
-	e->device = device_slot(disk);
-	__sync_lock_test_and_set(&e->queue, (__u64)q);
-	__sync_lock_test_and_set(&e->busy, 0);
-	return 0;
-}
-
-/* The queue's entry, if it is known. That its disk is still the same is looked at where
- * requests start. */
-static __always_inline struct hf_block_queue *find_queue(struct request_queue *q)
-{
-	__u32 id = q->id;
-	struct hf_block_queue *e = bpf_map_lookup_elem(&hf_block_queue, &id);
-
-	return e && e->queue == (__u64)q ? e : NULL;
-}
-
-static __always_inline struct hf_block_state *find_state(struct hf_block_queue *e, struct request *rq)
-{
-	__u32 i = 0;
-	int tag = rq->internal_tag;
-
-	if (tag < 0)
-		tag = rq->tag;
-	if ((__u32)tag >= e->depth)
-		return NULL;
-	if (e->hctxs > 1)
-		i = rq->mq_hctx->queue_num * e->depth;
-	i += tag;
-	if (i >= e->places)
-		return NULL;
-	i += e->base;
-	return bpf_map_lookup_elem(&hf_block_state, &i);
-}
-
-static __always_inline struct hf_block_state *find_flush_state(struct hf_block_queue *e, struct request *rq)
-{
-	__u32 i = e->hctxs * e->depth + rq->mq_hctx->queue_num;
-
-	if (i >= e->places)
-		return NULL;
-	i += e->base;
-	return bpf_map_lookup_elem(&hf_block_state, &i);
-}
-
-/* find_queue for all that is not known yet or not any more. */
-static __always_inline struct hf_block_queue *learn_queue(struct request_queue *q)
-{
-	__u32 id = q->id;
-	struct hf_block_queue *e = bpf_map_lookup_elem(&hf_block_queue, &id);
-	__u64 disks = hf_disks;
-
-	if (!e)
-		return NULL;
-	if (e->queue != (__u64)q || e->diskseq != q->disk->diskseq)
-		learn(e, q);
-	else if (e->disks != disks)
-		e->disks = looked_at(q->disk, disks);
-	return e->queue == (__u64)q ? e : NULL;
-}
-
-static __always_inline int start(struct hf_block_state *s, struct request *rq)
-{
-	/* The tag is free again, so the request before has ended; one that was merged away was
-	 * never issued. Its end ran no program: some virtual machines hide process 1 from BPF, and
-	 * with it the interrupts that come while it is current. */
-	if (unlikely(s->rq && s->issue))
+	/* The tag is free again, so the request before has ended. Its end ran no program: some
+	 * virtual machines hide process 1 from BPF, and with it the interrupts that come while it
+	 * is current. */
+	if (unlikely(at_device(s))) {
+		give_back(e, rq);
 		drop(HF_DROP_NO_END);
+	}
 	s->rq = (__u64)rq;
 	s->issue = 0;
 	s->bytes = rq->__data_len;
-	s->flags = 0;
+	s->word = 0;
 	s->start = bpf_ktime_get_ns();
-	return 0;
+	if (hf_by_container)
+		attribute(s, rq, true);
+	if (!hf_stack_rate)
+		return 0;
+	draw(e, s, operation(rq->cmd_flags & REQ_OP_MASK));
+	return s->sampled ? sample_key(s) : 0;
 }
 
-static __noinline int slow_start(struct request *rq)
+static __noinline __u64 slow_start(struct request *rq)
 {
 	struct request_queue *q = rq->q;
-	struct hf_block_queue *e = learn_queue(q);
-	struct hf_block_state *s;
+	struct hf_block_places *e = learn_queue(q);
+	struct hf_block_request *s;
 
 	if (!e)
 		return 0;
@@ -326,25 +118,25 @@ static __noinline int slow_start(struct request *rq)
 		s = find_state(e, rq);
 	}
 	/* What has no place is counted when it completes. */
-	return s ? start(s, rq) : 0;
+	return s ? start(e, s, rq) : 0;
 }
 
-static __always_inline int handle_start(struct request *rq)
+static __always_inline __u64 handle_start(struct request *rq)
 {
-	struct hf_block_queue *e = find_queue(rq->q);
-	struct hf_block_state *s = NULL;
+	struct hf_block_places *e = find_queue(rq->q);
+	struct hf_block_request *s = NULL;
 
 	hf_ran(HF_RAN_START);
 	if (likely(e && e->disks == hf_disks))
 		s = find_state(e, rq);
 	if (unlikely(!s))
 		return slow_start(rq);
-	return start(s, rq);
+	return start(e, s, rq);
 }
 
 /* True when what is stored is of an earlier use of the same request: its end and the
  * start of this use were both missed, as when a program would have nested in itself. */
-static __always_inline bool is_stale(struct hf_block_state *s, struct request *rq)
+static __always_inline bool is_stale(struct hf_block_request *s, struct request *rq)
 {
 	return (rq->rq_flags & hf_io_stat) && rq->start_time_ns > s->issue;
 }
@@ -353,8 +145,8 @@ static __always_inline bool is_stale(struct hf_block_state *s, struct request *r
 static __noinline int slow_issue(struct request *rq)
 {
 	bool flush = is_flush_rq(rq->rq_flags, rq->cmd_flags & REQ_OP_MASK);
-	struct hf_block_queue *e = learn_queue(rq->q);
-	struct hf_block_state *s;
+	struct hf_block_places *e = learn_queue(rq->q);
+	struct hf_block_request *s;
 
 	if (!e)
 		return 0;
@@ -362,21 +154,28 @@ static __noinline int slow_issue(struct request *rq)
 	if (!s)
 		return 0;
 	if (s->rq != (__u64)rq || flush || is_stale(s, rq)) {
+		if (at_device(s))
+			give_back(e, rq);
 		s->rq = (__u64)rq;
 		/* A flush request passes no start tracepoint, but is initialized, and
 		 * stamped, for each use. */
 		s->start = flush ? rq->start_time_ns : 0;
 		s->bytes = rq->__data_len;
-		s->flags = 0;
+		s->word = 0;
+		if (hf_by_container && !flush)
+			attribute(s, rq, false);
+	} else if (at_device(s)) {
+		/* It was sent back where no requeue was seen. */
+		give_back(e, rq);
 	}
-	s->issue = bpf_ktime_get_ns();
+	to_device(e, s, rq);
 	return 0;
 }
 
 static __always_inline int handle_issue(struct request *rq)
 {
-	struct hf_block_queue *e = find_queue(rq->q);
-	struct hf_block_state *s = NULL;
+	struct hf_block_places *e = find_queue(rq->q);
+	struct hf_block_request *s = NULL;
 	__u32 bytes = rq->__data_len;
 
 	hf_ran(HF_RAN_ISSUE);
@@ -386,7 +185,7 @@ static __always_inline int handle_issue(struct request *rq)
 		return slow_issue(rq);
 	if (bytes > s->bytes)
 		s->bytes = bytes;
-	s->issue = bpf_ktime_get_ns();
+	to_device(e, s, rq);
 	return 0;
 }
 
@@ -398,25 +197,71 @@ static __always_inline int handle_disk(void)
 	return 0;
 }
 
-/* Size cells are upper-inclusive powers of two from 512 (internal/histogram, Size). */
-static __always_inline __u32 size_cell(__u32 bytes)
-{
-	__u32 cell = bytes <= 512 ? 0 : hf_log2(bytes - 1) - 8;
-
-	return cell > 18 ? 18 : cell;
-}
-
 #define TIME_CELL(io, ns) (&(io)->times[hf_time_cell(ns) & 255])
 
-/* Every way that a completion can go. */
-static __noinline int slow_done(struct request *rq, bool failed, __u32 bytes)
+/* Depth cells are upper-inclusive powers of two from 1 (internal/histogram, Depth). */
+static __always_inline __u32 depth_cell(__u32 depth)
 {
-	__u32 rq_flags = rq->rq_flags, op = rq->cmd_flags & REQ_OP_MASK, device, flags = 0, i;
-	__u64 now = bpf_ktime_get_ns(), start = 0, issue = 0, total, on_device;
+	__u32 cell = depth <= 1 ? 0 : hf_log2(depth - 1) + 1;
+
+	return cell > 14 ? 14 : cell;
+}
+
+#define FLAG(name) (1U << bpf_core_enum_value(enum req_flag_bits, __REQ_##name))
+
+static __always_inline void count_flags(struct hf_block_io *io, __u32 op, __u32 flags)
+{
+	if (op == OP(READ) || (flags & (FLAG(SYNC) | FLAG(FUA) | FLAG(PREFLUSH))))
+		io->flagged[HF_BLOCK_SYNC]++;
+	if (flags & FLAG(RAHEAD))
+		io->flagged[HF_BLOCK_READAHEAD]++;
+	if (flags & FLAG(META))
+		io->flagged[HF_BLOCK_METADATA]++;
+}
+
+/* blk_status_t to what it is counted as. */
+static __always_inline enum hf_block_error error_class(__u8 status)
+{
+	if (status == 10)
+		return HF_BLOCK_ERROR_IO;
+	return status && status < HF_BLOCK_ERROR_OTHER ? status : HF_BLOCK_ERROR_OTHER;
+}
+
+/* A request: how long it took, and how much of that on the device, or HF_BLOCK_NEVER or
+ * HF_BLOCK_UNKNOWN. Not static: the verifier then looks at the branches only once. */
+__noinline int hf_count_slowly(struct hf_block_io *io, __u64 total, __u64 on_device, __u32 bytes)
+{
+	__u64 queued = on_device == HF_BLOCK_NEVER ? total : total - on_device;
+
+	if (!io)
+		return 0;
+	TIME_CELL(io, total)->total++;
+	io->total_ns += total;
+	if (on_device <= total) {
+		TIME_CELL(io, on_device)->device++;
+		io->device_ns += on_device;
+	}
+	if (queued <= total) {
+		TIME_CELL(io, queued)->queue++;
+		io->queue_ns += queued;
+	}
+	if (bytes) {
+		io->sizes[hf_size_cell(bytes)]++;
+		io->bytes += bytes;
+	}
+	return 0;
+}
+
+/* Every way that a completion can go. */
+static __noinline int slow_done(struct request *rq, __u8 status, __u32 bytes)
+{
+	__u32 rq_flags = rq->rq_flags, cmd_flags = rq->cmd_flags, op = cmd_flags & REQ_OP_MASK, device;
+	__u64 now = bpf_ktime_get_ns(), start = 0, issue = 0, key = 0, total, on_device;
+	__u32 sampled = 0, data_done = 0, slot = HF_SLOT_OTHER, charged = 0, failed = status ? error_class(status) + 1 : 0, depth = 0;
 	bool flush = is_flush_rq(rq_flags, op);
 	struct request_queue *q = rq->q;
-	struct hf_block_state *s = NULL;
-	struct hf_block_queue *e;
+	struct hf_block_request *s = NULL;
+	struct hf_block_places *e;
 	struct hf_block_io *io;
 
 	e = learn_queue(q);
@@ -425,11 +270,12 @@ static __noinline int slow_done(struct request *rq, bool failed, __u32 bytes)
 	if (bytes < rq->__data_len || (!flush && (rq_flags & hf_flush_seq))) {
 		/* A part, or the data step of a flush sequence, which completes once more. */
 		if (s && s->rq == (__u64)rq) {
-			if (failed)
-				s->flags |= HF_FAILED;
-			if (bytes >= rq->__data_len && s->issue) {
+			if (!s->failed)
+				s->failed = failed;
+			if (bytes >= rq->__data_len && at_device(s)) {
+				give_back(e, rq);
 				s->issue = now - s->issue;
-				s->flags |= HF_DATA_DONE;
+				s->data_done = 1;
 			}
 		}
 		return 0;
@@ -447,10 +293,19 @@ static __noinline int slow_done(struct request *rq, bool failed, __u32 bytes)
 		return 0;
 	}
 	if (s && s->rq == (__u64)rq) {
+		if (at_device(s))
+			give_back(e, rq);
 		start = s->start;
 		issue = s->issue;
-		flags = s->flags;
+		sampled = s->sampled;
+		data_done = s->data_done;
+		slot = s->slot;
+		charged = s->charged;
 		bytes = s->bytes;
+		depth = s->depth;
+		key = sample_key(s);
+		if (s->failed)
+			failed = s->failed;
 		s->rq = 0;
 	}
 	/* The kernel's stamp is of this use of the request only where it keeps the books.
@@ -469,95 +324,221 @@ static __noinline int slow_done(struct request *rq, bool failed, __u32 bytes)
 		drop(HF_DROP_NEGATIVE);
 		return 0;
 	}
-	i = (device - 1) * HF_OPERATIONS + operation(op);
-	io = bpf_map_lookup_elem(&hf_block_cells, &i);
+	io = cells_of(device, operation(op));
 	if (!io) {
 		drop(HF_DROP_NO_SLOT);
 		return 0;
 	}
-	TIME_CELL(io, total)->total++;
-	io->total_ns += total;
-	on_device = flags & HF_DATA_DONE ? issue : now - issue;
-	if (!issue) {
-		/* An empty flush, or a device that is gone: all its time was before the
-		 * device. Else the issue was not seen, and only the total is known. */
-		if (rq->state == MQ_RQ_IDLE) {
-			TIME_CELL(io, total)->queue++;
-			io->queue_ns += total;
+	if (issue)
+		on_device = data_done ? issue : now - issue;
+	else
+		/* An empty flush, or a device that is gone: all its time was before the device.
+		 * Else the issue was not seen, and only the total is known. */
+		on_device = rq->state == MQ_RQ_IDLE ? HF_BLOCK_NEVER : HF_BLOCK_UNKNOWN;
+	hf_count_slowly(io, total, on_device, bytes);
+	if (depth) {
+		io->depths[depth_cell(depth)]++;
+		io->depth_sum += depth;
+	}
+	count_flags(io, op, cmd_flags);
+	if (hf_by_container && !flush) {
+		struct hf_block_io *slots = cells_of_slot(slot, operation(op));
+
+		if (slots) {
+			hf_count_slowly(slots, total, on_device, bytes);
+			slots->flagged[HF_BLOCK_CHARGED] += charged;
 		}
-	} else if (on_device <= total) {
-		TIME_CELL(io, on_device)->device++;
-		io->device_ns += on_device;
-		TIME_CELL(io, total - on_device)->queue++;
-		io->queue_ns += total - on_device;
 	}
-	if (bytes) {
-		io->sizes[size_cell(bytes)]++;
-		io->bytes += bytes;
+	if (sampled) {
+		struct hf_block_end end = {
+			.key = key,
+			.time_ns = bpf_ktime_get_boot_ns() - (bpf_ktime_get_ns() - now),
+			.total_ns = total,
+			.device_ns = on_device == HF_BLOCK_NEVER ? 0 : on_device,
+			.cgroup_id = charged_id(rq),
+			.bytes = bytes,
+			.device = device - 1,
+			.operation = operation(op),
+		};
+
+		send_end(&end);
 	}
-	if (failed || (flags & HF_FAILED))
-		io->errors++;
+	if (failed) {
+		failed--;
+		bpf_barrier(failed);
+		io->errors[failed & 15]++;
+	}
 	/* blk_account_io_done and, for the flush request, blk_account_io_flush */
 	if (!flush && (!(rq_flags & hf_io_stat) || op == OP(DRV_IN) || op == OP(DRV_OUT)))
 		io->unbooked++;
 	return 0;
 }
 
+/* Where the four values of a request are counted. */
+struct hf_request_cells {
+	__u32 total, device, queue, size;
+};
+
+static __always_inline void add_cells(struct hf_block_io *io, struct hf_request_cells *c, __u64 total, __u64 on_device,
+				      __u32 bytes)
+{
+	io->total_ns += total;
+	io->queue_ns += total - on_device;
+	io->device_ns += on_device;
+	io->bytes += bytes;
+	io->sizes[c->size]++;
+	io->times[c->total & 255].total++;
+	io->times[c->device & 255].device++;
+	io->times[c->queue & 255].queue++;
+}
+
 /* Reads and writes of which all was seen, and went well; slow_done has the rest. Apart,
  * because what counts here is the size of the code. */
-static __always_inline int handle_done(struct request *rq, bool failed, __u32 bytes)
+static __always_inline int handle_done(struct request *rq, __u8 status, __u32 bytes)
 {
 	__u64 now = bpf_ktime_get_ns(), start, total, on_device;
-	struct hf_block_queue *e = find_queue(rq->q);
-	__u32 rq_flags = rq->rq_flags, op = rq->cmd_flags & REQ_OP_MASK, i, cell;
-	struct hf_block_state *s = NULL;
+	struct hf_block_places *e = find_queue(rq->q);
+	__u32 rq_flags = rq->rq_flags, cmd_flags = rq->cmd_flags, op = cmd_flags & REQ_OP_MASK, device_cell;
+	struct hf_block_request *s = NULL;
+	enum hf_operation operation;
+	struct hf_request_cells cells;
 	struct hf_block_io *io;
 
 	hf_ran(HF_RAN_DONE);
 	if (likely(e))
 		s = find_state(e, rq);
-	if (unlikely(!s || s->rq != (__u64)rq || s->flags || failed || bytes < rq->__data_len ||
+	if (unlikely(!s || s->rq != (__u64)rq || s->data_done || s->sampled || s->failed || status || bytes < rq->__data_len ||
 		     (rq_flags & (hf_flush_seq | hf_io_stat)) != hf_io_stat))
-		return slow_done(rq, failed, bytes);
+		return slow_done(rq, status, bytes);
 	/* As in slow_done. */
 	start = rq->start_time_ns;
 	if (s->start > start)
 		start = s->start;
 	if (unlikely(s->issue < start))
-		return slow_done(rq, failed, bytes);
-	i = (e->device - 1) * HF_OPERATIONS;
+		return slow_done(rq, status, bytes);
 	if (op == OP(READ))
-		i += HF_OPERATION_READ;
+		operation = HF_OPERATION_READ;
 	else if (op == OP(WRITE))
-		i += HF_OPERATION_WRITE;
+		operation = HF_OPERATION_WRITE;
 	else
-		return slow_done(rq, failed, bytes);
-	io = bpf_map_lookup_elem(&hf_block_cells, &i);
+		return slow_done(rq, status, bytes);
+	io = cells_of(e->device, operation);
 	if (unlikely(!io))
-		return slow_done(rq, failed, bytes);
+		return slow_done(rq, status, bytes);
 	total = now - start;
 	on_device = now - s->issue;
 	bytes = s->bytes;
 	s->rq = 0;
-	io->total_ns += total;
-	io->queue_ns += total - on_device;
-	io->device_ns += on_device;
-	io->bytes += bytes;
-	io->sizes[size_cell(bytes)]++;
-	cell = hf_time_cell(total);
-	io->times[cell & 255].total++;
+	give_back(e, rq);
+	cells.total = device_cell = hf_time_cell(total);
 	/* Mostly all but nothing of it. */
-	if (cell && on_device <= hf_time_cuts[(cell - 1) & 255])
-		cell = hf_time_cell(on_device);
-	io->times[cell & 255].device++;
-	TIME_CELL(io, total - on_device)->queue++;
+	if (device_cell && on_device <= hf_time_cuts[(device_cell - 1) & 255])
+		device_cell = hf_time_cell(on_device);
+	cells.device = device_cell;
+	cells.queue = hf_time_cell(total - on_device);
+	cells.size = hf_size_cell(bytes);
+	add_cells(io, &cells, total, on_device, bytes);
+	count_flags(io, op, cmd_flags);
+	io->depths[depth_cell(s->depth)]++;
+	io->depth_sum += s->depth;
+	if (hf_by_container) {
+		io = cells_of_slot(s->slot, operation);
+		if (io) {
+			add_cells(io, &cells, total, on_device, bytes);
+			io->flagged[HF_BLOCK_CHARGED] += s->charged;
+		}
+	}
+	return 0;
+}
+
+/* The driver did not take it, or wants it again later. */
+static __always_inline int handle_requeue(struct request *rq)
+{
+	__u32 op = rq->cmd_flags & REQ_OP_MASK;
+	struct hf_block_places *e = learn_queue(rq->q);
+	struct hf_block_request *s;
+	struct hf_block_io *io;
+
+	hf_ran(HF_RAN_REQUEUE);
+	if (!e)
+		return 0;
+	s = is_flush_rq(rq->rq_flags, op) ? find_flush_state(e, rq) : find_state(e, rq);
+	if (s && s->rq == (__u64)rq && at_device(s)) {
+		give_back(e, rq);
+		s->issue = 0;
+	}
+	io = cells_of(e->device, operation(op));
+	if (io)
+		io->requeues++;
+	return 0;
+}
+
+/* rq goes into another that waits, and will neither be issued nor complete. */
+static __always_inline int handle_absorb(struct request *rq)
+{
+	struct hf_block_places *e = find_queue(rq->q);
+	struct hf_block_request *s;
+	struct hf_block_io *io;
+
+	hf_ran(HF_RAN_ABSORB);
+	if (!e)
+		return 0;
+	s = find_state(e, rq);
+	if (s && s->rq == (__u64)rq) {
+		if (s->sampled) {
+			struct hf_block_end end = {.key = sample_key(s), .absorbed = 1};
+
+			send_end(&end);
+		}
+		s->rq = 0;
+	}
+	io = cells_of(e->device, operation(rq->cmd_flags & REQ_OP_MASK));
+	if (io)
+		io->merges++;
+	return 0;
+}
+
+/* The cells of bio, if it is of a device with requests. */
+static __always_inline struct hf_block_io *cells_of_bio(struct bio *bio)
+{
+	struct request_queue *q = bio->bi_bdev->bd_disk->queue;
+	struct hf_block_places *e;
+
+	if (!q->tag_set)
+		return NULL;
+	e = find_queue(q);
+	if (!e)
+		e = learn_queue(q);
+	return e ? cells_of(e->device, operation(bio->bi_opf & REQ_OP_MASK)) : NULL;
+}
+
+/* bio goes into a request that waits. */
+static __always_inline int handle_merge(struct bio *bio, __u32 program)
+{
+	struct hf_block_io *io = cells_of_bio(bio);
+
+	hf_ran(program);
+	if (io)
+		io->merges++;
+	return 0;
+}
+
+static __always_inline int handle_split(struct bio *bio)
+{
+	struct hf_block_io *io = cells_of_bio(bio);
+
+	hf_ran(HF_RAN_SPLIT);
+	if (io)
+		io->splits++;
 	return 0;
 }
 
 SEC("tp_btf/block_io_start")
 int BPF_PROG(hf_block_start, struct request *rq)
 {
-	return handle_start(rq);
+	__u64 key = handle_start(rq);
+
+	return key ? take(ctx, key) : 0;
 }
 
 SEC("tp_btf/block_rq_issue")
@@ -569,13 +550,43 @@ int BPF_PROG(hf_block_issue, struct request *rq)
 SEC("tp_btf/block_rq_complete")
 int BPF_PROG(hf_block_done, struct request *rq, __u8 error, unsigned int bytes)
 {
-	return handle_done(rq, error != 0, bytes);
+	return handle_done(rq, error, bytes);
 }
 
 SEC("tp_btf/writeback_bdi_register")
 int BPF_PROG(hf_block_disk)
 {
 	return handle_disk();
+}
+
+SEC("tp_btf/block_rq_requeue")
+int BPF_PROG(hf_block_requeue, struct request *rq)
+{
+	return handle_requeue(rq);
+}
+
+SEC("tp_btf/block_rq_merge")
+int BPF_PROG(hf_block_absorb, struct request *rq)
+{
+	return handle_absorb(rq);
+}
+
+SEC("tp_btf/block_bio_backmerge")
+int BPF_PROG(hf_block_back, struct bio *bio)
+{
+	return handle_merge(bio, HF_RAN_BACK);
+}
+
+SEC("tp_btf/block_bio_frontmerge")
+int BPF_PROG(hf_block_front, struct bio *bio)
+{
+	return handle_merge(bio, HF_RAN_FRONT);
+}
+
+SEC("tp_btf/block_split")
+int BPF_PROG(hf_block_split, struct bio *bio)
+{
+	return handle_split(bio);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -3,6 +3,8 @@
 package bpf
 
 import (
+	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -15,10 +17,22 @@ import (
 	"github.com/hostflame/hostflame/internal/histogram"
 )
 
-//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_operation -type hf_block_io -type hf_block_device block block.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_operation -type hf_block_error -type hf_block_flag -type hf_block_io -type hf_block_device -type hf_block_request -type hf_block_places -type hf_block_end -type hf_slot_operation block block.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
 
 // BlockConfig configures the block I/O hooks.
-type BlockConfig struct{}
+type BlockConfig struct {
+	// Tables are the unwind tables that the stacks of submitters are walked by; they must
+	// not end before the Block. nil: no stacks are taken.
+	Tables *Tables
+	// StackRate is how many samples a second each CPU takes of the requests of one device and
+	// operation, before it leaves some out; DefaultStackRate if 0.
+	StackRate int
+	CgroupV1  bool // the cpu controller is on a v1 hierarchy (see CPUControllerV1)
+	// ContainerName names the container of a cgroup, by its kernfs id in the hierarchy of
+	// block I/O: blkio's where that is on v1 (ControllerV1), else the unified one. nil:
+	// nothing is counted by container.
+	ContainerName func(cgroup uint64) string
+}
 
 // Block measures the requests of all request-based block devices (those with a
 // directory mq in /sys/block), by whole device and operation. Each request counts once,
@@ -32,7 +46,8 @@ type BlockConfig struct{}
 // The operations are those of the kernel's own books, so that counts and sizes are equal
 // to the fields of /proc/diskstats:
 //
-//   - read; write, with zone append and write zeroes; discard.
+//   - read; write, with zone append; write-zeroes, which diskstats has among the writes;
+//     discard.
 //   - flush is the command that makes the device write out its cache, as in fields 16
 //     and 17: one serves all requests that wait for it at that moment. What fsync sends,
 //     an empty request that only waits for such a command, is a write without a size and
@@ -42,7 +57,12 @@ type BlockConfig struct{}
 //     erase and zone management, which diskstats has among the writes.
 //
 // Sizes are those of requests that carry data. A request with an error counts as any
-// other, and once as error, be it all of its bytes that failed or some.
+// other, and once as error, of the class of the first part that failed, be it all of its
+// bytes or some. One that was merged into another counts as a merge and not as a request,
+// as in diskstats; the other keeps its own start.
+//
+// A request that the driver sent back was issued more than once: its device time is from
+// the last issue, what was before that is queue time.
 //
 // A request that was in flight when the hooks were attached has the kernel's start; if
 // its issue was not seen either, only its total and size count.
@@ -51,15 +71,20 @@ type BlockConfig struct{}
 type Block struct {
 	object
 	ownStart bool
+	stacks   *blockStacks // nil: none are taken
+	stop     context.CancelFunc
+	tended   sync.WaitGroup
 
 	mu       sync.Mutex // for what follows
 	links    []link.Link
+	books    *blockBooks // nil: not by container
+	tendErr  error
 	accounts accounts
 }
 
 // NewBlock loads the programs, attaches them, and measures from then on. It needs
 // CAP_PERFMON and CAP_BPF, and Linux 6.1 with BTF.
-func NewBlock(BlockConfig) (*Block, error) {
+func NewBlock(cfg BlockConfig) (*Block, error) {
 	kernel, err := btf.LoadKernelSpec()
 	if err != nil {
 		return nil, fmt.Errorf("load kernel BTF: %w", err)
@@ -68,7 +93,7 @@ func NewBlock(BlockConfig) (*Block, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newBlock(k)
+	return newBlock(cfg, k)
 }
 
 // blockHooks is what the kernel has of what the hooks use.
@@ -98,7 +123,7 @@ func hasTracepoint(kernel *btf.Spec, name string) (bool, error) {
 	return err == nil, nil
 }
 
-func newBlock(k blockHooks) (_ *Block, err error) {
+func newBlock(cfg BlockConfig, k blockHooks) (_ *Block, err error) {
 	spec, err := loadBlock()
 	if err != nil {
 		return nil, fmt.Errorf("parse block object: %w", err)
@@ -107,6 +132,12 @@ func newBlock(k blockHooks) (_ *Block, err error) {
 	if err != nil {
 		return nil, err
 	}
+	rate := 0
+	if cfg.Tables != nil && k.ownStart {
+		rate = cmp.Or(cfg.StackRate, DefaultStackRate)
+	}
+	// What a burst brings until the rate is held down, on some devices at once.
+	ringBytes := ringSize(8 * rate)
 	index := histogram.NewIndex(histogram.Time())
 	if err := setVariables(spec, map[string]any{
 		blockVarHfTimeFirst:   index.First,
@@ -116,6 +147,13 @@ func newBlock(k blockHooks) (_ *Block, err error) {
 		blockVarHfDiskSeen:    k.diskSeen,
 		blockVarHfFlushSeq:    k.flags.flushSeq,
 		blockVarHfIoStat:      k.flags.ioStat,
+		blockVarHfStackRate:   uint32(rate),
+		blockVarHfByContainer: cfg.ContainerName != nil,
+		blockVarHfBlkioV1:     ControllerV1("blkio"),
+		blockVarHfCgroupV1:    cfg.CgroupV1,
+		blockVarHfRingHalf:    uint64(ringBytes / 2),
+		blockVarHfMaxFrames:   maxFrames(),
+		blockVarHfAddressMask: AddressMask(),
 	}); err != nil {
 		return nil, err
 	}
@@ -123,13 +161,28 @@ func newBlock(k blockHooks) (_ *Block, err error) {
 	spec.Maps[blockMapHfBlockQueue].MaxEntries = uint32(sizes.queues)
 	spec.Maps[blockMapHfBlockDev].MaxEntries = uint32(sizes.devices)
 	spec.Maps[blockMapHfBlockCells].MaxEntries = uint32(sizes.devices * len(operationNames))
+	spec.Maps[blockMapHfBlockRates].MaxEntries = spec.Maps[blockMapHfBlockCells].MaxEntries
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return nil, fmt.Errorf("count CPUs: %w", err)
+	}
+	spec.Maps[blockMapHfRings].MaxEntries = uint32(cpus)
+	if cfg.ContainerName != nil {
+		spec.Maps[blockMapHfSlotCells].MaxEntries = uint32(blockSlots(cpus) * slotOperations)
+	} else {
+		delete(spec.Programs, blockProgHfCgroupRmdir)
+	}
+	var shared map[string]*ebpf.Map
+	if rate > 0 {
+		shared = cfg.Tables.replace(spec)
+	}
 	if !k.ownStart {
 		delete(spec.Programs, blockProgHfBlockStart)
 	}
 	if !k.diskSeen {
 		delete(spec.Programs, blockProgHfBlockDisk)
 	}
-	coll, err := ebpf.NewCollection(spec)
+	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: shared})
 	if err != nil {
 		return nil, fmt.Errorf("load block object: %w", err)
 	}
@@ -137,18 +190,34 @@ func newBlock(k blockHooks) (_ *Block, err error) {
 		object: object{
 			coll: coll,
 			// In the order of hf_ran's argument.
-			programs: []string{blockProgHfBlockStart, blockProgHfBlockIssue, blockProgHfBlockDone, blockProgHfBlockDisk},
-			reasons:  []DropReason{DropNegative, DropNoSlot, DropNoStart, DropNoEnd},
+			programs: []string{
+				blockProgHfBlockStart, blockProgHfBlockIssue, blockProgHfBlockDone, blockProgHfBlockDisk,
+				blockProgHfBlockRequeue, blockProgHfBlockAbsorb, blockProgHfBlockBack, blockProgHfBlockFront, blockProgHfBlockSplit,
+			},
+			reasons: []DropReason{DropNegative, DropNoSlot, DropNoStart, DropNoEnd},
 		},
 		ownStart: k.ownStart,
+		stop:     func() {},
 	}
 	defer func() {
 		if err != nil {
 			b.Close()
 		}
 	}()
+	if cfg.ContainerName != nil {
+		if b.books, err = newBlockBooks(coll, cfg.ContainerName); err != nil {
+			return nil, err
+		}
+	}
+	if rate > 0 {
+		r, err := newRings(coll.Maps[blockMapHfRings], ringBytes)
+		if err != nil {
+			return nil, err
+		}
+		b.stacks = newBlockStacks(r, b.deviceName)
+	}
 	// Backwards: what tells of new disks comes before what relies on it.
-	for _, name := range slices.Backward(b.programs) {
+	for _, name := range slices.Backward(append(slices.Clone(b.programs), blockProgHfCgroupRmdir)) {
 		if coll.Programs[name] == nil {
 			continue
 		}
@@ -157,6 +226,11 @@ func newBlock(k blockHooks) (_ *Block, err error) {
 			return nil, fmt.Errorf("attach %s: %w", name, err)
 		}
 		b.links = append(b.links, l)
+	}
+	if b.books != nil {
+		var ctx context.Context
+		ctx, b.stop = context.WithCancel(context.Background())
+		b.tended.Go(func() { b.tend(ctx) })
 	}
 	// The books begin here.
 	if _, _, err := b.Accounting(); err != nil {
@@ -171,11 +245,22 @@ func newBlock(k blockHooks) (_ *Block, err error) {
 // queue/iostats is off there is none: then the total is the device time.
 func (b *Block) OwnStart() bool { return b.ownStart }
 
-// Stats returns the counters of the object.
-func (b *Block) Stats() (Stats, error) { return b.stats() }
+// Stats returns the counters of the object. What is missing in the samples is not among the
+// drops: that is StackLosses.
+func (b *Block) Stats() (Stats, error) {
+	s, err := b.stats()
+	if err != nil {
+		return s, err
+	}
+	delete(s.Dropped, DropRingFull)
+	delete(s.Dropped, DropNoRing)
+	return s, nil
+}
 
 // Close detaches and frees everything. It is idempotent.
 func (b *Block) Close() error {
+	b.stop()
+	b.tended.Wait()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	var errs []error
@@ -183,6 +268,9 @@ func (b *Block) Close() error {
 		errs = append(errs, l.Close())
 	}
 	b.links = nil
+	if b.stacks != nil {
+		errs = append(errs, b.stacks.rings.close())
+	}
 	b.coll.Close()
 	return errors.Join(errs...)
 }

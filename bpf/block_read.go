@@ -16,24 +16,60 @@ import (
 
 // operationNames are the values of the label `operation`, by enum hf_operation.
 var operationNames = [blockHfOperationHF_OPERATIONS]string{
-	blockHfOperationHF_OPERATION_READ:    "read",
-	blockHfOperationHF_OPERATION_WRITE:   "write",
-	blockHfOperationHF_OPERATION_FLUSH:   "flush",
-	blockHfOperationHF_OPERATION_DISCARD: "discard",
-	blockHfOperationHF_OPERATION_OTHER:   "other",
+	blockHfOperationHF_OPERATION_READ:         "read",
+	blockHfOperationHF_OPERATION_WRITE:        "write",
+	blockHfOperationHF_OPERATION_FLUSH:        "flush",
+	blockHfOperationHF_OPERATION_DISCARD:      "discard",
+	blockHfOperationHF_OPERATION_WRITE_ZEROES: "write-zeroes",
+	blockHfOperationHF_OPERATION_OTHER:        "other",
 }
+
+// BlockError is why a request failed (enum hf_block_error).
+type BlockError uint8
+
+// BlockErrorIO is what most failures are.
+const BlockErrorIO = BlockError(blockHfBlockErrorHF_BLOCK_ERROR_IO)
+
+// BlockErrors is how many classes there are, from 0 on.
+const BlockErrors = int(blockHfBlockErrorHF_BLOCK_ERRORS)
+
+var blockErrorNames = [BlockErrors]string{
+	blockHfBlockErrorHF_BLOCK_ERROR_IO:            "io",
+	blockHfBlockErrorHF_BLOCK_ERROR_NOT_SUPPORTED: "not_supported",
+	blockHfBlockErrorHF_BLOCK_ERROR_TIMEOUT:       "timeout",
+	blockHfBlockErrorHF_BLOCK_ERROR_NO_SPACE:      "no_space",
+	blockHfBlockErrorHF_BLOCK_ERROR_TRANSPORT:     "transport",
+	blockHfBlockErrorHF_BLOCK_ERROR_TARGET:        "target",
+	blockHfBlockErrorHF_BLOCK_ERROR_RESERVATION:   "reservation",
+	blockHfBlockErrorHF_BLOCK_ERROR_MEDIUM:        "medium",
+	blockHfBlockErrorHF_BLOCK_ERROR_PROTECTION:    "protection",
+	blockHfBlockErrorHF_BLOCK_ERROR_OTHER:         "other",
+}
+
+// String is the value of the metric label `class`.
+func (e BlockError) String() string { return blockErrorNames[e] }
 
 // BlockCells are the requests of one device and operation, cumulative since NewBlock.
 type BlockCells struct {
 	Device       string // name of the whole device, as in /proc/diskstats
 	Major, Minor uint32 // of the device that had the name last
-	Operation    string // read, write, flush, discard or other
+	Operation    string // read, write, flush, discard, write-zeroes or other
 
 	Total      histogram.Snapshot // ns, partition histogram.Time
 	Queue      histogram.Snapshot // ns, partition histogram.Time
 	DeviceTime histogram.Snapshot // ns, partition histogram.Time
 	Size       histogram.Snapshot // bytes, partition histogram.Size
-	Errors     uint64             // requests that failed, in whole or in part
+	// Depth is, for each request that was issued, how many its hardware queue had then, the
+	// request included; partition histogram.Depth.
+	Depth histogram.Snapshot
+
+	Errors    [BlockErrors]uint64 // requests that failed, in whole or in part
+	Sync      uint64              // requests that somebody waits for: reads, and writes flagged so
+	Readahead uint64
+	Metadata  uint64
+	Merges    uint64 // bios and requests that went into a request that waited
+	Requeues  uint64 // issues that the driver sent back
+	Splits    uint64 // bios cut in two because the device takes no larger ones
 
 	unbooked uint64 // requests that /proc/diskstats does not count
 }
@@ -95,11 +131,12 @@ func (c *BlockCells) read(m *ebpf.Map, i uint32, perCPU *[]blockHfBlockIo) error
 
 // add sums the CPUs' cells into c, which has none yet.
 func (c *BlockCells) add(perCPU []blockHfBlockIo) {
-	times, sizes := histogram.Time().Cells(), histogram.Size().Cells()
+	times, sizes, depths := histogram.Time().Cells(), histogram.Size().Cells(), histogram.Depth().Cells()
 	c.Total.Cells = make([]uint64, times)
 	c.Queue.Cells = make([]uint64, times)
 	c.DeviceTime.Cells = make([]uint64, times)
 	c.Size.Cells = make([]uint64, sizes)
+	c.Depth.Cells = make([]uint64, depths)
 	for i := range perCPU {
 		p := &perCPU[i]
 		for j := range times {
@@ -110,11 +147,23 @@ func (c *BlockCells) add(perCPU []blockHfBlockIo) {
 		for j := range sizes {
 			c.Size.Cells[j] += p.Sizes[j]
 		}
+		for j := range depths {
+			c.Depth.Cells[j] += p.Depths[j]
+		}
+		for j := range c.Errors {
+			c.Errors[j] += p.Errors[j]
+		}
 		c.Total.Sum += p.TotalNs
 		c.Queue.Sum += p.QueueNs
 		c.DeviceTime.Sum += p.DeviceNs
 		c.Size.Sum += p.Bytes
-		c.Errors += p.Errors
+		c.Depth.Sum += p.DepthSum
+		c.Sync += p.Flagged[blockHfBlockFlagHF_BLOCK_SYNC]
+		c.Readahead += p.Flagged[blockHfBlockFlagHF_BLOCK_READAHEAD]
+		c.Metadata += p.Flagged[blockHfBlockFlagHF_BLOCK_METADATA]
+		c.Merges += p.Merges
+		c.Requeues += p.Requeues
+		c.Splits += p.Splits
 		c.unbooked += p.Unbooked
 	}
 }

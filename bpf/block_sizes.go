@@ -69,8 +69,9 @@ func sizeBlock(states, queues, devices, cpus int) blockSizes {
 	}
 }
 
-// tagsOf returns how many requests the device of a directory in /sys/block can have in
-// flight, a flush request for each hardware context included; 0 when it has no requests.
+// tagsOf returns how many places the device of a directory in /sys/block needs: for the
+// requests that it can have in flight, and two for each hardware context (struct
+// hf_block_places); 0 when it has no requests.
 func tagsOf(dir string) int {
 	contexts, err := os.ReadDir(filepath.Join(dir, "mq"))
 	if err != nil {
@@ -80,7 +81,7 @@ func tagsOf(dir string) int {
 	if b, err := os.ReadFile(filepath.Join(dir, "queue", "scheduler")); err == nil && !bytes.Contains(b, []byte("[none]")) {
 		tags = readInt(filepath.Join(dir, "queue", "nr_requests"))
 	}
-	return len(contexts) * (max(tags, 0) + 1)
+	return len(contexts) * (max(tags, 0) + 2)
 }
 
 func readInt(path string) int {

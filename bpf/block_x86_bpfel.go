@@ -23,58 +23,182 @@ type blockHfBlockDevice struct {
 	Name  [32]int8
 }
 
+type blockHfBlockEnd struct {
+	_         structs.HostLayout
+	Key       uint64
+	TimeNs    uint64
+	TotalNs   uint64
+	DeviceNs  uint64
+	CgroupId  uint64
+	Bytes     uint32
+	Device    uint32
+	Operation uint8
+	Absorbed  uint8
+	Pad       [6]uint8
+}
+
+type blockHfBlockError uint32
+
+const (
+	blockHfBlockErrorHF_BLOCK_ERROR_IO            blockHfBlockError = 0
+	blockHfBlockErrorHF_BLOCK_ERROR_NOT_SUPPORTED blockHfBlockError = 1
+	blockHfBlockErrorHF_BLOCK_ERROR_TIMEOUT       blockHfBlockError = 2
+	blockHfBlockErrorHF_BLOCK_ERROR_NO_SPACE      blockHfBlockError = 3
+	blockHfBlockErrorHF_BLOCK_ERROR_TRANSPORT     blockHfBlockError = 4
+	blockHfBlockErrorHF_BLOCK_ERROR_TARGET        blockHfBlockError = 5
+	blockHfBlockErrorHF_BLOCK_ERROR_RESERVATION   blockHfBlockError = 6
+	blockHfBlockErrorHF_BLOCK_ERROR_MEDIUM        blockHfBlockError = 7
+	blockHfBlockErrorHF_BLOCK_ERROR_PROTECTION    blockHfBlockError = 8
+	blockHfBlockErrorHF_BLOCK_ERROR_OTHER         blockHfBlockError = 9
+	blockHfBlockErrorHF_BLOCK_ERRORS              blockHfBlockError = 10
+)
+
+type blockHfBlockFlag uint32
+
+const (
+	blockHfBlockFlagHF_BLOCK_SYNC      blockHfBlockFlag = 0
+	blockHfBlockFlagHF_BLOCK_READAHEAD blockHfBlockFlag = 1
+	blockHfBlockFlagHF_BLOCK_METADATA  blockHfBlockFlag = 2
+	blockHfBlockFlagHF_BLOCK_CHARGED   blockHfBlockFlag = 3
+)
+
 type blockHfBlockIo struct {
 	_        structs.HostLayout
 	TotalNs  uint64
 	QueueNs  uint64
 	DeviceNs uint64
 	Bytes    uint64
+	Flagged  [4]uint64
 	Sizes    [24]uint64
+	Depths   [15]uint64
+	DepthSum uint64
 	Times    [256]struct {
 		_      structs.HostLayout
 		Total  uint64
 		Device uint64
 		Queue  uint64
 	}
-	Errors   uint64
+	Errors   [16]uint64
 	Unbooked uint64
+	Merges   uint64
+	Requeues uint64
+	Splits   uint64
+}
+
+type blockHfBlockPlaces struct {
+	_        structs.HostLayout
+	Queue    uint64
+	Diskseq  uint64
+	Disks    uint64
+	Base     uint32
+	Places   uint32
+	Depth    uint32
+	Contexts uint32
+	Hardware uint32
+	Device   uint32
+	Busy     uint32
+	Full     uint32
+	Pad      [2]uint32
+}
+
+type blockHfBlockRequest struct {
+	_     structs.HostLayout
+	Rq    uint64
+	Start uint64
+	Issue uint64
+	Bytes uint32
+	Word  uint32
 }
 
 type blockHfOperation uint32
 
 const (
-	blockHfOperationHF_OPERATION_READ    blockHfOperation = 0
-	blockHfOperationHF_OPERATION_WRITE   blockHfOperation = 1
-	blockHfOperationHF_OPERATION_FLUSH   blockHfOperation = 2
-	blockHfOperationHF_OPERATION_DISCARD blockHfOperation = 3
-	blockHfOperationHF_OPERATION_OTHER   blockHfOperation = 4
-	blockHfOperationHF_OPERATIONS        blockHfOperation = 5
+	blockHfOperationHF_OPERATION_READ         blockHfOperation = 0
+	blockHfOperationHF_OPERATION_WRITE        blockHfOperation = 1
+	blockHfOperationHF_OPERATION_FLUSH        blockHfOperation = 2
+	blockHfOperationHF_OPERATION_DISCARD      blockHfOperation = 3
+	blockHfOperationHF_OPERATION_WRITE_ZEROES blockHfOperation = 4
+	blockHfOperationHF_OPERATION_OTHER        blockHfOperation = 5
+	blockHfOperationHF_OPERATIONS             blockHfOperation = 6
+)
+
+type blockHfSlotOperation uint32
+
+const (
+	blockHfSlotOperationHF_SLOT_READ       blockHfSlotOperation = 0
+	blockHfSlotOperationHF_SLOT_WRITE      blockHfSlotOperation = 1
+	blockHfSlotOperationHF_SLOT_REST       blockHfSlotOperation = 2
+	blockHfSlotOperationHF_SLOT_OPERATIONS blockHfSlotOperation = 3
 )
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	blockMapHfBlockCells      = "hf_block_cells"
-	blockMapHfBlockDev        = "hf_block_dev"
-	blockMapHfBlockQueue      = "hf_block_queue"
-	blockMapHfBlockState      = "hf_block_state"
-	blockMapHfCount           = "hf_count"
-	blockProgHfBlockDisk      = "hf_block_disk"
-	blockProgHfBlockDone      = "hf_block_done"
-	blockProgHfBlockIssue     = "hf_block_issue"
-	blockProgHfBlockStart     = "hf_block_start"
-	blockVarHfDiskSeen        = "hf_disk_seen"
-	blockVarHfDisks           = "hf_disks"
-	blockVarHfExportOperation = "hf_export_operation"
-	blockVarHfFlushSeq        = "hf_flush_seq"
-	blockVarHfIoStat          = "hf_io_stat"
-	blockVarHfKernelStart     = "hf_kernel_start"
-	blockVarHfLog2Byte        = "hf_log2_byte"
-	blockVarHfPlaces          = "hf_places"
-	blockVarHfStates          = "hf_states"
-	blockVarHfTimeCuts        = "hf_time_cuts"
-	blockVarHfTimeFirst       = "hf_time_first"
+	blockMapHfBlockCells          = "hf_block_cells"
+	blockMapHfBlockDev            = "hf_block_dev"
+	blockMapHfBlockQueue          = "hf_block_queue"
+	blockMapHfBlockRates          = "hf_block_rates"
+	blockMapHfBlockState          = "hf_block_state"
+	blockMapHfChanges             = "hf_changes"
+	blockMapHfChunks              = "hf_chunks"
+	blockMapHfContainers          = "hf_containers"
+	blockMapHfCount               = "hf_count"
+	blockMapHfLastSlot            = "hf_last_slot"
+	blockMapHfMaple               = "hf_maple"
+	blockMapHfPlaces              = "hf_places"
+	blockMapHfRings               = "hf_rings"
+	blockMapHfScratch             = "hf_scratch"
+	blockMapHfSlotCells           = "hf_slot_cells"
+	blockMapHfSlotsFree           = "hf_slots_free"
+	blockMapHfTables              = "hf_tables"
+	blockMapHfWalks               = "hf_walks"
+	blockProgHfBlockAbsorb        = "hf_block_absorb"
+	blockProgHfBlockBack          = "hf_block_back"
+	blockProgHfBlockDisk          = "hf_block_disk"
+	blockProgHfBlockDone          = "hf_block_done"
+	blockProgHfBlockFront         = "hf_block_front"
+	blockProgHfBlockIssue         = "hf_block_issue"
+	blockProgHfBlockRequeue       = "hf_block_requeue"
+	blockProgHfBlockSplit         = "hf_block_split"
+	blockProgHfBlockStart         = "hf_block_start"
+	blockProgHfCgroupRmdir        = "hf_cgroup_rmdir"
+	blockVarHfAddressMask         = "hf_address_mask"
+	blockVarHfBlkioV1             = "hf_blkio_v1"
+	blockVarHfByContainer         = "hf_by_container"
+	blockVarHfCgroupV1            = "hf_cgroup_v1"
+	blockVarHfCopyStacks          = "hf_copy_stacks"
+	blockVarHfDiskSeen            = "hf_disk_seen"
+	blockVarHfDisks               = "hf_disks"
+	blockVarHfExportArea          = "hf_export_area"
+	blockVarHfExportCause         = "hf_export_cause"
+	blockVarHfExportDrop          = "hf_export_drop"
+	blockVarHfExportEnd           = "hf_export_end"
+	blockVarHfExportError         = "hf_export_error"
+	blockVarHfExportFlag          = "hf_export_flag"
+	blockVarHfExportFrame         = "hf_export_frame"
+	blockVarHfExportOperation     = "hf_export_operation"
+	blockVarHfExportOutcome       = "hf_export_outcome"
+	blockVarHfExportProfile       = "hf_export_profile"
+	blockVarHfExportRuleKind      = "hf_export_rule_kind"
+	blockVarHfExportSaved         = "hf_export_saved"
+	blockVarHfExportSlot          = "hf_export_slot"
+	blockVarHfExportSlotOperation = "hf_export_slot_operation"
+	blockVarHfExportState         = "hf_export_state"
+	blockVarHfExportUnwindSize    = "hf_export_unwind_size"
+	blockVarHfFlushSeq            = "hf_flush_seq"
+	blockVarHfIoStat              = "hf_io_stat"
+	blockVarHfKernelStart         = "hf_kernel_start"
+	blockVarHfLog2Byte            = "hf_log2_byte"
+	blockVarHfMaxFrames           = "hf_max_frames"
+	blockVarHfReserved            = "hf_reserved"
+	blockVarHfRingHalf            = "hf_ring_half"
+	blockVarHfSlotEpoch           = "hf_slot_epoch"
+	blockVarHfSlotsTaken          = "hf_slots_taken"
+	blockVarHfStackRate           = "hf_stack_rate"
+	blockVarHfStates              = "hf_states"
+	blockVarHfTimeCuts            = "hf_time_cuts"
+	blockVarHfTimeFirst           = "hf_time_first"
 )
 
 // loadBlock returns the embedded CollectionSpec for block.
@@ -119,10 +243,16 @@ type blockSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type blockProgramSpecs struct {
-	HfBlockDisk  *ebpf.ProgramSpec `ebpf:"hf_block_disk"`
-	HfBlockDone  *ebpf.ProgramSpec `ebpf:"hf_block_done"`
-	HfBlockIssue *ebpf.ProgramSpec `ebpf:"hf_block_issue"`
-	HfBlockStart *ebpf.ProgramSpec `ebpf:"hf_block_start"`
+	HfBlockAbsorb  *ebpf.ProgramSpec `ebpf:"hf_block_absorb"`
+	HfBlockBack    *ebpf.ProgramSpec `ebpf:"hf_block_back"`
+	HfBlockDisk    *ebpf.ProgramSpec `ebpf:"hf_block_disk"`
+	HfBlockDone    *ebpf.ProgramSpec `ebpf:"hf_block_done"`
+	HfBlockFront   *ebpf.ProgramSpec `ebpf:"hf_block_front"`
+	HfBlockIssue   *ebpf.ProgramSpec `ebpf:"hf_block_issue"`
+	HfBlockRequeue *ebpf.ProgramSpec `ebpf:"hf_block_requeue"`
+	HfBlockSplit   *ebpf.ProgramSpec `ebpf:"hf_block_split"`
+	HfBlockStart   *ebpf.ProgramSpec `ebpf:"hf_block_start"`
+	HfCgroupRmdir  *ebpf.ProgramSpec `ebpf:"hf_cgroup_rmdir"`
 }
 
 // blockMapSpecs contains maps before they are loaded into the kernel.
@@ -132,25 +262,63 @@ type blockMapSpecs struct {
 	HfBlockCells *ebpf.MapSpec `ebpf:"hf_block_cells"`
 	HfBlockDev   *ebpf.MapSpec `ebpf:"hf_block_dev"`
 	HfBlockQueue *ebpf.MapSpec `ebpf:"hf_block_queue"`
+	HfBlockRates *ebpf.MapSpec `ebpf:"hf_block_rates"`
 	HfBlockState *ebpf.MapSpec `ebpf:"hf_block_state"`
+	HfChanges    *ebpf.MapSpec `ebpf:"hf_changes"`
+	HfChunks     *ebpf.MapSpec `ebpf:"hf_chunks"`
+	HfContainers *ebpf.MapSpec `ebpf:"hf_containers"`
 	HfCount      *ebpf.MapSpec `ebpf:"hf_count"`
+	HfLastSlot   *ebpf.MapSpec `ebpf:"hf_last_slot"`
+	HfMaple      *ebpf.MapSpec `ebpf:"hf_maple"`
+	HfPlaces     *ebpf.MapSpec `ebpf:"hf_places"`
+	HfRings      *ebpf.MapSpec `ebpf:"hf_rings"`
+	HfScratch    *ebpf.MapSpec `ebpf:"hf_scratch"`
+	HfSlotCells  *ebpf.MapSpec `ebpf:"hf_slot_cells"`
+	HfSlotsFree  *ebpf.MapSpec `ebpf:"hf_slots_free"`
+	HfTables     *ebpf.MapSpec `ebpf:"hf_tables"`
+	HfWalks      *ebpf.MapSpec `ebpf:"hf_walks"`
 }
 
 // blockVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type blockVariableSpecs struct {
-	HfDiskSeen        *ebpf.VariableSpec `ebpf:"hf_disk_seen"`
-	HfDisks           *ebpf.VariableSpec `ebpf:"hf_disks"`
-	HfExportOperation *ebpf.VariableSpec `ebpf:"hf_export_operation"`
-	HfFlushSeq        *ebpf.VariableSpec `ebpf:"hf_flush_seq"`
-	HfIoStat          *ebpf.VariableSpec `ebpf:"hf_io_stat"`
-	HfKernelStart     *ebpf.VariableSpec `ebpf:"hf_kernel_start"`
-	HfLog2Byte        *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
-	HfPlaces          *ebpf.VariableSpec `ebpf:"hf_places"`
-	HfStates          *ebpf.VariableSpec `ebpf:"hf_states"`
-	HfTimeCuts        *ebpf.VariableSpec `ebpf:"hf_time_cuts"`
-	HfTimeFirst       *ebpf.VariableSpec `ebpf:"hf_time_first"`
+	HfAddressMask         *ebpf.VariableSpec `ebpf:"hf_address_mask"`
+	HfBlkioV1             *ebpf.VariableSpec `ebpf:"hf_blkio_v1"`
+	HfByContainer         *ebpf.VariableSpec `ebpf:"hf_by_container"`
+	HfCgroupV1            *ebpf.VariableSpec `ebpf:"hf_cgroup_v1"`
+	HfCopyStacks          *ebpf.VariableSpec `ebpf:"hf_copy_stacks"`
+	HfDiskSeen            *ebpf.VariableSpec `ebpf:"hf_disk_seen"`
+	HfDisks               *ebpf.VariableSpec `ebpf:"hf_disks"`
+	HfExportArea          *ebpf.VariableSpec `ebpf:"hf_export_area"`
+	HfExportCause         *ebpf.VariableSpec `ebpf:"hf_export_cause"`
+	HfExportDrop          *ebpf.VariableSpec `ebpf:"hf_export_drop"`
+	HfExportEnd           *ebpf.VariableSpec `ebpf:"hf_export_end"`
+	HfExportError         *ebpf.VariableSpec `ebpf:"hf_export_error"`
+	HfExportFlag          *ebpf.VariableSpec `ebpf:"hf_export_flag"`
+	HfExportFrame         *ebpf.VariableSpec `ebpf:"hf_export_frame"`
+	HfExportOperation     *ebpf.VariableSpec `ebpf:"hf_export_operation"`
+	HfExportOutcome       *ebpf.VariableSpec `ebpf:"hf_export_outcome"`
+	HfExportProfile       *ebpf.VariableSpec `ebpf:"hf_export_profile"`
+	HfExportRuleKind      *ebpf.VariableSpec `ebpf:"hf_export_rule_kind"`
+	HfExportSaved         *ebpf.VariableSpec `ebpf:"hf_export_saved"`
+	HfExportSlot          *ebpf.VariableSpec `ebpf:"hf_export_slot"`
+	HfExportSlotOperation *ebpf.VariableSpec `ebpf:"hf_export_slot_operation"`
+	HfExportState         *ebpf.VariableSpec `ebpf:"hf_export_state"`
+	HfExportUnwindSize    *ebpf.VariableSpec `ebpf:"hf_export_unwind_size"`
+	HfFlushSeq            *ebpf.VariableSpec `ebpf:"hf_flush_seq"`
+	HfIoStat              *ebpf.VariableSpec `ebpf:"hf_io_stat"`
+	HfKernelStart         *ebpf.VariableSpec `ebpf:"hf_kernel_start"`
+	HfLog2Byte            *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
+	HfMaxFrames           *ebpf.VariableSpec `ebpf:"hf_max_frames"`
+	HfReserved            *ebpf.VariableSpec `ebpf:"hf_reserved"`
+	HfRingHalf            *ebpf.VariableSpec `ebpf:"hf_ring_half"`
+	HfSlotEpoch           *ebpf.VariableSpec `ebpf:"hf_slot_epoch"`
+	HfSlotsTaken          *ebpf.VariableSpec `ebpf:"hf_slots_taken"`
+	HfStackRate           *ebpf.VariableSpec `ebpf:"hf_stack_rate"`
+	HfStates              *ebpf.VariableSpec `ebpf:"hf_states"`
+	HfTimeCuts            *ebpf.VariableSpec `ebpf:"hf_time_cuts"`
+	HfTimeFirst           *ebpf.VariableSpec `ebpf:"hf_time_first"`
 }
 
 // blockObjects contains all objects after they have been loaded into the kernel.
@@ -176,8 +344,21 @@ type blockMaps struct {
 	HfBlockCells *ebpf.Map `ebpf:"hf_block_cells"`
 	HfBlockDev   *ebpf.Map `ebpf:"hf_block_dev"`
 	HfBlockQueue *ebpf.Map `ebpf:"hf_block_queue"`
+	HfBlockRates *ebpf.Map `ebpf:"hf_block_rates"`
 	HfBlockState *ebpf.Map `ebpf:"hf_block_state"`
+	HfChanges    *ebpf.Map `ebpf:"hf_changes"`
+	HfChunks     *ebpf.Map `ebpf:"hf_chunks"`
+	HfContainers *ebpf.Map `ebpf:"hf_containers"`
 	HfCount      *ebpf.Map `ebpf:"hf_count"`
+	HfLastSlot   *ebpf.Map `ebpf:"hf_last_slot"`
+	HfMaple      *ebpf.Map `ebpf:"hf_maple"`
+	HfPlaces     *ebpf.Map `ebpf:"hf_places"`
+	HfRings      *ebpf.Map `ebpf:"hf_rings"`
+	HfScratch    *ebpf.Map `ebpf:"hf_scratch"`
+	HfSlotCells  *ebpf.Map `ebpf:"hf_slot_cells"`
+	HfSlotsFree  *ebpf.Map `ebpf:"hf_slots_free"`
+	HfTables     *ebpf.Map `ebpf:"hf_tables"`
+	HfWalks      *ebpf.Map `ebpf:"hf_walks"`
 }
 
 func (m *blockMaps) Close() error {
@@ -185,8 +366,21 @@ func (m *blockMaps) Close() error {
 		m.HfBlockCells,
 		m.HfBlockDev,
 		m.HfBlockQueue,
+		m.HfBlockRates,
 		m.HfBlockState,
+		m.HfChanges,
+		m.HfChunks,
+		m.HfContainers,
 		m.HfCount,
+		m.HfLastSlot,
+		m.HfMaple,
+		m.HfPlaces,
+		m.HfRings,
+		m.HfScratch,
+		m.HfSlotCells,
+		m.HfSlotsFree,
+		m.HfTables,
+		m.HfWalks,
 	)
 }
 
@@ -194,35 +388,72 @@ func (m *blockMaps) Close() error {
 //
 // It can be passed to loadBlockObjects or ebpf.CollectionSpec.LoadAndAssign.
 type blockVariables struct {
-	HfDiskSeen        *ebpf.Variable `ebpf:"hf_disk_seen"`
-	HfDisks           *ebpf.Variable `ebpf:"hf_disks"`
-	HfExportOperation *ebpf.Variable `ebpf:"hf_export_operation"`
-	HfFlushSeq        *ebpf.Variable `ebpf:"hf_flush_seq"`
-	HfIoStat          *ebpf.Variable `ebpf:"hf_io_stat"`
-	HfKernelStart     *ebpf.Variable `ebpf:"hf_kernel_start"`
-	HfLog2Byte        *ebpf.Variable `ebpf:"hf_log2_byte"`
-	HfPlaces          *ebpf.Variable `ebpf:"hf_places"`
-	HfStates          *ebpf.Variable `ebpf:"hf_states"`
-	HfTimeCuts        *ebpf.Variable `ebpf:"hf_time_cuts"`
-	HfTimeFirst       *ebpf.Variable `ebpf:"hf_time_first"`
+	HfAddressMask         *ebpf.Variable `ebpf:"hf_address_mask"`
+	HfBlkioV1             *ebpf.Variable `ebpf:"hf_blkio_v1"`
+	HfByContainer         *ebpf.Variable `ebpf:"hf_by_container"`
+	HfCgroupV1            *ebpf.Variable `ebpf:"hf_cgroup_v1"`
+	HfCopyStacks          *ebpf.Variable `ebpf:"hf_copy_stacks"`
+	HfDiskSeen            *ebpf.Variable `ebpf:"hf_disk_seen"`
+	HfDisks               *ebpf.Variable `ebpf:"hf_disks"`
+	HfExportArea          *ebpf.Variable `ebpf:"hf_export_area"`
+	HfExportCause         *ebpf.Variable `ebpf:"hf_export_cause"`
+	HfExportDrop          *ebpf.Variable `ebpf:"hf_export_drop"`
+	HfExportEnd           *ebpf.Variable `ebpf:"hf_export_end"`
+	HfExportError         *ebpf.Variable `ebpf:"hf_export_error"`
+	HfExportFlag          *ebpf.Variable `ebpf:"hf_export_flag"`
+	HfExportFrame         *ebpf.Variable `ebpf:"hf_export_frame"`
+	HfExportOperation     *ebpf.Variable `ebpf:"hf_export_operation"`
+	HfExportOutcome       *ebpf.Variable `ebpf:"hf_export_outcome"`
+	HfExportProfile       *ebpf.Variable `ebpf:"hf_export_profile"`
+	HfExportRuleKind      *ebpf.Variable `ebpf:"hf_export_rule_kind"`
+	HfExportSaved         *ebpf.Variable `ebpf:"hf_export_saved"`
+	HfExportSlot          *ebpf.Variable `ebpf:"hf_export_slot"`
+	HfExportSlotOperation *ebpf.Variable `ebpf:"hf_export_slot_operation"`
+	HfExportState         *ebpf.Variable `ebpf:"hf_export_state"`
+	HfExportUnwindSize    *ebpf.Variable `ebpf:"hf_export_unwind_size"`
+	HfFlushSeq            *ebpf.Variable `ebpf:"hf_flush_seq"`
+	HfIoStat              *ebpf.Variable `ebpf:"hf_io_stat"`
+	HfKernelStart         *ebpf.Variable `ebpf:"hf_kernel_start"`
+	HfLog2Byte            *ebpf.Variable `ebpf:"hf_log2_byte"`
+	HfMaxFrames           *ebpf.Variable `ebpf:"hf_max_frames"`
+	HfReserved            *ebpf.Variable `ebpf:"hf_reserved"`
+	HfRingHalf            *ebpf.Variable `ebpf:"hf_ring_half"`
+	HfSlotEpoch           *ebpf.Variable `ebpf:"hf_slot_epoch"`
+	HfSlotsTaken          *ebpf.Variable `ebpf:"hf_slots_taken"`
+	HfStackRate           *ebpf.Variable `ebpf:"hf_stack_rate"`
+	HfStates              *ebpf.Variable `ebpf:"hf_states"`
+	HfTimeCuts            *ebpf.Variable `ebpf:"hf_time_cuts"`
+	HfTimeFirst           *ebpf.Variable `ebpf:"hf_time_first"`
 }
 
 // blockPrograms contains all programs after they have been loaded into the kernel.
 //
 // It can be passed to loadBlockObjects or ebpf.CollectionSpec.LoadAndAssign.
 type blockPrograms struct {
-	HfBlockDisk  *ebpf.Program `ebpf:"hf_block_disk"`
-	HfBlockDone  *ebpf.Program `ebpf:"hf_block_done"`
-	HfBlockIssue *ebpf.Program `ebpf:"hf_block_issue"`
-	HfBlockStart *ebpf.Program `ebpf:"hf_block_start"`
+	HfBlockAbsorb  *ebpf.Program `ebpf:"hf_block_absorb"`
+	HfBlockBack    *ebpf.Program `ebpf:"hf_block_back"`
+	HfBlockDisk    *ebpf.Program `ebpf:"hf_block_disk"`
+	HfBlockDone    *ebpf.Program `ebpf:"hf_block_done"`
+	HfBlockFront   *ebpf.Program `ebpf:"hf_block_front"`
+	HfBlockIssue   *ebpf.Program `ebpf:"hf_block_issue"`
+	HfBlockRequeue *ebpf.Program `ebpf:"hf_block_requeue"`
+	HfBlockSplit   *ebpf.Program `ebpf:"hf_block_split"`
+	HfBlockStart   *ebpf.Program `ebpf:"hf_block_start"`
+	HfCgroupRmdir  *ebpf.Program `ebpf:"hf_cgroup_rmdir"`
 }
 
 func (p *blockPrograms) Close() error {
 	return _BlockClose(
+		p.HfBlockAbsorb,
+		p.HfBlockBack,
 		p.HfBlockDisk,
 		p.HfBlockDone,
+		p.HfBlockFront,
 		p.HfBlockIssue,
+		p.HfBlockRequeue,
+		p.HfBlockSplit,
 		p.HfBlockStart,
+		p.HfCgroupRmdir,
 	)
 }
 

@@ -6,7 +6,7 @@
 #include "abi.h"
 #include <bpf/bpf_helpers.h>
 
-#define HF_MAX_PROGRAMS 8
+#define HF_MAX_PROGRAMS 16
 
 struct hf_counters {
 	__u64 dropped[HF_DROP_REASONS];

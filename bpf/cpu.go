@@ -35,7 +35,10 @@ type CPUConfig struct {
 	Event     Event // EventCPUClock if empty
 	Frequency int   // Hz a CPU, 1 to 10,000
 	CgroupV1  bool  // the cpu controller is on a v1 hierarchy (see CPUControllerV1)
-	// TableMemory limits the unwind tables in the kernel, in bytes; DefaultTableMemory if 0.
+	// Tables are the unwind tables to use, which other objects may use as well; they must not
+	// end before the CPU. nil: tables of its own, of at most TableMemory bytes,
+	// DefaultTableMemory if 0.
+	Tables      *Tables
 	TableMemory uint64
 	// CopyStacks makes every user stack come with Stop, the leaf then, and Stack. For tests.
 	CopyStacks bool
@@ -52,6 +55,7 @@ type CPU struct {
 	prog   *ebpf.Program
 	attr   unix.PerfEventAttr
 	tables *Tables
+	own    *Tables // the same, where they end with the CPU
 
 	mu     sync.Mutex
 	links  map[int]*perfLink // by CPU
@@ -111,13 +115,16 @@ func NewCPU(cfg CPUConfig) (_ *CPU, err error) {
 		return nil, fmt.Errorf("count CPUs: %w", err)
 	}
 	spec.Maps[cpuMapHfRings].MaxEntries = uint32(cpus)
-	tables, err := NewTables(cmp.Or(cfg.TableMemory, DefaultTableMemory))
-	if err != nil {
-		return nil, err
+	tables, own := cfg.Tables, (*Tables)(nil)
+	if tables == nil {
+		if own, err = NewTables(cmp.Or(cfg.TableMemory, DefaultTableMemory)); err != nil {
+			return nil, err
+		}
+		tables = own
 	}
 	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: tables.replace(spec)})
 	if err != nil {
-		tables.Close()
+		own.Close()
 		return nil, fmt.Errorf("load cpu object: %w", err)
 	}
 	c := &CPU{
@@ -129,6 +136,7 @@ func NewCPU(cfg CPUConfig) (_ *CPU, err error) {
 		prog:   coll.Programs[cpuProgHfCpu],
 		attr:   attr,
 		tables: tables,
+		own:    own,
 		links:  map[int]*perfLink{},
 	}
 	defer func() {
@@ -253,11 +261,11 @@ func (c *CPU) Close() error {
 		c.rings = nil
 	}
 	c.coll.Close()
-	return errors.Join(append(errs, c.tables.Close())...)
+	return errors.Join(append(errs, c.own.Close())...)
 }
 
-// Tables are the unwind tables by which the stacks are walked, empty at first. They end
-// with the CPU.
+// Tables are the unwind tables by which the stacks are walked, empty at first. Unless they
+// came with the configuration they end with the CPU.
 func (c *CPU) Tables() *Tables { return c.tables }
 
 // maxFrames is where the kernel's stack walkers stop.
@@ -304,7 +312,10 @@ func setVariables(spec *ebpf.CollectionSpec, values map[string]any) error {
 
 // CPUControllerV1 tells whether the cpu controller is on a cgroup v1 hierarchy (v1 and
 // hybrid hosts): then scheduling takes its containers from there.
-func CPUControllerV1() bool {
+func CPUControllerV1() bool { return ControllerV1("cpu") }
+
+// ControllerV1 tells whether a cgroup controller is on a v1 hierarchy.
+func ControllerV1(name string) bool {
 	b, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
 		return false
@@ -315,7 +326,7 @@ func CPUControllerV1() bool {
 			continue
 		}
 		for _, controller := range strings.Split(f[1], ",") {
-			if controller == "cpu" {
+			if controller == name {
 				return true
 			}
 		}

@@ -42,7 +42,7 @@ const (
 type cpuHfCounters struct {
 	_         structs.HostLayout
 	Dropped   [9]uint64
-	Runs      [8]uint64
+	Runs      [16]uint64
 	Delivered uint64
 }
 

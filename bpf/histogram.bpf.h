@@ -75,4 +75,12 @@ static __always_inline void hf_time_count(__u64 *cells, __u64 ns)
 		cells[cell]++;
 }
 
+/* Size cells are upper-inclusive powers of two from 512 (internal/histogram, Size). */
+static __always_inline __u32 hf_size_cell(__u32 bytes)
+{
+	__u32 cell = bytes <= 512 ? 0 : hf_log2(bytes - 1) - 8;
+
+	return cell > 18 ? 18 : cell;
+}
+
 #endif

@@ -29,6 +29,7 @@ struct cgroup;
 struct cgroup_subsys_state {
 	struct cgroup *cgroup;
 	unsigned int flags;
+	struct cgroup_subsys_state *parent;
 };
 
 struct cgroup {
@@ -43,6 +44,7 @@ struct css_set {
 
 enum cgroup_subsys_id {
 	cpu_cgrp_id = 1,
+	io_cgrp_id = 3,
 };
 
 struct maple_tree {
@@ -204,11 +206,38 @@ struct blk_mq_tag_set {
 	struct blk_mq_tags *shared_tags;
 };
 
+struct request_queue;
+
 struct gendisk {
 	int major;
 	int first_minor;
 	char disk_name[32];
+	struct request_queue *queue;
 	__u64 diskseq;
+};
+
+struct block_device {
+	struct gendisk *bd_disk;
+};
+
+struct blkcg {
+	struct cgroup_subsys_state css;
+};
+
+struct blkcg_gq {
+	struct blkcg *blkcg;
+};
+
+struct bvec_iter {
+	unsigned int bi_size;
+};
+
+struct bio {
+	struct block_device *bi_bdev;
+	__u32 bi_opf;
+	__u8 bi_status;
+	struct bvec_iter bi_iter;
+	struct blkcg_gq *bi_blkg; /* CONFIG_BLK_CGROUP */
 };
 
 struct request_queue {
@@ -228,6 +257,7 @@ struct request {
 	int tag;
 	int internal_tag;
 	unsigned int __data_len;
+	struct bio *bio;
 	__u64 start_time_ns;
 	enum mq_rq_state state;
 };
@@ -242,6 +272,14 @@ enum req_op {
 	REQ_OP_WRITE_ZEROES = 9,
 	REQ_OP_DRV_IN = 34,
 	REQ_OP_DRV_OUT = 35,
+};
+
+enum req_flag_bits {
+	__REQ_SYNC = 11,
+	__REQ_META = 12,
+	__REQ_FUA = 17,
+	__REQ_PREFLUSH = 18,
+	__REQ_RAHEAD = 19,
 };
 
 enum rqf_flags {

@@ -63,6 +63,18 @@ func newRings(outer *ebpf.Map, size int) (_ *rings, err error) {
 // time. The sample is valid during the call only. A record that can not be decoded is
 // skipped and reported at the end.
 func (r *rings) drain(fn func(*Sample)) error {
+	return r.read(func(record []byte) error {
+		if err := r.sample.decode(record); err != nil {
+			return err
+		}
+		fn(&r.sample)
+		return nil
+	})
+}
+
+// read hands every record in the rings to fn, ring by ring; within a ring in order of time.
+// The record is valid during the call only. What fn returns is reported at the end.
+func (r *rings) read(fn func(record []byte) error) error {
 	var errs []error
 	for cpu, rd := range r.readers {
 		for rd.AvailableBytes() > 0 {
@@ -74,11 +86,9 @@ func (r *rings) drain(fn func(*Sample)) error {
 				errs = append(errs, fmt.Errorf("read ring of CPU %d: %w", cpu, err))
 				break
 			}
-			if err := r.sample.decode(r.record.RawSample); err != nil {
+			if err := fn(r.record.RawSample); err != nil {
 				errs = append(errs, err)
-				continue
 			}
-			fn(&r.sample)
 		}
 	}
 	return errors.Join(errs...)

@@ -143,11 +143,12 @@ type Sample struct {
 	Thread        Comm   // of the thread
 	Cgroup        uint64 // kernfs id: cpu hierarchy on v1 and hybrid hosts, else v2
 	Time          uint64
-	Value         uint64 // ns that it stands for; for ProfileCPU the sampling period times the weight
-	Duration      uint64 // ns that were observed; 0 for ProfileCPU
-	Cause         Cause  // of ProfileRunqueue
-	State         State  // of ProfileOffCPU
-	ByPID         uint32 // of ProfileRunqueue: whose thread it waited for, 0 where that is not known
+	Value         uint64  // ns that it stands for; for ProfileCPU the sampling period times the weight, for ProfileBlockIO the latency of one request
+	IO            BlockIO // of ProfileBlockIO
+	Duration      uint64  // ns that were observed; 0 for ProfileCPU
+	Cause         Cause   // of ProfileRunqueue
+	State         State   // of ProfileOffCPU
+	ByPID         uint32  // of ProfileRunqueue: whose thread it waited for, 0 where that is not known
 	By            Comm
 	Start         uint64 // when the thread group leader was born
 	ExecID        uint64

@@ -510,6 +510,9 @@ func (t *Tables) chunkMemory() uint64 {
 // Close frees the tables; Put has no room then. Programs that are loaded with them keep
 // their own hold. It is idempotent.
 func (t *Tables) Close() error {
+	if t == nil {
+		return nil
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var errs []error

@@ -68,6 +68,22 @@ type fakeBlock struct {
 
 func (f *fakeBlock) ReadBlock() ([]Block, error) { return f.series, f.err }
 
+func (f *fakeBlock) ReadBlockContainers() ([]BlockContainer, error) {
+	read := testBlock("vda", "read", 2)
+	return []BlockContainer{{
+		Container: "0123456789ab", Since: testStart.Add(time.Minute),
+		Operations: map[string]BlockContainerIO{"read": {read.Total, read.Queue, read.DeviceTime, read.Size}},
+		Attributed: map[string]uint64{"cgroup": 3, "submitter": 1},
+	}}, f.err
+}
+
+func (f *fakeBlock) ReadBlockBios() ([]BlockBio, error) {
+	read := testBlock("zram0", "read", 5)
+	return []BlockBio{{"zram0", "read", read.Total, read.Size, 3}}, f.err
+}
+
+func (f *fakeBlock) ReadInFlight() (map[string]int, error) { return map[string]int{"vda": 7}, f.err }
+
 type fakeCPU []profiler.ContainerCPU
 
 func (f fakeCPU) CPUByContainer() []profiler.ContainerCPU { return f }
@@ -87,7 +103,10 @@ func testBlock(device, operation string, factor uint64) Block {
 		Queue:      snapshotOf(histogram.Time(), 900, 10_000*factor),
 		DeviceTime: snapshotOf(histogram.Time(), 80_000*factor, 200_000*factor),
 		Size:       snapshotOf(histogram.Size(), 0, 512, 4096*factor, 128<<20),
-		Errors:     factor,
+		Depth:      snapshotOf(histogram.Depth(), 1, 2, 31+factor),
+		Errors:     map[string]uint64{"io": factor, "timeout": 1},
+		Flagged:    map[string]uint64{"sync": 3, "readahead": factor, "metadata": 0},
+		Merges:     2 * factor, Requeues: 5, Splits: factor,
 	}
 }
 
@@ -205,13 +224,13 @@ func newFakeCapturer(t *testing.T) *fakeCapturer {
 		ready:   true,
 		newest: &profiler.Window{
 			Start: testStart, End: testStart.Add(10 * time.Second),
-			Profiles: []profiler.Profile{profiler.NewProfile("cpu", p, 1009, map[string]uint64{"ring_full": 1, "no_ring": 2})},
+			Profiles: []profiler.Profile{profiler.NewProfile("cpu", p, 1009, map[string]uint64{"ring_full": 1, "no_ring": 2}), profiler.NewProfile("blockio", p, 0, nil)},
 		},
 	}
 }
 
 // testTypes are what the tests serve.
-var testTypes = []profiler.Type{profiler.CPU("", 99)}
+var testTypes = []profiler.Type{profiler.CPU("", 99), profiler.BlockIO(50)}
 
 // windowOf is a window with a profile of CPU time.
 func windowOf(p *profile.Profile) *profiler.Window {

@@ -100,7 +100,6 @@ func TestAnswersGolden(t *testing.T) {
 		"GET /pprof/",
 		"GET /pprof/runqueue",
 		"GET /pprof/offcpu?seconds=1",
-		"GET /pprof/blockio",
 		"GET /pprof/wall",
 		"GET /pprof/cpu/",
 		"GET /pprof/CPU",

@@ -39,9 +39,9 @@ type layout struct {
 }
 
 var (
-	timeLayout = sync.OnceValue(func() *layout { return newLayout(histogram.Time()) })
-	sizeLayout = sync.OnceValue(func() *layout { return newLayout(histogram.Size()) })
-
+	timeLayout   = sync.OnceValue(func() *layout { return newLayout(histogram.Time()) })
+	sizeLayout   = sync.OnceValue(func() *layout { return newLayout(histogram.Size()) })
+	depthLayout  = sync.OnceValue(func() *layout { return newLayout(histogram.Depth()) })
 	lengthLayout = sync.OnceValue(func() *layout { return newLayout(histogram.Length()) })
 )
 

@@ -16,6 +16,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hostflame/hostflame/bpf"
 )
 
 const (
@@ -103,7 +105,7 @@ func isUnit(s string) bool {
 // Containers names the cgroups of one hierarchy. It may be used from any goroutine.
 type Containers struct {
 	proc  string
-	v1    bool // the cpu hierarchy of v1, else the unified one
+	v1    string // the controller whose hierarchy of v1 it is; the unified one if empty
 	mount string
 	root  string // the cgroup that is mounted there, "/" but in a container
 	fd    int    // of the mount, -1 if there is none
@@ -115,12 +117,17 @@ type Containers struct {
 // maxCachedNames bounds each of the two generations of names.
 const maxCachedNames = 4096
 
-// NewContainers finds the hierarchy that the kernel side takes cgroup ids from: the cpu
-// hierarchy where v1 is true (bpf.CPUControllerV1), else the unified one. Without a mount
-// of it names come from /proc/PID/cgroup alone.
-func NewContainers(v1 bool) *Containers { return newContainers("/proc", v1) }
+// NewContainers finds the hierarchy that the kernel side takes cgroup ids from: that of the
+// controller, cpu or blkio, where it is on v1 (bpf.ControllerV1), else the unified one.
+// Without a mount of it names come from /proc/PID/cgroup alone.
+func NewContainers(controller string) *Containers {
+	if !bpf.ControllerV1(controller) {
+		controller = ""
+	}
+	return newContainers("/proc", controller)
+}
 
-func newContainers(proc string, v1 bool) *Containers {
+func newContainers(proc, v1 string) *Containers {
 	c := &Containers{proc: proc, v1: v1, fd: -1, young: map[uint64]string{}}
 	f, err := os.Open(filepath.Join(proc, "self/mountinfo"))
 	if err != nil {
@@ -157,14 +164,14 @@ func (c *Containers) Close() error {
 
 // parseMountinfo returns the mount point and the mounted root of a line of
 // /proc/self/mountinfo (proc(5)), if it is of the wanted hierarchy.
-func parseMountinfo(line string, v1 bool) (mount, root string, ok bool) {
+func parseMountinfo(line, v1 string) (mount, root string, ok bool) {
 	head, tail, found := strings.Cut(line, " - ")
 	fields, kind := strings.Fields(head), strings.Fields(tail)
 	if !found || len(fields) < 5 || len(kind) < 3 {
 		return "", "", false
 	}
-	if v1 {
-		ok = kind[0] == "cgroup" && slices.Contains(strings.Split(kind[2], ","), "cpu")
+	if v1 != "" {
+		ok = kind[0] == "cgroup" && slices.Contains(strings.Split(kind[2], ","), v1)
 	} else {
 		ok = kind[0] == "cgroup2"
 	}
@@ -255,15 +262,15 @@ func (c *Containers) pathByProcess(cgroup uint64, pid PID) (string, error) {
 	return p, nil
 }
 
-// parseCgroup returns the path in /proc/PID/cgroup (cgroups(7)) of the cpu controller of
-// v1 or of the unified hierarchy.
-func parseCgroup(s string, v1 bool) (string, bool) {
+// parseCgroup returns the path in /proc/PID/cgroup (cgroups(7)) of a controller of v1 or,
+// where that is empty, of the unified hierarchy.
+func parseCgroup(s, v1 string) (string, bool) {
 	for line := range strings.Lines(s) {
 		f := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
 		if len(f) != 3 {
 			continue
 		}
-		if v1 && slices.Contains(strings.Split(f[1], ","), "cpu") || !v1 && f[0] == "0" && f[1] == "" {
+		if v1 != "" && slices.Contains(strings.Split(f[1], ","), v1) || v1 == "" && f[0] == "0" && f[1] == "" {
 			return strings.TrimSuffix(f[2], deletedSuffix), true
 		}
 	}

@@ -3,6 +3,7 @@
 package profiler
 
 import (
+	"cmp"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -95,20 +96,20 @@ func FuzzContainerName(f *testing.F) {
 func TestParseMountinfo(t *testing.T) {
 	for _, test := range []struct {
 		line        string
-		v1          bool
+		v1          string
 		mount, root string
 		ok          bool
 	}{
-		{"32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu", true, "/sys/fs/cgroup/cpu", "/", true},
-		{"32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct", true, "/sys/fs/cgroup/cpu,cpuacct", "/", true},
-		{"32 31 0:29 / /sys/fs/cgroup/cpuset rw,relatime - cgroup cgroup rw,cpuset", true, "", "", false},
-		{"32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu", false, "", "", false},
-		{"41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw", false, "/sys/fs/cgroup/unified", "/", true},
-		{"41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw", true, "", "", false},
-		{`41 31 0:38 /docker/abc /my\040cgroups rw - cgroup2 none rw,nsdelegate`, false, "/my cgroups", "/docker/abc", true},
-		{"41 31 0:38 / /sys rw - sysfs sysfs rw", false, "", "", false},
-		{"41 31", false, "", "", false},
-		{"", true, "", "", false},
+		{"32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu", "cpu", "/sys/fs/cgroup/cpu", "/", true},
+		{"32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct", "cpu", "/sys/fs/cgroup/cpu,cpuacct", "/", true},
+		{"32 31 0:29 / /sys/fs/cgroup/cpuset rw,relatime - cgroup cgroup rw,cpuset", "cpu", "", "", false},
+		{"32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu", "", "", "", false},
+		{"41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw", "", "/sys/fs/cgroup/unified", "/", true},
+		{"41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw", "cpu", "", "", false},
+		{`41 31 0:38 /docker/abc /my\040cgroups rw - cgroup2 none rw,nsdelegate`, "", "/my cgroups", "/docker/abc", true},
+		{"41 31 0:38 / /sys rw - sysfs sysfs rw", "", "", "", false},
+		{"41 31", "", "", "", false},
+		{"", "cpu", "", "", false},
 	} {
 		mount, root, ok := parseMountinfo(test.line, test.v1)
 		if ok != test.ok || ok && (mount != test.mount || root != test.root) {
@@ -121,17 +122,19 @@ func TestParseCgroup(t *testing.T) {
 	const hybrid = "12:cpuset:/a\n2:cpuacct,cpu:/b/c:d\n1:name=systemd:/e\n0::/f\n"
 	for _, test := range []struct {
 		file string
-		v1   bool
+		v1   string
 		want string
 		ok   bool
 	}{
-		{hybrid, true, "/b/c:d", true},
-		{hybrid, false, "/f", true},
-		{"0::/f (deleted)\n", false, "/f", true},
-		{"0::/f\n", true, "", false},
-		{"4:cpuset:/a", true, "", false},
-		{"x", false, "", false},
-		{"", false, "", false},
+		{hybrid, "cpu", "/b/c:d", true},
+		{hybrid, "cpuset", "/a", true},
+		{hybrid, "blkio", "", false},
+		{hybrid, "", "/f", true},
+		{"0::/f (deleted)\n", "", "/f", true},
+		{"0::/f\n", "cpu", "", false},
+		{"4:cpuset:/a", "cpu", "", false},
+		{"x", "", "", false},
+		{"", "", "", false},
 	} {
 		if got, ok := parseCgroup(test.file, test.v1); got != test.want || ok != test.ok {
 			t.Errorf("%q: %q %v, want %q %v", test.file, got, ok, test.want, test.ok)
@@ -144,7 +147,7 @@ func TestContainersByProcess(t *testing.T) {
 	proc := t.TempDir()
 	write(t, filepath.Join(proc, "self/mountinfo"), "32 31 0:29 / /nowhere rw,relatime - cgroup cgroup rw,cpu\n")
 	write(t, filepath.Join(proc, "42/cgroup"), "2:cpu:/docker/"+testID+"\n0::/other\n")
-	c := newContainers(proc, true)
+	c := newContainers(proc, "cpu")
 	defer c.Close()
 	if got := c.Name(1, 43); got != unknownName {
 		t.Errorf("process that is gone: %q, want %q", got, unknownName)
@@ -163,7 +166,7 @@ func TestContainersByProcess(t *testing.T) {
 func TestContainersCacheIsBounded(t *testing.T) {
 	proc := t.TempDir()
 	write(t, filepath.Join(proc, "42/cgroup"), "2:cpu:/a\n")
-	c := newContainers(proc, true)
+	c := newContainers(proc, "cpu")
 	for id := range uint64(3 * maxCachedNames) {
 		c.Name(id, 42)
 	}
@@ -175,12 +178,12 @@ func TestContainersCacheIsBounded(t *testing.T) {
 // The kernel's ids, resolved by the cgroup file systems of both versions.
 func TestContainersByHandle(t *testing.T) {
 	kerneltest.Require(t)
-	for _, v1 := range []bool{true, false} {
-		t.Run(map[bool]string{true: "v1", false: "v2"}[v1], func(t *testing.T) {
-			c := NewContainers(v1)
+	for _, v1 := range []string{"cpu", "blkio", ""} {
+		t.Run(cmp.Or(v1, "v2"), func(t *testing.T) {
+			c := newContainers("/proc", v1)
 			defer c.Close()
 			if c.fd < 0 {
-				if v1 == bpf.CPUControllerV1() {
+				if v1 == "" && !bpf.CPUControllerV1() || v1 != "" && bpf.ControllerV1(v1) {
 					t.Fatal("the hierarchy that samples come from is not mounted")
 				}
 				t.Skip("not mounted")
@@ -236,7 +239,7 @@ func write(t *testing.T, path, content string) {
 // inCgroup starts a command inside a cgroup of the hierarchy that samples come from.
 func inCgroup(t *testing.T, name string, command ...string) *exec.Cmd {
 	t.Helper()
-	c := NewContainers(bpf.CPUControllerV1())
+	c := NewContainers("cpu")
 	defer c.Close()
 	dir := filepath.Join(c.mount, name)
 	if err := os.MkdirAll(dir, 0o755); err != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/pprof/profile"
@@ -147,8 +148,12 @@ func (s *slab[T]) take(n int) []T {
 }
 
 func (b *builder) sample(s *profile.Sample, r row) {
-	s.Location = b.stacks.take(len(r.stack))
-	for i, l := range r.stack {
+	stack := r.stack
+	if b.typ.Hooked {
+		stack = stack[b.hookFrames(stack):]
+	}
+	s.Location = b.stacks.take(len(stack))
+	for i, l := range stack {
 		s.Location[i] = b.location(l)
 	}
 	s.Value = b.values.take(len(b.typ.Values))
@@ -170,6 +175,25 @@ func (b *builder) sample(s *profile.Sample, r row) {
 		s.NumLabel[n.Name] = b.number(int64(r.numbers[i] / r.count))
 		s.NumUnit[n.Name] = b.label(n.Unit)
 	}
+}
+
+// hookFrames is how many of the first frames of a stack are those of a BPF program in a
+// tracepoint, and of what calls it: the outermost is one that only tracepoints have.
+func (b *builder) hookFrames(stack Stack) int {
+	const most = 8
+	for i := min(most, len(stack)) - 1; i >= 0; i-- {
+		if !stack[i].Mapping.kernel {
+			continue
+		}
+		for _, line := range b.names.of(stack[i]).Lines {
+			for _, prefix := range []string{"bpf_trace_run", "__bpf_trace_", "__traceiter_"} {
+				if strings.HasPrefix(line.Function, prefix) {
+					return i + 1
+				}
+			}
+		}
+	}
+	return 0
 }
 
 func (b *builder) number(v int64) []int64 {

@@ -128,6 +128,7 @@ type Profiler struct {
 	told        *eventMappings // nil without mapping events
 	unwinder    *unwinder      // nil without tables
 	containers  *Containers
+	charged     *Containers // of the cgroups that block I/O is charged to
 	traces      *traces
 	symbols     *symbols
 	cpu         *cpuTimes
@@ -237,7 +238,8 @@ func New(cfg Config) (*Profiler, error) {
 		cfg:         cfg,
 		host:        host,
 		processes:   newProcessTable(source, cfg.Symbolizer, cfg.MaxProcesses),
-		containers:  NewContainers(bpf.CPUControllerV1()),
+		containers:  NewContainers("cpu"),
+		charged:     NewContainers("blkio"),
 		traces:      newTraces(),
 		symbols:     newSymbols(cfg.Symbolizer),
 		cpu:         newCPUTimes(cfg.MaxContainers),
@@ -309,10 +311,7 @@ func (p *Profiler) Run(ctx context.Context) error {
 	p.closing <- p.closeWindow(time.Now().Add(lastSymbols))
 	close(p.closing)
 	others.Wait()
-	if cerr := p.containers.Close(); err == nil {
-		err = cerr
-	}
-	return err
+	return errors.Join(err, p.containers.Close(), p.charged.Close())
 }
 
 func (p *Profiler) begin() error {
@@ -528,7 +527,7 @@ func (p *Profiler) take(s *bpf.Sample) {
 // container that it knows.
 func (p *Profiler) deliver(s *bpf.Sample) {
 	weight := uint64(s.Weight)
-	container := p.containers.Name(s.Cgroup, PID(s.PID))
+	container := p.container(s)
 	if s.Profile == bpf.ProfileCPU {
 		p.cpu.add(container, s)
 	}
@@ -549,6 +548,15 @@ func (p *Profiler) deliver(s *bpf.Sample) {
 			c.agg.add(s, tr, container)
 		}
 	}
+}
+
+// container is the one that s counts for: that of the task, or the one that its block I/O
+// is charged to.
+func (p *Profiler) container(s *bpf.Sample) string {
+	if s.IO.Cgroup > bpf.RootCgroup {
+		return p.charged.Name(s.IO.Cgroup, PID(s.PID))
+	}
+	return p.containers.Name(s.Cgroup, PID(s.PID))
 }
 
 // trace returns the trace of s with its stack, nil where there is no room for it.

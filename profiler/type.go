@@ -23,6 +23,9 @@ type Type struct {
 	Labels  []Label  // beside comm, thread, container, pid and tid; each is a parameter of a capture as well
 	Numbers []Number // likewise, but no parameters
 	Least   *Least   // nil: no such parameter
+	// Hooked says that the stacks are taken in a tracepoint: the frames of the hook itself are
+	// left out of the profiles.
+	Hooked bool
 	// Describe is the first comment of a profile, after the host, given what was delivered
 	// and lost by weight; nil for none.
 	Describe func(delivered, lost uint64) string

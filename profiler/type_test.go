@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/hostflame/hostflame/bpf"
+	"github.com/hostflame/hostflame/symbolizer"
 )
 
 // waitType is a type that has all that a type can have.
@@ -108,6 +109,33 @@ func TestTypes(t *testing.T) {
 	}
 	if w.Of("nothing") != nil {
 		t.Error("a window has a profile of a type that there is not")
+	}
+}
+
+// The frames of the hook that took a stack are no part of it.
+func TestHookFrames(t *testing.T) {
+	frames := []string{"bpf_prog_1_take", "bpf_prog_2_hf_block_start", "bpf_trace_run1", "__traceiter_block_io_start", "blk_account_io_start"}
+	found := names{kernelMapping: {}}
+	var stack Stack
+	for i, name := range frames {
+		addr := Addr(kernelHalf) + Addr(16*i)
+		stack = append(stack, Location{kernelMapping, addr})
+		found[kernelMapping][addr] = symbolizer.Result{Lines: []symbolizer.Line{{Function: name}}}
+	}
+	typ := waitType()
+	for _, test := range []struct {
+		hooked bool
+		stack  Stack
+		want   int
+	}{{true, stack[:5], 4}, {true, stack[:3], 3}, {true, stack[4:5], 0}, {true, nil, 0}, {false, stack[:5], 0}} {
+		typ.Hooked = test.hooked
+		p, err := buildProfile([]row{{stack: test.stack, pid: 1, count: 1}}, found, meta{typ: &typ})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := len(test.stack) - len(p.Sample[0].Location); n != test.want {
+			t.Errorf("%d frames of %d were cut, want %d (hooked: %v)", n, len(test.stack), test.want, test.hooked)
+		}
 	}
 }
 

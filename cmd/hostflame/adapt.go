@@ -24,7 +24,7 @@ import (
 func readers(k *kernel, p *profiler.Profiler, a *accounting) exporter.Readers {
 	r := exporter.Readers{
 		Runqueue: runqueueReader{k.sched, k.schedErr, k.cpu},
-		Block:    blockReader{k.block, k.blockErr},
+		Block:    blockReader{k.block, k.bio, k.blockErr},
 		Agent:    agentReader{k, p, a},
 	}
 	if p != nil {
@@ -80,6 +80,7 @@ func blocked(c bpf.SchedCells) map[string]histogram.Snapshot {
 
 type blockReader struct {
 	block *bpf.Block
+	bio   *bpf.BlockBio // nil where it does not work
 	err   error
 }
 
@@ -95,11 +96,59 @@ func (r blockReader) ReadBlock() ([]exporter.Block, error) {
 	for i, c := range cells {
 		list[i] = exporter.Block{
 			Device: c.Device, Operation: c.Operation,
-			Total: c.Total, Queue: c.Queue, DeviceTime: c.DeviceTime, Size: c.Size,
-			Errors: c.Errors,
+			Total: c.Total, Queue: c.Queue, DeviceTime: c.DeviceTime, Size: c.Size, Depth: c.Depth,
+			Errors:  map[string]uint64{},
+			Flagged: map[string]uint64{"sync": c.Sync, "readahead": c.Readahead, "metadata": c.Metadata},
+			Merges:  c.Merges, Requeues: c.Requeues, Splits: c.Splits,
+		}
+		for class, n := range c.Errors {
+			list[i].Errors[bpf.BlockError(class).String()] = n
 		}
 	}
 	return list, nil
+}
+
+func (r blockReader) ReadBlockContainers() ([]exporter.BlockContainer, error) {
+	if r.err != nil {
+		return nil, r.err
+	}
+	containers, err := r.block.Containers()
+	if err != nil {
+		return nil, err
+	}
+	list := make([]exporter.BlockContainer, len(containers))
+	for i, c := range containers {
+		list[i] = exporter.BlockContainer{
+			Container: c.Name, Since: c.Since, Operations: map[string]exporter.BlockContainerIO{},
+			Attributed: map[string]uint64{"cgroup": c.Charged, "submitter": c.Requests - c.Charged},
+		}
+		for _, o := range c.Operations {
+			list[i].Operations[o.Operation] = exporter.BlockContainerIO{Total: o.Total, Queue: o.Queue, DeviceTime: o.DeviceTime, Size: o.Size}
+		}
+	}
+	return list, nil
+}
+
+func (r blockReader) ReadBlockBios() ([]exporter.BlockBio, error) {
+	if r.bio == nil {
+		return nil, r.err
+	}
+	cells, err := r.bio.Read()
+	if err != nil {
+		return nil, err
+	}
+	list := make([]exporter.BlockBio, len(cells))
+	for i, c := range cells {
+		list[i] = exporter.BlockBio(c)
+	}
+	return list, nil
+}
+
+func (r blockReader) ReadInFlight() (map[string]int, error) {
+	if r.err != nil {
+		return nil, r.err
+	}
+	return r.block.InFlight()
 }
 
 type unwindReader struct{ profiler *profiler.Profiler }
@@ -136,6 +185,20 @@ func (r agentReader) ReadAgent() (exporter.Agent, error) {
 		a.Unseen["mappings"] = map[string]uint64{}
 		for reason, n := range m.Stats().Lost {
 			a.Unseen["mappings"][string(reason)] = n
+		}
+	}
+	if b := r.kernel.block; b != nil && b.HasStacks() {
+		lost, err := b.StackLosses()
+		if err != nil {
+			return a, err
+		}
+		into := a.Lost["blockio"]
+		if into == nil {
+			into = map[string]uint64{}
+			a.Lost["blockio"] = into
+		}
+		for reason, n := range byName(lost) {
+			into[reason] += n
 		}
 	}
 	for _, o := range r.kernel.objects() {
@@ -187,6 +250,9 @@ func (k *kernel) objects() []counted {
 	}
 	if k.block != nil {
 		list = append(list, counted{"block", false, k.block.Stats})
+	}
+	if k.bio != nil {
+		list = append(list, counted{"block", false, k.bio.Stats})
 	}
 	return list
 }

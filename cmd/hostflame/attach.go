@@ -20,8 +20,11 @@ type kernel struct {
 	sched                      *bpf.Sched
 	waits                      *bpf.Waits // where cpu and sched work
 	block                      *bpf.Block
+	bio                        *bpf.BlockBio // nil where it does not work
+	tables                     *bpf.Tables   // of all that take stacks; nil where there can be none
 	mappings                   *bpf.Mappings // nil where there are none, or nobody to use them
 	containers                 *profiler.Containers
+	charged                    *profiler.Containers // of block I/O
 	cpuErr, schedErr, blockErr error
 	waitsErr                   error
 }
@@ -30,13 +33,24 @@ type kernel struct {
 // privileges do not allow is logged with what is lost; it is an error only when nothing
 // is left.
 func attach(cfg bpf.CPUConfig, waits bpf.WaitSampling, log *slog.Logger) (*kernel, error) {
-	k := &kernel{containers: profiler.NewContainers(cfg.CgroupV1)}
+	k := &kernel{containers: profiler.NewContainers("cpu"), charged: profiler.NewContainers("blkio")}
+	// Without them each part makes do or says itself what does not work.
+	k.tables, _ = bpf.NewTables(cfg.TableMemory)
+	cfg.Tables = k.tables
 	// The verifier takes its time, so two at once.
 	var loading sync.WaitGroup
 	loading.Go(func() {
 		k.sched, k.schedErr = bpf.NewSched(bpf.SchedConfig{CgroupV1: cfg.CgroupV1, ContainerName: k.containerName, Sampling: waits})
 	})
-	loading.Go(func() { k.block, k.blockErr = bpf.NewBlock(bpf.BlockConfig{}) })
+	loading.Go(func() {
+		k.block, k.blockErr = bpf.NewBlock(bpf.BlockConfig{Tables: k.tables, CgroupV1: cfg.CgroupV1, ContainerName: k.chargedName})
+	})
+	loading.Go(func() {
+		var err error
+		if k.bio, err = bpf.NewBlockBio(); err != nil {
+			log.Warn("I/O of devices without requests is not measured", "err", withoutGuess(err), "lost", "hostflame_block_bio_*")
+		}
+	})
 	loading.Wait()
 	// Last, as its samples are waiting from then on.
 	if k.cpu, k.cpuErr = bpf.NewCPU(cfg); k.cpuErr == nil {
@@ -58,7 +72,7 @@ func attach(cfg bpf.CPUConfig, waits bpf.WaitSampling, log *slog.Logger) (*kerne
 		{k.cpuErr, "CPU sampling", "the cpu profile and hostflame_cpu_seconds_total"},
 		{k.schedErr, "run-queue latency", "the hostflame_runqueue_*, hostflame_offcpu_* and hostflame_container_* metrics of the scheduler"},
 		{k.waitsErr, "sampling of waits and blocked time", "the profiles runqueue, offcpu and wall"},
-		{k.blockErr, "block I/O latency", "the hostflame_block_io_* histograms"},
+		{k.blockErr, "block I/O latency", "the blockio profile and the hostflame_block_io_* histograms"},
 	} {
 		if part.err != nil {
 			log.Warn(part.what+" does not work here", "err", withoutGuess(part.err), "lost", part.lost, "hint", attachHint(part.err, cfg.Event))
@@ -70,6 +84,11 @@ func attach(cfg bpf.CPUConfig, waits bpf.WaitSampling, log *slog.Logger) (*kerne
 // containerName names the container of a cgroup for a label.
 func (k *kernel) containerName(cgroup uint64) string {
 	return strings.ToValidUTF8(k.containers.Name(cgroup, 0), "\uFFFD")
+}
+
+// chargedName is that of a cgroup in the hierarchy of block I/O.
+func (k *kernel) chargedName(cgroup uint64) string {
+	return strings.ToValidUTF8(k.charged.Name(cgroup, 0), "\uFFFD")
 }
 
 // newMappings begins to listen to what processes map; nil where that does not work.
@@ -111,9 +130,13 @@ func (k *kernel) close() error {
 	if k.block != nil {
 		errs = append(errs, k.block.Close())
 	}
+	if k.bio != nil {
+		errs = append(errs, k.bio.Close())
+	}
 	if k.mappings != nil {
 		errs = append(errs, k.mappings.Close())
 	}
-	errs = append(errs, k.containers.Close())
+	errs = append(errs, k.tables.Close())
+	errs = append(errs, k.containers.Close(), k.charged.Close())
 	return errors.Join(errs...)
 }

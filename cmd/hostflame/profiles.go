@@ -3,6 +3,8 @@
 package main
 
 import (
+	"errors"
+
 	"github.com/hostflame/hostflame/bpf"
 	"github.com/hostflame/hostflame/profiler"
 )
@@ -17,7 +19,14 @@ func profileTypes(k *kernel, cfg bpf.CPUConfig, states *profiler.States) (types 
 			missing[t.Name] = k.waitsErr
 		}
 	}
-	return append([]profiler.Type{profiler.CPU(cfg.Event, cfg.Frequency)}, waits...), missing
+	switch {
+	case k.blockErr != nil:
+		missing["blockio"] = k.blockErr
+	case k.block != nil && !k.block.HasStacks():
+		missing["blockio"] = errors.New("this kernel has no block_io_start (Linux 6.5), at which the stacks are taken")
+	}
+	types = append([]profiler.Type{profiler.CPU(cfg.Event, cfg.Frequency)}, waits...)
+	return append(types, profiler.BlockIO(bpf.DefaultStackRate)), missing
 }
 
 // feeds are the sources of the samples of all types; those of CPU time are drained through cpu.
@@ -30,6 +39,15 @@ func feeds(k *kernel, cpu profiler.Source) []profiler.Feed {
 			Observe: k.waits.Observe,
 		})
 	}
+	if k.block != nil && k.block.HasStacks() {
+		list = append(list, profiler.Feed{
+			Source: k.block, Profiles: []bpf.Profile{bpf.ProfileBlockIO},
+			Losses: func(bpf.Profile) map[string]uint64 {
+				lost, _ := k.block.StackLosses() // as in lossesOf
+				return byName(lost)
+			},
+		})
+	}
 	return list
 }
 
@@ -40,10 +58,14 @@ func cpuFeed(c *bpf.CPU, source profiler.Source) profiler.Feed {
 
 // lossesOf is what an object lost, by reason.
 func lossesOf(stats func() (bpf.Stats, error)) map[string]uint64 {
-	lost := map[string]uint64{}
 	// Without counters nothing is known to be lost; the agent collector reports the error.
 	s, _ := stats()
-	for reason, n := range s.Dropped {
+	return byName(s.Dropped)
+}
+
+func byName(dropped map[bpf.DropReason]uint64) map[string]uint64 {
+	lost := make(map[string]uint64, len(dropped))
+	for reason, n := range dropped {
 		lost[reason.String()] = n
 	}
 	return lost

@@ -275,7 +275,7 @@ func (c *converter) attributesOf(s *profile.Sample) (indices []int32, dropped in
 }
 
 // attributeName is the semantic convention's name of a pprof label, or the label itself
-// where there is none. "container" is container.id only if it is one: elsewhere it holds
+// where there is none; empty for what is not sent. "container" is container.id only if it is one: elsewhere it holds
 // a systemd unit or a cgroup path.
 func attributeName(label, value string) string {
 	switch label {
@@ -287,6 +287,8 @@ func attributeName(label, value string) string {
 		return key(semconv.ThreadIDKey)
 	case "thread":
 		return key(semconv.ThreadNameKey)
+	case "queue_ns", "device_ns":
+		return "" // nearly each sample has others
 	case "container":
 		if isContainerID(value) {
 			return key(semconv.ContainerIDKey)

@@ -27,8 +27,11 @@ type hostMetrics struct {
 	block    []exporter.Block
 }
 
-func (h hostMetrics) ReadRunqueue() (exporter.Runqueue, error) { return h.runqueue, nil }
-func (h hostMetrics) ReadBlock() ([]exporter.Block, error)     { return h.block, nil }
+func (h hostMetrics) ReadRunqueue() (exporter.Runqueue, error)                { return h.runqueue, nil }
+func (h hostMetrics) ReadBlock() ([]exporter.Block, error)                    { return h.block, nil }
+func (h hostMetrics) ReadBlockContainers() ([]exporter.BlockContainer, error) { return nil, nil }
+func (h hostMetrics) ReadBlockBios() ([]exporter.BlockBio, error)             { return nil, nil }
+func (h hostMetrics) ReadInFlight() (map[string]int, error)                   { return nil, nil }
 
 // hostCreated is the created timestamp of the series of hostMetrics.
 var hostCreated = time.Unix(1_700_000_000, 0)
@@ -58,12 +61,12 @@ func testMetrics() hostMetrics {
 	h := hostMetrics{runqueue: exporter.Runqueue{Latency: empty(time), KernelDelayNanos: 1_500_000_000}}
 	for _, device := range []string{"aaa", "vda"} {
 		h.block = append(h.block, exporter.Block{Device: device, Operation: "read",
-			Total: empty(time), Queue: empty(time), DeviceTime: empty(time), Size: empty(size)})
+			Total: empty(time), Queue: empty(time), DeviceTime: empty(time), Size: empty(size), Depth: empty(histogram.Depth())})
 	}
 	observe(time, &h.runqueue.Latency, latencies)
 	observe(time, &h.block[1].Total, latencies)
 	observe(size, &h.block[1].Size, map[uint64]uint64{0: 13, 512: 2, 4096: 17, 4097: 19, 1 << 30: 3})
-	h.block[1].Errors = 29
+	h.block[1].Errors = map[string]uint64{"io": 29}
 	return h
 }
 
@@ -234,8 +237,8 @@ func TestHistogramsAreNative(t *testing.T) {
 			}
 		}
 	}
-	if seen != 9 {
-		t.Errorf("%d series of histograms, want 9", seen)
+	if seen != 11 {
+		t.Errorf("%d series of histograms, want 11", seen)
 	}
 }
 

@@ -31,11 +31,12 @@ const (
 // Partition is an immutable list of cut points. Safe for concurrent use.
 type Partition struct {
 	// Cuts are the upper-inclusive integer bounds of all cells but the last, ascending
-	// (nanoseconds for Time, bytes for Size, threads for Length).
+	// (nanoseconds for Time, bytes for Size, requests for Depth, threads for
+	// Length).
 	Cuts []uint64
 	// Classic are the bounds exposed as classic `le` values, a subset of Cuts.
 	Classic []uint64
-	// Unit is what one second, byte or thread is in units of Cuts: 1e9 or 1.
+	// Unit is what one second, byte, request or thread is in units of Cuts: 1e9 or 1.
 	Unit float64
 	// Native maps native bucket index i (schema 3) to its cut:
 	// Native[i-MinIndex] is the position in Cuts of floor(2^(i/8) * 1e9).
@@ -51,7 +52,7 @@ func (p *Partition) Cell(v uint64) int {
 	return sort.Search(len(p.Cuts), func(i int) bool { return v <= p.Cuts[i] })
 }
 
-// Le returns the bound of cut i in base units (seconds or bytes), computed so that
+// Le returns the bound of cut i in base units (seconds, bytes or requests), computed so that
 // decimal bounds print as the decimal (0.001, not 0.0010000000000000002).
 func (p *Partition) Le(cut uint64) float64 { return float64(cut) / p.Unit }
 
@@ -63,6 +64,9 @@ var Time = sync.OnceValue(newTime)
 
 // Size is the partition of size histograms: powers of two from 512 B to 64 MiB.
 var Size = sync.OnceValue(newSize)
+
+// Depth is the partition of numbers of requests: powers of two from 1 to 8192.
+var Depth = sync.OnceValue(newDepth)
 
 // Length is the partition of run-queue lengths: powers of two from 1 to 1,024.
 var Length = sync.OnceValue(newLength)
@@ -116,18 +120,15 @@ func nativeCut(i int) uint64 {
 	return guess
 }
 
-func newSize() *Partition {
-	p := &Partition{Unit: 1}
-	for b := uint64(512); b <= 64<<20; b *= 2 {
-		p.Cuts = append(p.Cuts, b)
-	}
-	p.Classic = p.Cuts
-	return p
-}
+func newSize() *Partition { return powersOfTwo(512, 64<<20) }
 
-func newLength() *Partition {
+func newDepth() *Partition { return powersOfTwo(1, 8192) }
+
+func newLength() *Partition { return powersOfTwo(1, 1024) }
+
+func powersOfTwo(least, most uint64) *Partition {
 	p := &Partition{Unit: 1}
-	for n := uint64(1); n <= 1024; n *= 2 {
+	for n := least; n <= most; n *= 2 {
 		p.Cuts = append(p.Cuts, n)
 	}
 	p.Classic = p.Cuts

@@ -166,14 +166,14 @@ func (b *bench) programCosts(w io.Writer) error {
 			return startLoad(b.loads[workload.PingPong], strconv.Itoa(b.cpu), "0")
 		},
 	}, {
-		title:  "Block I/O: fio, direct random reads of 4 KiB, one at a time",
+		title:  "Block I/O: fio, direct random reads of 4 KiB, 32 at a time",
 		event:  "request",
 		count:  blockIOs,
 		prefix: "hf_block",
-		tools:  []tool{b.emptyProgram("block_rq_issue"), peer("biolatency"), b.agent()},
+		tools:  []tool{b.emptyProgram("block_rq_issue"), peer("biolatency"), peer("biolatency", "-Q"), b.agent()},
 		load: func() (func() error, error) {
 			return startLoad("fio", "--name=bench", "--filename="+data, "--size=64M", "--rw=randread", "--bs=4k",
-				"--direct=1", "--ioengine=psync", "--time_based", "--runtime=600", "--output=/dev/null")
+				"--direct=1", "--ioengine=libaio", "--iodepth=32", "--time_based", "--runtime=600", "--output=/dev/null")
 		},
 	}} {
 		if err := b.compare(w, c); err != nil {

@@ -89,10 +89,10 @@ func requirePeers() error {
 
 // peer is a tool of libbpf-tools, which says on its first line that it traces. offcputime
 // says nothing until it ends, and is given the time to settle.
-func peer(command string) tool {
-	return tool{command, func() (func() error, error) {
+func peer(command string, args ...string) tool {
+	return tool{strings.Join(append([]string{command}, args...), " "), func() (func() error, error) {
 		// Its standard output is buffered whole where it is not a terminal.
-		cmd := exec.Command("stdbuf", "-oL", command)
+		cmd := exec.Command("stdbuf", append([]string{"-oL", command}, args...)...)
 		out, err := cmd.StdoutPipe()
 		if err != nil {
 			return nil, fmt.Errorf("start %s: %w", command, err)

@@ -25,6 +25,7 @@ const (
 	BurnGo     = "burngo"     // the same in Go
 	PingPong   = "pingpong"   // context switches on one CPU
 	DirectRead = "directread" // block reads, by number
+	NamedIO    = "namedio"    // reads in one function, syncs in another; no frame pointers
 	Storm      = "storm"      // short-lived processes
 	Threads    = "threads"    // hogs and sleepers that all live to the end
 	BadELF     = "badelf"     // runs code of a corrupt file
@@ -43,6 +44,7 @@ var builds = map[string][]string{
 	BurnGo:     {"go", "build", "./burngo"},
 	PingPong:   {"gcc", "-O2", "-g", "src/pingpong.c"},
 	DirectRead: {"gcc", "-O2", "-g", "src/directread.c"},
+	NamedIO:    {"gcc", "-O2", "-g", "-fomit-frame-pointer", "src/namedio.c"},
 	Storm:      {"gcc", "-O2", "-g", "src/storm.c"},
 	Threads:    {"gcc", "-O2", "-g", "-pthread", "src/threads.c"},
 	BadELF:     {"gcc", "-O2", "-g", "src/badelf.c"},

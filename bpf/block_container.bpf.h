@@ -1,0 +1,143 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Whose block I/O it is: the cgroup that a request is charged to, by its first bio. For
+ * writeback that is who dirtied the pages. Bios of several cgroups are never merged into one
+ * request (blk_cgroup_mergeable). Where the kernel charges the root, it is the submitter. */
+#ifndef HF_BLOCK_CONTAINER_BPF_H
+#define HF_BLOCK_CONTAINER_BPF_H
+
+#include "block_place.bpf.h"
+#include "cgroup.bpf.h"
+#include "container.bpf.h"
+
+/* Requests are counted by container. */
+const volatile bool hf_by_container = false;
+/* The blkio controller is on a v1 hierarchy, which is then the one of block I/O. */
+const volatile bool hf_blkio_v1 = false;
+
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+struct css_set___many {
+	struct cgroup_subsys_state *subsys[5]; /* by enum cgroup_subsys_id */
+};
+#pragma clang attribute pop
+
+/* What is counted by container has fewer operations: reads, writes with write-zeroes, and
+ * the rest. */
+enum hf_slot_operation {
+	HF_SLOT_READ = 0,
+	HF_SLOT_WRITE = 1,
+	HF_SLOT_REST = 2,
+	HF_SLOT_OPERATIONS = 3,
+};
+enum hf_slot_operation *hf_export_slot_operation __attribute__((unused));
+
+/* By slot * HF_SLOT_OPERATIONS + operation. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, HF_SLOT_OPERATIONS); /* sized by user space */
+	__type(key, __u32);
+	__type(value, struct hf_block_io);
+} hf_slot_cells SEC(".maps");
+
+/* The cgroup and slot that a CPU looked for last: often it is the next one's too. */
+struct hf_last_slot {
+	__u64 cgroup;
+	__u32 slot;
+	__u32 epoch;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct hf_last_slot);
+} hf_last_slot SEC(".maps");
+
+/* What the request is charged to, NULL where there is no such thing. */
+static __always_inline struct blkcg *charge_of(struct request *rq)
+{
+	struct bio *bio = rq->bio;
+
+	if (!bio || !bpf_core_field_exists(bio->bi_blkg) || !bio->bi_blkg)
+		return NULL;
+	return bio->bi_blkg->blkcg;
+}
+
+/* The cgroup of it, NULL for the root. */
+static __always_inline struct cgroup *charged_to(struct request *rq)
+{
+	struct blkcg *blkcg = charge_of(rq);
+
+	return blkcg && blkcg->css.parent ? blkcg->css.cgroup : NULL;
+}
+
+static __always_inline __u64 charged_id(struct request *rq)
+{
+	struct cgroup *cgroup = charged_to(rq);
+
+	return cgroup ? cgroup->kn->id : 0;
+}
+
+/* The current task's, in the hierarchy of block I/O. */
+static __always_inline struct cgroup *submitter(void)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
+
+	if (hf_blkio_v1) {
+		struct css_set___many *set = (struct css_set___many *)task->cgroups;
+
+		/* One of them is left when the program is loaded: a fixed offset needs no helper. */
+		switch (bpf_core_enum_value(enum cgroup_subsys_id, io_cgrp_id)) {
+		case 0: return set->subsys[0]->cgroup;
+		case 1: return set->subsys[1]->cgroup;
+		case 2: return set->subsys[2]->cgroup;
+		case 3: return set->subsys[3]->cgroup;
+		case 4: return set->subsys[4]->cgroup;
+		}
+	}
+	return task->cgroups->dfl_cgrp;
+}
+
+/* Notes in s whose the request is. Where its start is not seen the current task is anybody:
+ * then what is charged to the root is the root's. */
+static __always_inline void attribute(struct hf_block_request *s, struct request *rq, bool submitting)
+{
+	struct cgroup *cgroup = charged_to(rq);
+	struct hf_last_slot *last;
+	struct blkcg *blkcg;
+	__u32 zero = 0, slot;
+
+	s->charged = cgroup != NULL;
+	if (!cgroup && submitting) {
+		cgroup = submitter();
+	} else if (!cgroup) {
+		blkcg = charge_of(rq);
+		if (!blkcg)
+			return;
+		cgroup = blkcg->css.cgroup;
+	}
+	last = bpf_map_lookup_elem(&hf_last_slot, &zero);
+	if (!last)
+		return;
+	if (last->cgroup == (__u64)cgroup && last->epoch == hf_slot_epoch && last->slot != HF_SLOT_OTHER) {
+		s->slot = last->slot;
+		return;
+	}
+	last->epoch = hf_slot_epoch;
+	slot = hf_slot_of(cgroup);
+	last->cgroup = (__u64)cgroup;
+	last->slot = slot;
+	s->slot = slot;
+}
+
+static __always_inline struct hf_block_io *cells_of_slot(__u32 slot, __u32 op)
+{
+	__u32 i = slot * HF_SLOT_OPERATIONS;
+
+	if (op == HF_OPERATION_WRITE || op == HF_OPERATION_WRITE_ZEROES)
+		i += HF_SLOT_WRITE;
+	else if (op != HF_OPERATION_READ)
+		i += HF_SLOT_REST;
+	return bpf_map_lookup_elem(&hf_slot_cells, &i);
+}
+
+#endif

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/hostflame/hostflame/internal/kerneltest"
+)
+
+// ioHierarchy is where the hierarchy of block I/O is mounted, and the cgroup of it that this
+// process is in, as a path below that.
+func ioHierarchy(t *testing.T) (mount, own string) {
+	t.Helper()
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	groups, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	v1 := ControllerV1("blkio")
+	for line := range strings.Lines(string(mounts)) {
+		_, tail, _ := strings.Cut(line, " - ")
+		kind := strings.Fields(tail)
+		if v1 && kind[0] == "cgroup" && strings.Contains(","+kind[2]+",", ",blkio,") || !v1 && kind[0] == "cgroup2" {
+			mount = strings.Fields(line)[4]
+		}
+	}
+	for line := range strings.Lines(string(groups)) {
+		f := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if v1 && strings.Contains(","+f[1]+",", ",blkio,") || !v1 && f[0] == "0" {
+			own = f[2]
+		}
+	}
+	if mount == "" {
+		t.Fatal("no hierarchy of block I/O is mounted")
+	}
+	return mount, own
+}
+
+// ioCgroup makes a cgroup in the hierarchy of block I/O, and returns its path and id.
+func ioCgroup(t *testing.T, name string) (dir string, id uint64) {
+	t.Helper()
+	mount, _ := ioHierarchy(t)
+	dir = filepath.Join(mount, name)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.Remove(dir) })
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	return dir, st.Ino
+}
+
+// writeIn writes n blocks of 16 KiB directly to a file, as a process of a cgroup.
+func writeIn(t *testing.T, cgroup, file string, seek, n int) {
+	t.Helper()
+	mount, own := ioHierarchy(t)
+	move := func(dir string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f, err := os.OpenFile(file, os.O_WRONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	move(cgroup)
+	defer move(filepath.Join(mount, own))
+	buf := alignedBuffer(t, 16<<10)
+	for i := range n {
+		if _, err := f.WriteAt(buf, int64(seek+i)*16<<10); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// chargesIO tells whether the kernel charges block I/O to a cgroup.
+func chargesIO(t *testing.T, dir string) bool {
+	t.Helper()
+	if ControllerV1("blkio") {
+		return true
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.Contains(strings.Fields(string(b)), "io")
+}
+
+// Two cgroups that write differently much are told apart, by their bytes, exactly.
+func TestBlockByContainer(t *testing.T) {
+	kerneltest.Require(t)
+	// Not a loop device: what it reads and writes itself would be charged to them as well.
+	file := filepath.Join(t.TempDir(), "data")
+	if err := os.WriteFile(file, make([]byte, 40<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	unix.Sync()
+	one, oneID := ioCgroup(t, "hostflame-io-one")
+	two, twoID := ioCgroup(t, "hostflame-io-two")
+	names := map[uint64]string{oneID: "one", twoID: "two", RootCgroup: "/"}
+	b, err := NewBlock(BlockConfig{ContainerName: func(id uint64) string {
+		if name, ok := names[id]; ok {
+			return name
+		}
+		return fmt.Sprint("cgroup ", id)
+	}})
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	t.Cleanup(func() { b.Close() })
+	if !chargesIO(t, one) && !b.OwnStart() {
+		t.Skip("without the io controller the kernel charges the root, and who submits is not seen")
+	}
+	of := func() map[string]BlockContainer {
+		t.Helper()
+		list, err := b.Containers()
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := map[string]BlockContainer{}
+		for _, c := range list {
+			m[c.Name] = c
+		}
+		return m
+	}
+	hidden := countTracepoint(t, "block/block_rq_complete", true)
+	writeIn(t, one, file, 0, 211)
+	writeIn(t, two, file, 1024, 53)
+	writeIn(t, one, file, 2048, 7)
+	got := of()
+	lost := hidden.read(t) * 16384
+	for name, blocks := range map[string]uint64{"one": 218, "two": 53} {
+		c := got[name]
+		if len(c.Operations) == 0 {
+			t.Errorf("no container %s: %v", name, slices.Collect(maps.Keys(got)))
+			continue
+		}
+		w := c.Operations[1]
+		if w.Operation != "write" || w.Size.Sum > blocks*16384 || w.Size.Sum+lost < blocks*16384 {
+			t.Errorf("%s: %d bytes of %s, want %d", name, w.Size.Sum, w.Operation, blocks*16384)
+		}
+		if w.Total.Count() != w.Size.Count() || w.Queue.Sum+w.DeviceTime.Sum != w.Total.Sum || w.Total.Sum == 0 {
+			t.Errorf("%s: %d requests, %d sizes; %d ns, %d of them queued, %d on the device", name,
+				w.Total.Count(), w.Size.Count(), w.Total.Sum, w.Queue.Sum, w.DeviceTime.Sum)
+		}
+		// Where the controller is off, the kernel charges the root.
+		if on := chargesIO(t, one); on && c.Charged < w.Total.Count() || !on && c.Charged != 0 || c.Charged > c.Requests {
+			t.Errorf("%s: %d of %d requests charged by their bios (controller on: %v)", name, c.Charged, c.Requests, on)
+		}
+	}
+	if len(got[OtherContainers].Operations) != slotOperations {
+		t.Errorf("no %s: %v", OtherContainers, slices.Collect(maps.Keys(got)))
+	}
+}

@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/hostflame/hostflame/internal/kerneltest"
+)
+
+// ioBooks are the fields of a line of /proc/diskstats
+// (Documentation/admin-guide/iostats.rst), by the numbers that it gives them.
+type ioBooks [21]uint64
+
+const (
+	bookReads, bookReadMerges, bookReadSectors, bookReadMillis               = 1, 2, 3, 4
+	bookWrites, bookWriteMerges, bookWrittenSectors, bookWriteMillis         = 5, 6, 7, 8
+	bookInFlight                                                             = 9
+	bookDiscards, bookDiscardMerges, bookDiscardedSectors, bookDiscardMillis = 12, 13, 14, 15
+	bookFlushes, bookFlushMillis                                             = 16, 17
+)
+
+func booksOf(t *testing.T, device string) (b ioBooks) {
+	t.Helper()
+	raw, err := os.ReadFile("/proc/diskstats")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(raw)) {
+		f := strings.Fields(line)
+		if len(f) < 4 || f[2] != filepath.Base(device) {
+			continue
+		}
+		for i, s := range f[3:min(len(f), len(b)+2)] {
+			if b[i+1], err = strconv.ParseUint(s, 10, 64); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return b
+}
+
+func (b ioBooks) since(before ioBooks) ioBooks {
+	for i := range b {
+		if i != bookInFlight {
+			b[i] -= before[i]
+		}
+	}
+	return b
+}
+
+// ioCounts is what the hooks counted of a device: by operation, and all told.
+type ioCounts map[string]BlockCells
+
+func (c ioCounts) since(before ioCounts) ioCounts {
+	grown := ioCounts{}
+	for op, s := range c {
+		b := before[op]
+		for i := range s.Total.Cells {
+			s.Total.Cells[i] -= b.Total.Cells[i]
+		}
+		for i := range s.Depth.Cells {
+			s.Depth.Cells[i] -= b.Depth.Cells[i]
+		}
+		s.Total.Sum -= b.Total.Sum
+		s.Queue.Sum -= b.Queue.Sum
+		s.DeviceTime.Sum -= b.DeviceTime.Sum
+		s.Size.Sum -= b.Size.Sum
+		s.Depth.Sum -= b.Depth.Sum
+		for i := range s.Errors {
+			s.Errors[i] -= b.Errors[i]
+		}
+		s.Sync -= b.Sync
+		s.Merges -= b.Merges
+		s.Requeues -= b.Requeues
+		s.Splits -= b.Splits
+		grown[op] = s
+	}
+	return grown
+}
+
+// differences says where c is not what the kernel's books say of the same time: counts,
+// bytes and merges exactly. Times are never above the books' by more than 1 % and their
+// rounding, which cuts each direction to a millisecond. They are below by what the kernel does
+// between block_rq_complete and its books: it ends the bios there, page by page, and wakes who
+// waits for them.
+func (c ioCounts) differences(books ioBooks) (list []string) {
+	writes, zeroes := c["write"], c["write-zeroes"]
+	for _, x := range []struct {
+		what         string
+		ours, theirs uint64
+	}{
+		{"reads", c["read"].Total.Count(), books[bookReads]},
+		{"read merges", c["read"].Merges, books[bookReadMerges]},
+		{"read bytes", c["read"].Size.Sum, books[bookReadSectors] * 512},
+		{"writes", writes.Total.Count() + zeroes.Total.Count(), books[bookWrites]},
+		{"write merges", writes.Merges + zeroes.Merges, books[bookWriteMerges]},
+		{"written bytes", writes.Size.Sum + zeroes.Size.Sum, books[bookWrittenSectors] * 512},
+		{"discards", c["discard"].Total.Count(), books[bookDiscards]},
+		{"discarded bytes", c["discard"].Size.Sum, books[bookDiscardedSectors] * 512},
+		{"flushes", c["flush"].Total.Count(), books[bookFlushes]},
+	} {
+		if x.ours != x.theirs {
+			list = append(list, fmt.Sprintf("%s: %d, in /proc/diskstats %d", x.what, x.ours, x.theirs))
+		}
+	}
+	const afterNanos, afterNanosByte = 15_000, 2
+	for _, x := range []struct {
+		what                            string
+		ours, millis, requests, sectors uint64
+	}{
+		{"read time", c["read"].Total.Sum, books[bookReadMillis], books[bookReads], books[bookReadSectors]},
+		{"write time", writes.Total.Sum + zeroes.Total.Sum, books[bookWriteMillis], books[bookWrites], books[bookWrittenSectors]},
+	} {
+		theirs, slack := float64(x.millis)*1e6, float64(x.millis)*1e4+2e6
+		if d := theirs - float64(x.ours); d < -slack || d > slack+afterNanos*float64(x.requests)+afterNanosByte*512*float64(x.sectors) {
+			list = append(list, fmt.Sprintf("%s of %d requests: %.1f ms, in /proc/diskstats %d ms", x.what, x.requests, float64(x.ours)/1e6, x.millis))
+		}
+	}
+	return list
+}
+
+// measureDevice runs load, repeated while a completion was hidden from BPF meanwhile, and
+// returns what the hooks and the kernel counted.
+func measureDevice(t *testing.T, b *Block, device string, load func()) (ioCounts, ioBooks) {
+	t.Helper()
+	hidden := countTracepoint(t, "block/block_rq_complete", true)
+	for range 5 {
+		seen := hidden.read(t)
+		counts, books := countsDuring(t, b, device, load)
+		if hidden.read(t) == seen {
+			return counts, books
+		}
+	}
+	t.Fatal("completions came while process 1 was current in each of 5 rounds: no judgement")
+	return nil, ioBooks{}
+}
+
+// countsDuring returns what the hooks and the kernel counted during load.
+func countsDuring(t *testing.T, b *Block, device string, load func()) (ioCounts, ioBooks) {
+	t.Helper()
+	name := filepath.Base(device)
+	quiesce(t, device)
+	before, booksBefore := ioCounts(seriesOf(t, b, name)), booksOf(t, device)
+	load()
+	quiesceReads(t, device)
+	return ioCounts(seriesOf(t, b, name)).since(before), booksOf(t, device).since(booksBefore)
+}
+
+// quiesceReads waits until the device has nothing in flight, by the kernel's books.
+func quiesceReads(t *testing.T, device string) {
+	t.Helper()
+	for end := time.Now().Add(5 * time.Second); booksOf(t, device)[bookInFlight] != 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%s still has I/O in flight", device)
+		}
+	}
+}
+
+// awaitIdle fails unless the gauge of the device comes to 0, as the kernel's is.
+func awaitIdle(t *testing.T, b *Block, device string) {
+	t.Helper()
+	quiesceReads(t, device)
+	n, err := b.InFlight()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := n[filepath.Base(device)]; n != 0 {
+		t.Errorf("%d requests of %s in flight, the kernel has none", n, device)
+	}
+}
+
+// setScheduler selects an I/O scheduler, and skips where the kernel does not have it.
+func setScheduler(t *testing.T, device, scheduler string) {
+	t.Helper()
+	path := filepath.Join("/sys/block", filepath.Base(device), "queue/scheduler")
+	err := os.WriteFile(path, []byte(scheduler), 0)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+		t.Skipf("this kernel has no scheduler %s: %v", scheduler, err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// fio runs a job on device and returns its report of reads and writes.
+func fio(t *testing.T, device string, args ...string) (report fioReport) {
+	t.Helper()
+	raw := output(t, "fio", append([]string{"--name=job", "--filename=" + device, "--output-format=json", "--allow_mounted_write=0"}, args...)...)
+	var r struct {
+		Jobs []fioReport `json:"jobs"`
+	}
+	if err := json.Unmarshal([]byte(raw[strings.IndexByte(raw, '{'):]), &r); err != nil {
+		t.Fatal(err)
+	}
+	return r.Jobs[0]
+}
+
+type fioReport struct {
+	Read, Write, Trim struct {
+		Bytes    uint64 `json:"io_bytes"`
+		TotalIOs uint64 `json:"total_ios"`
+		Clat     struct {
+			Mean float64 `json:"mean"`
+		} `json:"clat_ns"`
+	}
+}
+
+// Small writes that follow each other, in batches, are merged: bios into requests in the
+// plug, and requests into each other in the scheduler. What was absorbed is no request, and
+// is not in flight.
+func TestBlockMerges(t *testing.T) {
+	kerneltest.RequireTool(t, "fio")
+	for _, scheduler := range []string{"none", "mq-deadline", "kyber", "bfq"} {
+		t.Run(scheduler, func(t *testing.T) {
+			device, _ := loopDevice(t)
+			setScheduler(t, device, scheduler)
+			b := newTestBlock(t)
+			counts, books := measureDevice(t, b, device, func() {
+				for _, rw := range []string{"write", "read", "randwrite"} {
+					fio(t, device, "--rw="+rw, "--bs=4k", "--size=16M", "--direct=1", "--ioengine=libaio",
+						"--iodepth=32", "--iodepth_batch=16", "--invalidate=0")
+				}
+			})
+			for _, d := range counts.differences(books) {
+				t.Error(d)
+			}
+			if books[bookWriteMerges] == 0 {
+				t.Errorf("no merges: %v", books)
+			}
+			awaitIdle(t, b, device)
+			depth := counts["write"].Depth
+			if n := depth.Count(); n != counts["write"].Total.Count() || depth.Sum < n || depth.Sum == n {
+				t.Errorf("queue depths of %d requests, sum %d; %d requests were issued, several at once", n, depth.Sum, counts["write"].Total.Count())
+			}
+		})
+	}
+}
+
+// Zeroes that the device writes by itself are an operation of their own.
+func TestBlockWriteZeroes(t *testing.T) {
+	device, _ := loopDevice(t)
+	b := newTestBlock(t)
+	const ranges, length = 19, 64 << 10
+	counts, books := measureDevice(t, b, device, func() {
+		f, err := os.OpenFile(device, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		for i := range ranges {
+			span := [2]uint64{uint64(i) << 20, length}
+			if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.BLKZEROOUT, uintptr(unsafe.Pointer(&span))); errno != 0 {
+				t.Fatalf("write zeroes: %v", errno)
+			}
+		}
+	})
+	if z := counts["write-zeroes"]; z.Total.Count() != ranges || z.Size.Sum != ranges*length {
+		t.Errorf("%d requests of %d bytes, want %d of %d", z.Total.Count(), z.Size.Sum, ranges, ranges*length)
+	}
+	for _, d := range counts.differences(books) {
+		t.Error(d)
+	}
+}
+
+// Reads are synchronous; so are writes that somebody waits for, and writeback is not.
+func TestBlockFlags(t *testing.T) {
+	kerneltest.RequireTool(t, "fio")
+	device, _ := loopDevice(t)
+	b := newTestBlock(t)
+	counts, _ := measureDevice(t, b, device, func() {
+		fio(t, device, "--rw=randread", "--bs=4k", "--size=1M", "--direct=1", "--invalidate=0")
+	})
+	if r := counts["read"]; r.Sync != r.Total.Count() || r.Sync != 256 || r.Metadata != 0 {
+		t.Errorf("direct reads: %d of %d synchronous, %d metadata; want all 256, none", r.Sync, r.Total.Count(), r.Metadata)
+	}
+	counts, _ = measureDevice(t, b, device, func() {
+		fio(t, device, "--rw=randwrite", "--bs=4k", "--size=1M", "--direct=1", "--invalidate=0")
+	})
+	if w := counts["write"]; w.Sync != 256 {
+		t.Errorf("direct writes: %d of %d synchronous, want 256", w.Sync, w.Total.Count())
+	}
+}
+
+// A loop device over a file that shrinks under it gives partial completions, requeues and
+// EIO. Each request still counts once, with its whole size, and none stays open.
+func TestBlockErrorsLeaveNothingOpen(t *testing.T) {
+	kerneltest.RequireTool(t, "fio")
+	device, file := loopDevice(t)
+	setScheduler(t, device, "mq-deadline")
+	b := newTestBlock(t)
+	counts, books := measureDevice(t, b, device, func() {
+		if err := os.Truncate(file, 64<<20); err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			fio(t, device, "--rw=randread", "--bs=64k", "--size=64M", "--direct=1", "--ioengine=libaio", "--iodepth=16",
+				"--continue_on_error=all", "--time_based", "--runtime=1", "--invalidate=0")
+		}()
+		time.Sleep(300 * time.Millisecond)
+		// Within a request, so that some are served in part.
+		if err := os.Truncate(file, 20<<20+4096); err != nil {
+			t.Error(err)
+		}
+		<-done
+	})
+	failed := counts["read"].Errors
+	if failed[BlockErrorIO] == 0 || failed[BlockErrorIO] == counts["read"].Total.Count() {
+		t.Errorf("errors %v of %d reads, want some of class %v", failed, counts["read"].Total.Count(), BlockErrorIO)
+	}
+	if n := counts["read"].Total.Count(); n != books[bookReads] {
+		t.Errorf("%d reads, in /proc/diskstats %d", n, books[bookReads])
+	}
+	awaitIdle(t, b, device)
+	s, err := b.Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d reads, errors %v, %d requeues; lost %v", counts["read"].Total.Count(), failed, counts["read"].Requeues, s.Dropped)
+}
