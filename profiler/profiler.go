@@ -112,6 +112,7 @@ func (c *Config) setDefaults() error {
 const (
 	// drainInterval is the longest time that samples wait in the kernel.
 	drainInterval = 250 * time.Millisecond
+	firstSecond   = time.Second
 	// lastSymbols bounds the symbolizing of the last window, so that the agent ends soon.
 	lastSymbols = 2 * time.Second
 	// settleWithin is what the end of a window or a capture waits for stacks that are
@@ -144,6 +145,7 @@ type Profiler struct {
 	ready       atomic.Bool
 
 	mu          sync.Mutex
+	started     time.Duration // boot time of Run
 	state       runState
 	wake        context.CancelFunc // ends the wait under way
 	pending     []func()           // for the draining goroutine, after its next drain
@@ -321,6 +323,7 @@ func (p *Profiler) begin() error {
 		return errors.New("run profiler: it has been run already")
 	}
 	p.state = stateRunning
+	p.started = bootTime()
 	p.openWindow(now())
 	return nil
 }
@@ -421,6 +424,9 @@ func (p *Profiler) settle() {
 // wait waits until a drain is due.
 func (p *Profiler) wait(ctx context.Context) error {
 	d := drainInterval
+	if bootTime() < p.started+firstSecond {
+		d /= 10 // whoever starts the agent wants to see that it works
+	}
 	// A window that is due already waits for the one before to be published.
 	if left := p.window.start.boot + p.cfg.Window - bootTime(); left > 0 {
 		d = min(d, left)

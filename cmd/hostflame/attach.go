@@ -35,12 +35,16 @@ type kernel struct {
 func attach(cfg bpf.CPUConfig, waits bpf.WaitSampling, log *slog.Logger) (*kernel, error) {
 	k := &kernel{containers: profiler.NewContainers("cpu"), charged: profiler.NewContainers("blkio")}
 	// Without them each part makes do or says itself what does not work.
-	k.tables, _ = bpf.NewTables(cfg.TableMemory)
+	var tablesErr error
+	k.tables, tablesErr = bpf.NewTables(cfg.TableMemory)
 	cfg.Tables = k.tables
-	// The verifier takes its time, so two at once.
+	// The verifier takes its time, so all at once.
 	var loading sync.WaitGroup
 	loading.Go(func() {
 		k.sched, k.schedErr = bpf.NewSched(bpf.SchedConfig{CgroupV1: cfg.CgroupV1, ContainerName: k.containerName, Sampling: waits})
+		if k.waitsErr = cmp.Or(k.schedErr, tablesErr); k.waitsErr == nil {
+			k.waits, k.waitsErr = bpf.NewWaits(k.sched, k.tables)
+		}
 	})
 	loading.Go(func() {
 		k.block, k.blockErr = bpf.NewBlock(bpf.BlockConfig{Tables: k.tables, CgroupV1: cfg.CgroupV1, ContainerName: k.chargedName})
@@ -51,14 +55,12 @@ func attach(cfg bpf.CPUConfig, waits bpf.WaitSampling, log *slog.Logger) (*kerne
 			log.Warn("I/O of devices without requests is not measured", "err", withoutGuess(err), "lost", "hostflame_block_bio_*")
 		}
 	})
+	loading.Go(func() {
+		if k.cpu, k.cpuErr = bpf.NewCPU(cfg); k.cpuErr == nil {
+			k.mappings = newMappings(log)
+		}
+	})
 	loading.Wait()
-	// Last, as its samples are waiting from then on.
-	if k.cpu, k.cpuErr = bpf.NewCPU(cfg); k.cpuErr == nil {
-		k.mappings = newMappings(log)
-	}
-	if k.waitsErr = cmp.Or(k.cpuErr, k.schedErr); k.waitsErr == nil {
-		k.waits, k.waitsErr = bpf.NewWaits(k.sched, k.cpu.Tables())
-	}
 
 	if k.cpuErr != nil && k.schedErr != nil && k.blockErr != nil {
 		k.close()
