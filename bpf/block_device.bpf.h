@@ -37,26 +37,35 @@ static __always_inline enum hf_operation operation(__u32 op)
 	return HF_OPERATION_OTHER;
 }
 
-/* The slot + 1 of the device whose name has this hash, one more if there is none yet;
- * 0 when all are taken. Not static: the verifier then looks at the loop only once. */
-__noinline __u32 hf_claim_slot(__u64 key)
+struct hf_claim {
+	__u64 key;
+	__u32 slot; /* + 1; 0: none */
+};
+
+static long hf_try_slot(__u32 slot, struct hf_claim *c)
 {
-	struct hf_block_device *d;
-	__u32 i, slot;
+	struct hf_block_device *d = bpf_map_lookup_elem(&hf_block_dev, &slot);
 	__u64 seen;
 
-	for (i = 0; i < HF_MAX_DEVICES; i++) {
-		slot = i;
-		d = bpf_map_lookup_elem(&hf_block_dev, &slot);
-		if (!d)
-			break;
-		seen = d->key;
-		if (!seen)
-			seen = __sync_val_compare_and_swap(&d->key, 0, key);
-		if (!seen || seen == key)
-			return i + 1;
-	}
-	return 0;
+	if (!d)
+		return 1;
+	seen = d->key;
+	if (!seen)
+		seen = __sync_val_compare_and_swap(&d->key, 0, c->key);
+	if (seen && seen != c->key)
+		return 0;
+	c->slot = slot + 1;
+	return 1;
+}
+
+/* The slot + 1 of the device whose name has this hash, one more if there is none yet;
+ * 0 when all are taken. */
+static __always_inline __u32 hf_claim_slot(__u64 key)
+{
+	struct hf_claim c = { .key = key };
+
+	bpf_loop(HF_MAX_DEVICES, hf_try_slot, &c, 0);
+	return c.slot;
 }
 
 /* The device's slot + 1, or 0 when all are taken. A name has one slot for good, so that

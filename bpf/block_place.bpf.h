@@ -127,21 +127,23 @@ static __always_inline bool reserve(struct hf_block_places *e, struct request_qu
 
 #define HF_MAX_FORGOTTEN 128
 
+static long hf_forget_one(__u32 i, __u32 *base)
+{
+	__u32 at = *base + i;
+	struct hf_block_request *s = bpf_map_lookup_elem(&hf_block_state, &at);
+
+	if (s)
+		s->issued = 0;
+	return 0;
+}
+
 /* A disk that is new here has nothing in flight: what is left is of one before, whose ends
  * ran no program. */
 static __always_inline void forget_issued(struct hf_block_places *e)
 {
-	struct hf_block_request *s;
-	__u32 i, at;
+	__u32 base = e->base, n = e->hardware;
 
-	for (i = 0; i < HF_MAX_FORGOTTEN; i++) {
-		if (i >= e->hardware)
-			break;
-		at = e->base + i;
-		s = bpf_map_lookup_elem(&hf_block_state, &at);
-		if (s)
-			s->issued = 0;
-	}
+	bpf_loop(n < HF_MAX_FORGOTTEN ? n : HF_MAX_FORGOTTEN, hf_forget_one, &base, 0);
 }
 
 /* A disk's backing_dev_info is registered before its first request, which hf_block_disk sees;

@@ -5,6 +5,7 @@
 #define HF_HISTOGRAM_BPF_H
 
 #include "abi.h"
+#include "kernel.bpf.h"
 #include <bpf/bpf_helpers.h>
 
 const volatile __u8 hf_time_first[1024] = {};
@@ -62,7 +63,9 @@ static __always_inline __u32 hf_time_cell(__u64 ns)
 		if (ns > hf_time_cuts[cell & 255])
 			cell++;
 	}
-	return cell;
+	/* So that to the verifier all that come here have the same. */
+	bpf_barrier(cell);
+	return cell & 255;
 }
 
 /* The cells are per CPU, and programs of one map do not interrupt each other on a CPU, so
