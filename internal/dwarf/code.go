@@ -29,18 +29,10 @@ type Span struct {
 
 // Code is what a unit says of its code.
 type Code struct {
-	Nodes     []Node // parents before children
-	Spans     []Span // in the order of the entries, which is parents before children
-	sequences []sequence
-	rows      []Row
-}
-
-// Sequences calls f for each run of rows that covers the addresses from its first row to
-// high, in order of address. Runs can overlap.
-func (c *Code) Sequences(f func(rows []Row, high uint64)) {
-	for _, s := range c.sequences {
-		f(c.rows[s.first:s.first+s.n], s.high)
-	}
+	Nodes []Node // parents before children
+	Spans []Span // in the order of the entries, which is parents before children
+	// Sequences are sorted by their first address. They can overlap.
+	Sequences []Sequence
 }
 
 // Reader reads units. It is for one goroutine; a Data may have several.
@@ -128,7 +120,7 @@ func (r *Reader) Code(i int) (*Code, error) {
 		return nil, nil
 	}
 	r.code.Nodes, r.code.Spans = r.code.Nodes[:0], r.code.Spans[:0]
-	r.rows, r.sequences = r.rows[:0], r.sequences[:0]
+	r.rows, r.sequences, r.code.Sequences = r.rows[:0], r.sequences[:0], r.code.Sequences[:0]
 	clear(r.origins)
 	r.work = 0
 	if len(r.functions) > maxFunctions {
@@ -159,7 +151,9 @@ func (r *Reader) Code(i int) (*Code, error) {
 	for i := range r.rows {
 		r.rows[i].File = r.file(&r.table, uint64(r.rows[i].File))
 	}
-	r.code.rows, r.code.sequences = r.rows, r.sequences
+	for _, s := range r.sequences {
+		r.code.Sequences = append(r.code.Sequences, Sequence{r.rows[s.first : s.first+s.n], s.high})
+	}
 	return &r.code, nil
 }
 

@@ -111,7 +111,8 @@ func check(t *testing.T, d *Data) {
 				t.Fatalf("span %+v", s)
 			}
 		}
-		c.Sequences(func(rows []Row, high uint64) {
+		for _, s := range c.Sequences {
+			rows, high := s.Rows, s.High
 			if len(rows) == 0 || rows[0].Addr >= high {
 				t.Fatalf("sequence of %d rows to %#x", len(rows), high)
 			}
@@ -120,7 +121,7 @@ func check(t *testing.T, d *Data) {
 					t.Fatalf("row %+v", row)
 				}
 			}
-		})
+		}
 	}
 }
 

@@ -18,6 +18,12 @@ type Row struct {
 	Line uint32
 }
 
+// Sequence is a run of rows, at least one, that cover the addresses from the first to High.
+type Sequence struct {
+	Rows []Row
+	High uint64
+}
+
 // lineTable is the header of a line program (DWARF 5, section 6.2.4).
 type lineTable struct {
 	version           uint16

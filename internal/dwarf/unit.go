@@ -21,9 +21,9 @@ const (
 	maxDepth       = 256     // of entries within entries, and of inlined calls
 	maxHops        = 16      // from an abstract origin or a specification to the next
 	maxRanges      = 1 << 16 // of one entry
-	maxNodes       = 1 << 22 // functions and inlined calls of a unit
-	maxSpans       = 1 << 22 // of a unit
-	maxRows        = 1 << 24 // of a unit's line table
+	maxNodes       = 1 << 20 // functions and inlined calls of a unit: these three
+	maxSpans       = 1 << 20 // of a unit: are what memory holds of it, 100 MB
+	maxRows        = 1 << 21 // of a unit's line table: at the most
 	maxLineFiles   = 1 << 16 // of a line table, and so many directories
 	maxWork        = 1 << 27 // of a unit: ranges, and attributes of other units' abbreviations
 	maxString      = 8 << 10 // bytes of a name; what is longer is cut

@@ -27,7 +27,7 @@ type encoder struct {
 
 	nodes []uint32 // offset of each node of the unit among its nodes
 	spans []overlap.Span
-	lines []line
+	lines lines
 
 	// The block that is being written.
 	count            int
@@ -38,11 +38,38 @@ type encoder struct {
 	unit             uint32
 }
 
-// line is a row of the line table, or where rows end: File is none then.
-type line struct {
-	addr uint64
-	file uint32
-	line uint32
+// lines goes through a unit's line table from low to high addresses.
+type lines struct {
+	sequences []dwarf.Sequence
+	row       int // of the first sequence, the next one
+	pos       uint64
+
+	// What holds from low to high; nothing if they are equal.
+	low, high  uint64
+	file, line uint32
+}
+
+// next goes on to the next row. Of sequences that overlap the first counts.
+func (l *lines) next() bool {
+	for len(l.sequences) > 0 {
+		s := &l.sequences[0]
+		if l.row == len(s.Rows) {
+			l.sequences, l.row = l.sequences[1:], 0
+			continue
+		}
+		r := s.Rows[l.row]
+		l.row++
+		high := s.High
+		if l.row < len(s.Rows) {
+			high = min(high, s.Rows[l.row].Addr)
+		}
+		if low := max(r.Addr, l.pos); low < high {
+			l.low, l.high, l.file, l.line, l.pos = low, high, r.File, r.Line, high
+			return true
+		}
+	}
+	l.low = l.high
+	return false
 }
 
 // add encodes a unit. The part is in buf, its blocks are in blocks.
@@ -50,7 +77,7 @@ func (e *encoder) add(unit uint32, c *dwarf.Code) {
 	e.unit = unit
 	e.partNodes = len(e.buf)
 	e.addNodes(c.Nodes)
-	e.orderLines(c)
+	e.lines = lines{sequences: c.Sequences}
 	e.spans = e.spans[:0]
 	for i, s := range c.Spans {
 		e.spans = append(e.spans, overlap.Span{Start: s.Low, End: s.High, Name: s.Node, Prio: uint32(i)})
@@ -58,14 +85,13 @@ func (e *encoder) add(unit uint32, c *dwarf.Code) {
 	slices.SortFunc(e.spans, func(a, b overlap.Span) int {
 		return cmp.Or(cmp.Compare(a.Start, b.Start), cmp.Compare(a.Prio, b.Prio))
 	})
-	rest := e.lines
 	pos := uint64(0)
 	overlap.Flatten(e.spans, func(s *overlap.Span, low, high uint64) {
-		rest = e.merge(rest, pos, low, 0)
-		rest = e.merge(rest, low, high, e.nodes[s.Name-1]+1)
+		e.merge(pos, low, 0)
+		e.merge(low, high, e.nodes[s.Name-1]+1)
 		pos = high
 	})
-	e.merge(rest, pos, ^uint64(0), 0)
+	e.merge(pos, ^uint64(0), 0)
 	e.endBlock()
 }
 
@@ -85,55 +111,29 @@ func (e *encoder) addNodes(nodes []dwarf.Node) {
 	}
 }
 
-// orderLines makes one list of a unit's sequences, in which a row without file and line
-// ends what another does not go on from. Of sequences that overlap the first counts.
-func (e *encoder) orderLines(c *dwarf.Code) {
-	e.lines = e.lines[:0]
-	pos := uint64(0)
-	c.Sequences(func(rows []dwarf.Row, high uint64) {
-		for i, r := range rows {
-			next := high
-			if i+1 < len(rows) {
-				next = min(high, rows[i+1].Addr)
-			}
-			if next <= pos || r.Addr >= next {
-				continue
-			}
-			low := max(r.Addr, pos)
-			if n := len(e.lines); n > 0 && e.lines[n-1].addr == low {
-				e.lines = e.lines[:n-1] // the end of the one before
-			}
-			e.lines = append(e.lines, line{low, r.File, r.Line}, line{addr: next})
-			pos = next
-		}
-	})
-}
-
-// merge emits rows for the addresses from low to high, which are all of one node, and
-// returns the lines from the last one on that began there.
-func (e *encoder) merge(lines []line, low, high uint64, node uint32) []line {
+// merge emits rows for the addresses from low to high, which are all of one node.
+func (e *encoder) merge(low, high uint64, node uint32) {
+	l := &e.lines
 	for low < high {
-		for len(lines) > 1 && lines[1].addr <= low {
-			lines = lines[1:]
+		for l.high <= low && l.next() {
 		}
-		var l line
 		end := high
-		if len(lines) > 0 {
-			if lines[0].addr <= low {
-				l = lines[0]
-				if len(lines) > 1 {
-					end = min(end, lines[1].addr)
-				}
-			} else {
-				end = min(end, lines[0].addr)
+		switch {
+		case l.high <= low: // there are no more
+			if node != 0 {
+				e.row(low, end, node, 0, 0)
 			}
-		}
-		if node != 0 || l.file != 0 || l.line != 0 {
+		case l.low > low:
+			end = min(end, l.low)
+			if node != 0 {
+				e.row(low, end, node, 0, 0)
+			}
+		default:
+			end = min(end, l.high)
 			e.row(low, end, node, l.file, l.line)
 		}
 		low = end
 	}
-	return lines
 }
 
 // row adds what holds from low to high.
