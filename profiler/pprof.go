@@ -67,12 +67,7 @@ func buildProfile(rows []row, n names, m meta) (*profile.Profile, error) {
 		b.p.Sample[i] = &samples[i]
 		b.sample(&samples[i], r)
 	}
-	for _, l := range b.p.Location {
-		if l.Mapping != nil && len(l.Line) == 0 {
-			// So that a reader who has the file can still look these up.
-			l.Mapping.HasFunctions = false
-		}
-	}
+	b.mark()
 	if err := b.p.CheckValid(); err != nil {
 		return nil, fmt.Errorf("make profile: %w", err)
 	}
@@ -266,6 +261,28 @@ func (b *builder) mappingOf(m *Mapping, result symbolizer.Result) *profile.Mappi
 		b.files[m] = b.mapping(k)
 	}
 	return b.files[m]
+}
+
+// mark says of each mapping what is known of all its locations, so that a reader who has
+// the file can still look the others up, and need not where all is there.
+func (b *builder) mark() {
+	lines := map[*profile.Mapping]bool{}
+	for _, l := range b.p.Location {
+		m := l.Mapping
+		if m == nil {
+			continue
+		}
+		if len(l.Line) == 0 {
+			m.HasFunctions = false
+		}
+		known := len(l.Line) > 0 && l.Line[0].Line > 0 && l.Line[0].Function.Filename != ""
+		if all, seen := lines[m]; !seen || all {
+			lines[m] = known
+		}
+	}
+	for m, all := range lines {
+		m.HasFilenames, m.HasLineNumbers, m.HasInlineFrames = all, all, all
+	}
 }
 
 func (b *builder) mapping(k mappingKey) *profile.Mapping {

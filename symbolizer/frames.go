@@ -5,6 +5,8 @@ package symbolizer
 import (
 	"encoding/binary"
 	"fmt"
+	"path"
+	"strings"
 
 	"github.com/hostflame/hostflame/internal/elffile"
 )
@@ -14,6 +16,7 @@ import (
 type frameTable struct {
 	pager     elffile.Pager
 	image     *elffile.Image
+	file      string // the file's name, which goes into names
 	base      uint64 // address of .eh_frame_hdr
 	off       uint64 // of its table, in the file
 	n         uint64
@@ -36,7 +39,7 @@ func (o *Object) readFrames() (table, error) {
 	if seg.Filesz < 12 {
 		return nil, errorf(ReasonNoSymbols, "no .eh_frame_hdr")
 	}
-	t := &frameTable{pager: elffile.Pager{Content: o.image}, image: o.image, base: seg.Vaddr, off: seg.Offset + 12, lines: map[uint64][]Line{}}
+	t := &frameTable{pager: elffile.Pager{Content: o.image}, image: o.image, file: fileName(o.file.Path), base: seg.Vaddr, off: seg.Offset + 12, lines: map[uint64][]Line{}}
 	h, err := t.pager.Slice(seg.Offset, 12)
 	if err != nil {
 		return nil, err
@@ -49,6 +52,11 @@ func (o *Object) readFrames() (table, error) {
 		return nil, errorf(ReasonMalformed, ".eh_frame_hdr of %d entries", t.n)
 	}
 	return t, nil
+}
+
+// fileName is the last element of a path, fit to be part of a name.
+func fileName(file string) string {
+	return cleanName(strings.TrimSuffix(path.Base(file), " (deleted)"))
 }
 
 // entry is the i-th function's start and the address of its FDE.
@@ -88,7 +96,7 @@ func (t *frameTable) lookup(addr uint64) ([]Line, error) {
 	}
 	lines := t.lines[start]
 	if lines == nil {
-		name := fmt.Sprintf("fun_%x", start)
+		name := fmt.Sprintf("[%s+%#x]", t.file, start)
 		lines = []Line{{Function: name, SystemName: name}}
 		if t.lineBytes > maxHeldNames {
 			clear(t.lines)
