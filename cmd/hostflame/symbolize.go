@@ -12,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"runtime/debug"
 	"runtime/metrics"
 	"strconv"
 	"strings"
@@ -52,8 +51,6 @@ func addSymbolize(app *kingpin.Application) (string, command) {
 	return "symbolize", s
 }
 
-const gcPercent = 30
-
 const (
 	styleLLVM = "LLVM"
 	styleJSON = "JSON"
@@ -61,9 +58,6 @@ const (
 
 func (s *symbolize) run(ctx context.Context, env environment) error {
 	start := time.Now()
-	// What is live is small and has few pointers: collecting more often costs little, and
-	// the memory is what people compare.
-	debug.SetGCPercent(gcPercent)
 	cfg := symbolizer.Config{WaitForIndex: true, IndexWorkers: runtime.GOMAXPROCS(0), Debuginfod: debuginfod(*s.remote)}
 	if *s.remote && *s.cache == "" {
 		return usagef("--symbols.cache-directory says where", "--symbols.debuginfod needs a directory to load into")

@@ -21,9 +21,9 @@ const (
 	maxDepth       = 256     // of entries within entries, and of inlined calls
 	maxHops        = 16      // from an abstract origin or a specification to the next
 	maxRanges      = 1 << 16 // of one entry
-	maxNodes       = 1 << 20 // functions and inlined calls of a unit: these three
-	maxSpans       = 1 << 20 // of a unit: are what memory holds of it, 100 MB
-	maxRows        = 1 << 21 // of a unit's line table: at the most
+	maxNodes       = 1 << 20 // functions and inlined calls of a unit; this and the next two are
+	maxSpans       = 1 << 20 // what memory holds of it: some 100 MB at the limits, as
+	maxRows        = 1 << 21 // much again while slices grow, and what is not collected yet
 	maxLineFiles   = 1 << 16 // of a line table, and so many directories
 	maxWork        = 1 << 27 // of a unit: ranges, and attributes of other units' abbreviations
 	maxString      = 8 << 10 // bytes of a name; what is longer is cut
