@@ -62,10 +62,11 @@ func TestTypes(t *testing.T) {
 		captured <- err
 	}()
 	await(t, "the capture", func() bool {
-		n := 0
-		r.do(func() { n = len(r.captures) })
-		time.Sleep(20 * time.Millisecond)
-		return n == 1
+		n := make(chan int, 1)
+		if err := r.do(func() { n <- len(r.captures) }); err != nil {
+			t.Fatal(err)
+		}
+		return <-n == 1
 	})
 	r.source.put(cpu)
 	waits.put(wait(0, 64), wait(0, 100), wait(1, 70), wait(2, 127), wait(0, 128))
