@@ -50,6 +50,9 @@ const (
 	DefaultWalks       = 100
 )
 
+// Off tells whether nothing is sampled.
+func (w WaitSampling) Off() bool { return w.Wait < 0 && w.Blocked < 0 }
+
 func (w WaitSampling) wait() uint64    { return uint64(max(cmp.Or(w.Wait, DefaultWaitMean), 0)) }
 func (w WaitSampling) blocked() uint64 { return uint64(max(cmp.Or(w.Blocked, DefaultBlockedMean), 0)) }
 

@@ -29,6 +29,8 @@ type kernel struct {
 	waitsErr                   error
 }
 
+var errWaitsOff = errors.New("turned off by --sampling.wait-rate=0")
+
 // attach loads and attaches each hook family on its own. What this kernel or these
 // privileges do not allow is logged with what is lost; it is an error only when nothing
 // is left.
@@ -42,7 +44,9 @@ func attach(cfg bpf.CPUConfig, waits bpf.WaitSampling, log *slog.Logger) (*kerne
 	var loading sync.WaitGroup
 	loading.Go(func() {
 		k.sched, k.schedErr = bpf.NewSched(bpf.SchedConfig{CgroupV1: cfg.CgroupV1, ContainerName: k.containerName, Sampling: waits})
-		if k.waitsErr = cmp.Or(k.schedErr, tablesErr); k.waitsErr == nil {
+		if waits.Off() {
+			k.waitsErr = errWaitsOff
+		} else if k.waitsErr = cmp.Or(k.schedErr, tablesErr); k.waitsErr == nil {
 			k.waits, k.waitsErr = bpf.NewWaits(k.sched, k.tables)
 		}
 	})
@@ -76,7 +80,7 @@ func attach(cfg bpf.CPUConfig, waits bpf.WaitSampling, log *slog.Logger) (*kerne
 		{k.waitsErr, "sampling of waits and blocked time", "the profiles runqueue, offcpu and wall"},
 		{k.blockErr, "block I/O latency", "the blockio profile and the hostflame_block_io_* histograms"},
 	} {
-		if part.err != nil {
+		if part.err != nil && part.err != errWaitsOff {
 			log.Warn(part.what+" does not work here", "err", withoutGuess(part.err), "lost", part.lost, "hint", attachHint(part.err, cfg.Event))
 		}
 	}

@@ -48,7 +48,8 @@ func (s switching) run() (float64, error) {
 
 // pipe prints what the tools add to the benchmarks that do nothing but switch.
 func (b *bench) pipe(w io.Writer) error {
-	tools := []tool{b.nothing(), b.emptyProgram("sched_switch"), peer("runqlat"), peer("offcputime"), b.agent()}
+	tools := []tool{b.nothing(), b.emptyProgram("sched_switch"), peer("runqlat"), peer("offcputime"),
+		b.agentWith("hostflame, no stacks of waits", "--sampling.wait-rate=0"), b.agent()}
 	benchmarks := b.switchings()
 	micros := make([][][]float64, len(benchmarks))
 	for i := range micros {

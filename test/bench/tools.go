@@ -32,9 +32,12 @@ func (b *bench) nothing() tool {
 	return tool{"nothing", func() (func() error, error) { return func() error { return nil }, nil }}
 }
 
-func (b *bench) agent() tool {
-	return tool{"hostflame", func() (func() error, error) {
-		a, err := agent.Start(agent.Config{Path: b.hostflame})
+func (b *bench) agent() tool { return b.agentWith("hostflame") }
+
+// agentWith is the agent with flags.
+func (b *bench) agentWith(name string, flags ...string) tool {
+	return tool{name, func() (func() error, error) {
+		a, err := agent.Start(agent.Config{Path: b.hostflame, Args: flags})
 		if err != nil {
 			return nil, err
 		}
