@@ -86,10 +86,11 @@ test-unwind: packages ## Compare the unwind tables of all files of this machine 
 test-symbols: packages ## Compare 100,000 addresses of a kernel with debug information with llvm-symbolizer (300 MB to load)
 	$(GO) test ./symbolizer -run VmlinuxAgrees -vmlinux "$$(.ci/vmlinux)" -count 1 -v -timeout 30m
 
-# Each fuzz target for a moment, from the corpus that is kept.
-FUZZTIME ?= 3s
+# Each fuzz target for a moment, from the corpus that is kept: a number of inputs, since go
+# test takes the end of a time for a failure now and then.
+FUZZTIME ?= 3000x
 .PHONY: test-fuzz
-test-fuzz: ## Run each fuzz target of the symbolizer for FUZZTIME
+test-fuzz: ## Run each fuzz target of the symbolizer for FUZZTIME (10m, 3000x)
 	@for dir in internal/dwarf symbolizer symbolizer/index; do \
 		for target in $$(sed -n 's/^func \(Fuzz[A-Za-z]*\)(.*/\1/p' $$dir/*_test.go); do \
 			echo "$$dir $$target"; \
