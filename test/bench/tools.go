@@ -91,9 +91,13 @@ func requirePeers() error {
 }
 
 // peer is a tool of libbpf-tools, which says on its first line that it traces. offcputime
-// says nothing until it ends, and is given the time to settle.
+// says nothing until it ends.
 func peer(command string, args ...string) tool {
 	return tool{strings.Join(append([]string{command}, args...), " "), func() (func() error, error) {
+		before, err := programs()
+		if err != nil {
+			return nil, err
+		}
 		// Its standard output is buffered whole where it is not a terminal.
 		cmd := exec.Command("stdbuf", append([]string{"-oL", command}, args...)...)
 		out, err := cmd.StdoutPipe()
@@ -108,8 +112,15 @@ func peer(command string, args ...string) tool {
 			io.Copy(io.Discard, out)
 			return cmd.Wait()
 		})
+		if command == "offcputime" { // which does not say when it is ready
+			err := awaitPrograms(before)
+			if err != nil {
+				err = fmt.Errorf("start %s: %w", command, errors.Join(err, stop()))
+			}
+			return stop, err
+		}
 		lines := bufio.NewReader(out)
-		for command != "offcputime" {
+		for {
 			line, err := lines.ReadString('\n')
 			if err != nil {
 				return nil, fmt.Errorf("start %s: %w", command, errors.Join(err, stop()))
@@ -118,8 +129,25 @@ func peer(command string, args ...string) tool {
 				return stop, nil
 			}
 		}
-		return stop, nil
 	}}
+}
+
+// awaitPrograms returns once a tool has its programs loaded, and had a moment to attach
+// them: there are more than before.
+func awaitPrograms(before map[ebpf.ProgramID]programRun) error {
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		now, err := programs()
+		if err != nil {
+			return err
+		}
+		for id := range now {
+			if _, old := before[id]; !old {
+				time.Sleep(300 * time.Millisecond)
+				return nil
+			}
+		}
+	}
+	return errors.New("it loads no programs")
 }
 
 // startLoad starts a program that makes load; what it prints is of no interest.
