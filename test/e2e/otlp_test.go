@@ -39,7 +39,8 @@ func leaves(d *profilespb.ProfilesData, into map[string]int64) (samples int, err
 					if len(leaf.GetLines()) == 0 {
 						continue // not symbolized
 					}
-					f := dict.GetFunctionTable()[leaf.GetLines()[0].GetFunctionIndex()]
+					// What is inlined comes before the function that it is inlined into.
+					f := dict.GetFunctionTable()[leaf.GetLines()[len(leaf.GetLines())-1].GetFunctionIndex()]
 					into[dict.GetStringTable()[f.GetNameStrindex()]] += s.GetValues()[0]
 				}
 			}

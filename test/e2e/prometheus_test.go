@@ -277,11 +277,15 @@ func (s *stack) testDashboard(t *testing.T) {
 		"__rate_interval": "1m", "__range": "5m",
 		"job": ".*", "instance": ".*", "device": s.fio.device, "operation": "read|write",
 	}
+	zram := zramDisk(t)
 	for name, p := range map[string]*prometheus{"classic": s.classic, "native": s.native} {
 		// The queries are over a minute: a machine that stood still meanwhile has that to fill.
 		eventually(t, 90*time.Second, func() error {
 			some := map[string]bool{}
 			var errs []error
+			if zram != "" {
+				writeZram(t, zram)
+			}
 			for _, q := range m.Queries() {
 				list, err := p.query(q.Expand(values))
 				if err != nil {
@@ -290,11 +294,33 @@ func (s *stack) testDashboard(t *testing.T) {
 				some[q.Panel] = some[q.Panel] || len(list) > 0
 			}
 			for panel, ok := range some {
-				if !ok {
+				if !ok && (zram != "" || !strings.HasPrefix(panel, "Devices without requests")) {
 					errs = append(errs, fmt.Errorf("%s: panel %s is empty", name, panel))
 				}
 			}
 			return errors.Join(errs...)
 		})
+	}
+}
+
+// zramDisk makes a device without requests, "" where the kernel has none that is free.
+func zramDisk(t *testing.T) string {
+	const dir = "/sys/block/zram0"
+	if size, err := os.ReadFile(dir + "/disksize"); err != nil || strings.TrimSpace(string(size)) != "0" {
+		t.Log("no zram device is free: panels of devices without requests may be empty")
+		return ""
+	}
+	if err := os.WriteFile(dir+"/disksize", []byte("16M"), 0); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.WriteFile(dir+"/reset", []byte("1"), 0) })
+	return "/dev/zram0"
+}
+
+// writeZram writes to it, past the page cache.
+func writeZram(t *testing.T, path string) {
+	cmd := exec.Command("dd", "if=/dev/zero", "of="+path, "bs=64k", "count=16", "oflag=direct", "status=none")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", cmd, err, out)
 	}
 }

@@ -51,15 +51,10 @@ func (s *stack) testWall(t *testing.T) {
 			threads[tid] = new(estimate)
 		}
 		threads[tid].add(sample)
-		for _, l := range sample.Location {
-			if len(l.Line) == 0 || functions[l.Line[0].Function.Name] == nil {
-				continue
-			}
-			name := l.Line[0].Function.Name
+		if name := phaseOf(sample, functions); name != "" {
 			all.add(sample)
 			functions[name].add(sample)
 			states[name][sample.Label["state"][0]] += float64(sample.Value[1])
-			break
 		}
 	}
 	wall := float64(p.DurationNanos)
@@ -97,6 +92,18 @@ func (s *stack) testWall(t *testing.T) {
 			t.Errorf("%s: states %v, want %s", phase.function, state, phase.state)
 		}
 	}
+}
+
+// phaseOf is the one of functions that a sample is in.
+func phaseOf(s *profile.Sample, functions map[string]*estimate) string {
+	for _, loc := range s.Location {
+		for _, line := range loc.Line {
+			if functions[line.Function.Name] != nil {
+				return line.Function.Name
+			}
+		}
+	}
+	return ""
 }
 
 // estimate is a sum over samples that were drawn by time, and its variance.
