@@ -275,7 +275,7 @@ func (s *stack) testDashboard(t *testing.T) {
 	}
 	values := map[string]string{
 		"__rate_interval": "1m", "__range": "5m",
-		"job": ".*", "instance": ".*", "device": s.fio.device, "operation": "read|write",
+		"job": ".*", "instance": ".*", "device": s.fio.device + "|zram0", "operation": "read|write",
 	}
 	zram := zramDisk(t)
 	for name, p := range map[string]*prometheus{"classic": s.classic, "native": s.native} {
