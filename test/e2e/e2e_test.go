@@ -38,6 +38,7 @@ type stack struct {
 	burnGo    *workload.Process
 	pingpong  *workload.Process
 	fio       *fio
+	zram      bool // there is I/O of a device without requests
 }
 
 // TestEndToEnd holds one load, one agent and its readers against each other in many ways.
@@ -137,6 +138,7 @@ func (s *stack) start(t *testing.T) {
 
 // startLoad starts what the whole test looks at.
 func (s *stack) startLoad(t *testing.T) {
+	s.startZram(t)
 	s.burn = workload.Start(t, s.programs[workload.Burn], "1", loadSeconds)
 	s.burnGo = workload.Start(t, s.programs[workload.BurnGo], "1", loadSeconds)
 	s.pingpong = workload.Start(t, s.programs[workload.PingPong], "1", "0")

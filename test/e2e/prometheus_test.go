@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -277,15 +279,11 @@ func (s *stack) testDashboard(t *testing.T) {
 		"__rate_interval": "1m", "__range": "5m",
 		"job": ".*", "instance": ".*", "device": s.fio.device + "|zram0", "operation": "read|write",
 	}
-	zram := zramDisk(t)
 	for name, p := range map[string]*prometheus{"classic": s.classic, "native": s.native} {
 		// The queries are over a minute: a machine that stood still meanwhile has that to fill.
 		eventually(t, 90*time.Second, func() error {
 			some := map[string]bool{}
 			var errs []error
-			if zram != "" {
-				writeZram(t, zram)
-			}
 			for _, q := range m.Queries() {
 				list, err := p.query(q.Expand(values))
 				if err != nil {
@@ -294,7 +292,7 @@ func (s *stack) testDashboard(t *testing.T) {
 				some[q.Panel] = some[q.Panel] || len(list) > 0
 			}
 			for panel, ok := range some {
-				if !ok && (zram != "" || !strings.HasPrefix(panel, "Devices without requests")) {
+				if !ok && (s.zram || !strings.HasPrefix(panel, "Devices without requests")) {
 					errs = append(errs, fmt.Errorf("%s: panel %s is empty", name, panel))
 				}
 			}
@@ -303,24 +301,39 @@ func (s *stack) testDashboard(t *testing.T) {
 	}
 }
 
-// zramDisk makes a device without requests, "" where the kernel has none that is free.
-func zramDisk(t *testing.T) string {
+// startZram makes a device without requests, if the kernel has one that is free, and writes to
+// it now and then until the test ends.
+func (s *stack) startZram(t *testing.T) {
 	const dir = "/sys/block/zram0"
 	if size, err := os.ReadFile(dir + "/disksize"); err != nil || strings.TrimSpace(string(size)) != "0" {
 		t.Log("no zram device is free: panels of devices without requests may be empty")
-		return ""
+		return
 	}
 	if err := os.WriteFile(dir+"/disksize", []byte("16M"), 0); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { os.WriteFile(dir+"/reset", []byte("1"), 0) })
-	return "/dev/zram0"
-}
-
-// writeZram writes to it, past the page cache.
-func writeZram(t *testing.T, path string) {
-	cmd := exec.Command("dd", "if=/dev/zero", "of="+path, "bs=64k", "count=16", "oflag=direct", "status=none")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%s: %v\n%s", cmd, err, out)
-	}
+	s.zram = true
+	ctx, stop := context.WithCancel(context.Background())
+	var writing sync.WaitGroup
+	writing.Go(func() {
+		for ctx.Err() == nil {
+			// Past the page cache.
+			cmd := exec.Command("dd", "if=/dev/zero", "of=/dev/zram0", "bs=64k", "count=16", "oflag=direct", "status=none")
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Errorf("%s: %v\n%s", cmd, err, out)
+				return
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(2 * time.Second):
+			}
+		}
+	})
+	t.Cleanup(func() {
+		stop()
+		writing.Wait()
+		if err := os.WriteFile(dir+"/reset", []byte("1"), 0); err != nil {
+			t.Error(err)
+		}
+	})
 }
