@@ -200,7 +200,9 @@ func (c *captured) count(p *profile.Profile) {
 			continue
 		}
 		c.stacks += n
-		if !strings.HasPrefix(root, "[") {
+		// What ends early has a note such as [bad stack]; [ls+0x61d0] is the start of a program
+		// without symbols, by where its function begins.
+		if !strings.HasPrefix(root, "[") || strings.Contains(root, "+0x") {
 			c.whole += n
 			c.roots[root] += n
 			continue
