@@ -24,11 +24,13 @@ import (
 	"github.com/google/pprof/profile"
 
 	"github.com/hostflame/hostflame/bpf"
+	"github.com/hostflame/hostflame/internal/beat"
 	"github.com/hostflame/hostflame/profiler/unwind"
 	"github.com/hostflame/hostflame/symbolizer"
 )
 
-// Source delivers kernel samples. *bpf.CPU is one. A profiler calls it from one goroutine.
+// Source delivers kernel samples. *bpf.CPU is one. A profiler calls each method from one
+// goroutine.
 type Source interface {
 	// Drain hands every sample that is there to fn. The sample is valid during the call only.
 	Drain(fn func(*bpf.Sample)) error
@@ -112,7 +114,9 @@ func (c *Config) setDefaults() error {
 const (
 	// drainInterval is the longest time that samples wait in the kernel.
 	drainInterval = 250 * time.Millisecond
-	firstSecond   = time.Second
+	// asLongAsItTakes is for waits that only a ring that fills up ends.
+	asLongAsItTakes = time.Hour
+	firstSecond     = time.Second
 	// lastSymbols bounds the symbolizing of the last window, so that the agent ends soon.
 	lastSymbols = 2 * time.Second
 	// settleWithin is what the end of a window or a capture waits for stacks that are
@@ -140,6 +144,8 @@ type Profiler struct {
 	fresh       []Stack    // made since they were last handed to warming
 	warming     chan []Stack
 	closing     chan closedWindow
+	urgent      chan error      // a source can not wait, or can not tell
+	poked       chan struct{}   // something is pending; takes one
 	drainErrors []atomic.Uint64 // by feed
 	newest      atomic.Pointer[Window]
 	ready       atomic.Bool
@@ -147,8 +153,7 @@ type Profiler struct {
 	mu          sync.Mutex
 	started     time.Duration // boot time of Run
 	state       runState
-	wake        context.CancelFunc // ends the wait under way
-	pending     []func()           // for the draining goroutine, after its next drain
+	pending     []func() // for the draining goroutine, after its next drain
 	subscribers []func(*Window)
 }
 
@@ -250,6 +255,8 @@ func New(cfg Config) (*Profiler, error) {
 		drainErrors: make([]atomic.Uint64, len(cfg.Feeds)),
 		warming:     make(chan []Stack, 1),
 		closing:     make(chan closedWindow, 1),
+		urgent:      make(chan error),
+		poked:       make(chan struct{}, 1),
 	}
 	if cfg.Tables != nil {
 		if p.unwinder, err = newUnwinder(&cfg, source); err != nil {
@@ -293,6 +300,9 @@ func (p *Profiler) Run(ctx context.Context) error {
 	}
 	follow, stop := context.WithCancel(ctx)
 	defer stop()
+	for _, f := range p.cfg.Feeds {
+		others.Go(func() { p.watch(follow, f.Source) })
+	}
 	if p.told != nil {
 		others.Go(func() {
 			if err := p.told.run(follow); err != nil {
@@ -394,6 +404,9 @@ func (p *Profiler) observe(last bool) {
 
 // drain takes what all sources have.
 func (p *Profiler) drain() error {
+	if p.told != nil {
+		p.told.catchUp()
+	}
 	var errs []error
 	for i := range p.cfg.Feeds {
 		if err := p.cfg.Feeds[i].Source.Drain(p.take); err != nil {
@@ -423,10 +436,11 @@ func (p *Profiler) settle() {
 
 // wait waits until a drain is due.
 func (p *Profiler) wait(ctx context.Context) error {
-	d := drainInterval
+	every := drainInterval
 	if bootTime() < p.started+firstSecond {
-		d /= 10 // whoever starts the agent wants to see that it works
+		every /= 10 // whoever starts the agent wants to see that it works
 	}
+	d := beat.Until(every)
 	// A window that is due already waits for the one before to be published.
 	if left := p.window.start.boot + p.cfg.Window - bootTime(); left > 0 {
 		d = min(d, left)
@@ -434,37 +448,31 @@ func (p *Profiler) wait(ctx context.Context) error {
 	for _, c := range p.captures {
 		d = min(d, c.end()-bootTime())
 	}
-	wait, cancel := context.WithCancel(ctx)
-	defer cancel()
-	p.mu.Lock()
-	p.wake = cancel
-	if len(p.pending) > 0 {
-		cancel()
-	}
-	p.mu.Unlock()
-	if err := p.waitForSource(wait, max(d, 0)); wait.Err() == nil {
+	t := time.NewTimer(max(d, 0))
+	defer t.Stop()
+	select {
+	case err := <-p.urgent:
 		return err
+	case <-p.poked:
+	case <-t.C:
+	case <-ctx.Done():
 	}
 	return nil
 }
 
-// waitForSource returns when a source can not wait any more, after d, or when ctx ends.
-func (p *Profiler) waitForSource(ctx context.Context, d time.Duration) error {
-	if len(p.cfg.Feeds) == 1 {
-		return p.cfg.Feeds[0].Source.Wait(ctx, d)
+// watch tells when a source can not wait for the next drain.
+func (p *Profiler) watch(ctx context.Context, s Source) {
+	for {
+		err := s.Wait(ctx, asLongAsItTakes)
+		if ctx.Err() != nil {
+			return
+		}
+		select {
+		case p.urgent <- err:
+		case <-ctx.Done():
+			return
+		}
 	}
-	all, cancel := context.WithCancel(ctx)
-	defer cancel()
-	woken := make(chan error)
-	for i := range p.cfg.Feeds {
-		go func() { woken <- p.cfg.Feeds[i].Source.Wait(all, d) }()
-	}
-	err := <-woken // that of the others is that they were called off
-	cancel()
-	for range len(p.cfg.Feeds) - 1 {
-		<-woken
-	}
-	return err
 }
 
 // pause keeps a source that fails at once from being asked all the time.
@@ -513,8 +521,9 @@ func (p *Profiler) do(fn func()) error {
 		return errEnded
 	}
 	p.pending = append(p.pending, fn)
-	if p.wake != nil {
-		p.wake()
+	select {
+	case p.poked <- struct{}{}:
+	default:
 	}
 	return nil
 }
