@@ -297,7 +297,7 @@ func (t *processTable) resolve(p *process, a *area) {
 		a.retry = t.now().Add(retryInterval)
 		return
 	}
-	a.use(f, t.perfMap(p))
+	t.use(p, a, f)
 }
 
 func (t *processTable) perfMap(p *process) *symbolizer.PerfMap {

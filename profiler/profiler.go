@@ -5,9 +5,10 @@
 // hands out pprof profiles by window and on demand.
 //
 // Processes are gone soon, so what only a living process can tell (its mappings, its
-// files, its cgroup) is asked when a sample of it is drained; names are looked up when a
-// window closes. A sample of which something could not be found out is delivered all the
-// same, with a frame that says what is missing, and counted by outcome.
+// files, its cgroup) is asked when a sample of it is drained, and the tables of names are
+// read soon after that; names are looked up when somebody asks for a profile. A sample of
+// which something could not be found out is delivered all the same, with a frame that says
+// what is missing, and counted by outcome.
 package profiler
 
 import (
@@ -190,8 +191,8 @@ func NewProfile(typ string, pp *profile.Profile, samples uint64, lost map[string
 	return Profile{typ, samples, lost, func() (*profile.Profile, error) { return pp, nil }}
 }
 
-// Pprof returns the pprof profile, which is shared. It is made when it is first asked for:
-// nobody looks at most windows.
+// Pprof returns the pprof profile, which is shared. It is made when it is first asked for,
+// as nobody looks at most windows: the names are those that there are then.
 func (p *Profile) Pprof() (*profile.Profile, error) { return p.pprof() }
 
 // Of returns the profile of a type, by name, nil if w has none.
@@ -211,7 +212,7 @@ type window struct {
 	aggs   []*aggregate        // by type
 }
 
-// closedWindow is one that is to be symbolized and published.
+// closedWindow is one that is to be published.
 type closedWindow struct {
 	start, end instant
 	parts      []closedProfile
@@ -594,9 +595,14 @@ func (p *Profiler) trace(s *bpf.Sample) *trace {
 
 // openWindow begins a window at the end of the one before.
 func (p *Profiler) openWindow(at instant) {
+	last := p.window
 	p.window = &window{start: at, losses: p.losses()}
 	for i := range p.types {
-		p.window.aggs = append(p.window.aggs, newAggregate(&p.types[i], p.cfg.MaxStacks))
+		room := 0 // for as much as the last window had
+		if last != nil {
+			room = len(last.aggs[i].rows)
+		}
+		p.window.aggs = append(p.window.aggs, newAggregate(&p.types[i], p.cfg.MaxStacks, room))
 	}
 }
 
@@ -611,13 +617,12 @@ func (p *Profiler) closeWindow(deadline time.Time) closedWindow {
 	c := closedWindow{start: w.start, end: at, deadline: deadline}
 	for i, agg := range w.aggs {
 		c.parts = append(c.parts, closedProfile{
-			rows: agg.snapshot(),
+			rows: agg.result(),
 			meta: p.meta(agg, w.start, at, lossesSince(w.losses[i], p.window.losses[i])),
 		})
 		// The next window will see most of these stacks again.
 		agg.keepTraces()
 	}
-	p.fresh = nil // these are looked up now
 	for _, running := range p.captures {
 		running.agg.keepTraces()
 	}
@@ -627,7 +632,8 @@ func (p *Profiler) closeWindow(deadline time.Time) closedWindow {
 
 // completeLate gives the stacks of a what was learned of their processes since.
 func (p *Profiler) completeLate(a *aggregate) {
-	for _, tr := range a.traces {
+	for i := range a.sources {
+		tr := a.sources[i].trace
 		if tr.whole {
 			continue
 		}
@@ -648,15 +654,13 @@ func (p *Profiler) meta(a *aggregate, start, end instant, lost map[string]uint64
 	}
 }
 
-// publish symbolizes a window and hands it out.
+// publish hands a window out.
 func (p *Profiler) publish(c closedWindow) {
 	w := &Window{Start: c.start.wall, End: c.start.wall.Add(c.end.boot - c.start.boot)}
 	for _, part := range c.parts {
-		found, late := p.symbols.lookup(part.rows, c.deadline) // the processes may be gone soon
-		part.meta.late = late
 		w.Profiles = append(w.Profiles, Profile{
 			Type: part.meta.typ.Name, Samples: part.meta.samples, Lost: part.meta.lost,
-			pprof: sync.OnceValues(func() (*profile.Profile, error) { return buildProfile(part.rows, found, part.meta) }),
+			pprof: sync.OnceValues(func() (*profile.Profile, error) { return p.profile(part.rows, part.meta, c.deadline) }),
 		})
 	}
 	p.newest.Store(w)
