@@ -168,7 +168,7 @@ func (t *processTable) unfinished(s *bpf.Sample) *unfinished {
 	} else {
 		t.update(p, s)
 	}
-	u := &unfinished{sample: s, pid: p.id.pid, rest: p.areas}
+	u := &unfinished{sample: s, image: p.id, rest: p.areas}
 	for _, a := range s.Areas {
 		sa := sampledArea{Area: a}
 		if t.areaOf(p, a) != nil {

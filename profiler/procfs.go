@@ -382,9 +382,10 @@ func openRegular(dir int, path string, how *unix.OpenHow, meant func(*unix.Stat_
 	if !meant(&st) {
 		return nil, fmt.Errorf("open %s: %w: another file is there now", path, fs.ErrNotExist)
 	}
-	f, err := os.OpenFile("/proc/self/fd/"+strconv.Itoa(fd), os.O_RDONLY, 0)
+	// os.OpenFile would try to have it polled.
+	readable, err := unix.Open("/proc/self/fd/"+strconv.Itoa(fd), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
-	return f, nil
+	return os.NewFile(uintptr(readable), path), nil
 }
