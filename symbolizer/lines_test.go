@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 // addressOf is the address of a symbol.
@@ -435,12 +437,12 @@ func TestDebugFilesStayInRoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"up", "absolute", "magic", "fifo", "."} {
-		if f, err := OpenBelow(root, name); err == nil {
+		if f, err := elffile.OpenBelow(root, name, nil); err == nil {
 			f.Close()
 			t.Errorf("%s was opened", name)
 		}
 	}
-	if f, err := OpenBelow("/", secret); err != nil {
+	if f, err := elffile.OpenBelow("/", secret, nil); err != nil {
 		t.Errorf("a plain file: %v", err)
 	} else {
 		f.Close()
@@ -458,7 +460,7 @@ func TestBuildIDPath(t *testing.T) {
 		"abcdef012345678/":       "",
 		strings.Repeat("ab", 65): "",
 	} {
-		if got := buildIDPath(id); got != want {
+		if got := elffile.BuildIDPath(id); got != want {
 			t.Errorf("%q: %q, want %q", id, got, want)
 		}
 	}

@@ -66,7 +66,7 @@ const (
 	ReasonNoSymbols    = Reason("no_symbols")        // the file has no symbol table that we read
 	ReasonUnreadable   = Reason("unreadable")        // opening or reading failed; for a perf map: the process has gone
 	ReasonNoPermission = Reason("no_permission")     // as ReasonUnreadable, for want of a capability; kernel: no CAP_SYSLOG, or kptr_restrict
-	ReasonNotRegular   = Reason("not_regular_file")  // a device, FIFO, directory or socket
+	ReasonNotRegular   = elffile.NotRegular          // a device, FIFO, directory or socket
 	ReasonMalformed    = Reason("malformed")         // not ELF, or its headers contradict its size
 	ReasonUnsupported  = Reason("unsupported")       // an ELF file of a kind that cannot run here: big-endian, an object file
 	ReasonTooLarge     = Reason("too_large")         // over a limit of Config
