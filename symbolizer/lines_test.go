@@ -248,8 +248,8 @@ func TestCacheQuota(t *testing.T) {
 		}
 	}
 	evicted, err := c.trim()
-	if err != nil || evicted != 1 {
-		t.Errorf("%d evicted, %v", evicted, err)
+	if err != nil || evicted != 1 || c.bytes.Load() != c.quota {
+		t.Errorf("%d evicted, %d bytes of %d left, %v", evicted, c.bytes.Load(), c.quota, err)
 	}
 	if _, err := os.Stat(oldFile); err == nil {
 		t.Error("the older index is still there")

@@ -350,6 +350,7 @@ type Stats struct {
 	OpenFiles  int    // descriptors kept open
 	Tables     int    // files and perf maps with tables in memory
 	TableBytes int64  // of them
+	TableLimit int64  // MaxTableBytes
 	TableLoads uint64 // tables read, again after an eviction too
 	Evictions  uint64 // tables dropped to stay within MaxTableBytes
 	PerfMaps   int    // processes whose perf map is followed
@@ -366,6 +367,7 @@ func (s *Symbolizer) Stats() Stats {
 	st.OpenFiles = s.files.count()
 	st.Tables, st.TableBytes, st.TableLoads, st.Evictions = s.memory.stats()
 	st.Kernel = s.kernel.stats()
+	st.TableLimit = s.cfg.MaxTableBytes
 	st.Index = s.index.snapshot()
 	return st
 }
