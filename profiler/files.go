@@ -4,6 +4,7 @@ package profiler
 
 import (
 	"os"
+	"strconv"
 	"strings"
 
 	"github.com/hostflame/hostflame/bpf"
@@ -62,6 +63,11 @@ func (t *fileTable) vdso() *program {
 	f := &program{path: "[vdso]", object: o}
 	t.put(bpf.VDSO, f)
 	return f
+}
+
+// rootsOf are the directories below which files that a process speaks of are looked for.
+func rootsOf(pid PID) []string {
+	return []string{"/proc/" + strconv.FormatUint(uint64(pid), 10) + "/root", "/"}
 }
 
 // openFile looks at the file of a mapping. The error is why it could not be opened, which may

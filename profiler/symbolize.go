@@ -3,6 +3,7 @@
 package profiler
 
 import (
+	"slices"
 	"sync"
 	"time"
 
@@ -139,6 +140,7 @@ func (s *symbols) remembered(found names) []*job {
 			j.addrs = append(j.addrs, uint64(addr))
 		}
 		if len(j.addrs) > 0 {
+			slices.Sort(j.addrs) // what is near is read at once
 			jobs = append(jobs, j)
 		}
 	}

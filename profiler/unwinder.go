@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/hostflame/hostflame/bpf"
+	"github.com/hostflame/hostflame/internal/elffile"
 	"github.com/hostflame/hostflame/profiler/unwind"
 	"github.com/hostflame/hostflame/symbolizer"
 )
@@ -388,7 +389,7 @@ func (u *unwinder) file(pid PID, p *program) (*unwind.File, error) {
 	c := p.object.Content()
 	f, err := unwind.Open(c, c.Size(), func(buildID, link string, crc uint32) (io.ReaderAt, int64, error) {
 		// The file is closed when nothing refers to it any more.
-		return openDebugFile(pid, p.path, buildID, link, crc)
+		return elffile.OpenDebugFile(rootsOf(pid), p.path, buildID, link, crc)
 	})
 	if errors.Is(err, unwind.ErrNotELF) || errors.Is(err, unwind.ErrUnsupported) {
 		f, err = nil, nil
