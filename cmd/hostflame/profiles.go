@@ -11,7 +11,7 @@ import (
 
 // profileTypes are the types that the agent has, the first being what / and /ui/ show, and
 // missing says of those that this host can not have why.
-func profileTypes(k *kernel, cfg bpf.CPUConfig, states *profiler.States) (types []profiler.Type, missing map[string]error) {
+func profileTypes(k *kernel, cfg bpf.CPUConfig, ioRate int, states *profiler.States) (types []profiler.Type, missing map[string]error) {
 	waits := []profiler.Type{profiler.Runqueue(), profiler.OffCPU(states), profiler.Wall(cfg.Frequency, states)}
 	missing = map[string]error{}
 	for _, t := range waits {
@@ -22,11 +22,13 @@ func profileTypes(k *kernel, cfg bpf.CPUConfig, states *profiler.States) (types 
 	switch {
 	case k.blockErr != nil:
 		missing["blockio"] = k.blockErr
+	case ioRate == 0:
+		missing["blockio"] = errIOOff
 	case k.block != nil && !k.block.HasStacks():
 		missing["blockio"] = errors.New("this kernel has no block_io_start (Linux 6.5), at which the stacks are taken")
 	}
 	types = append([]profiler.Type{profiler.CPU(cfg.Event, cfg.Frequency)}, waits...)
-	return append(types, profiler.BlockIO(bpf.DefaultStackRate)), missing
+	return append(types, profiler.BlockIO(ioRate)), missing
 }
 
 // feeds are the sources of the samples of all types; those of CPU time are drained through cpu.
