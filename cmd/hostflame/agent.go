@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -59,6 +60,11 @@ func (a *agent) run(ctx context.Context, listeners []net.Listener) error {
 	})
 	defer hangUp()
 
+	if os.Getenv("GOGC") == "" {
+		// The host's memory is for its own work: half as much garbage costs a tenth more CPU,
+		// of next to nothing.
+		debug.SetGCPercent(50)
+	}
 	created := time.Now()
 	var err error
 	if a.kernel, err = attach(a.flags.config(), a.flags.waitSampling(), *a.flags.ioRate, a.log); err != nil {
