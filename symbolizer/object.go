@@ -25,7 +25,9 @@ type Object struct {
 	failed [tableKinds]failure    // by kind; guarded by mu
 	lines  *lineIndex             // of the file's own debug information; nil before it was looked for
 	debug  *Object                // the separate debug file, or nil
-	fetch  *fetch                 // of it, from elsewhere; nil when that is done
+	// Where the debug file can be too, if it has the build id.
+	debugPaths []string
+	fetch      *fetch // of it, from elsewhere; nil when that is done
 
 	linesAfter time.Time // when to look for debug information again, after reading failed
 }
