@@ -216,6 +216,32 @@ func (o *Object) readSymbols(secs []elffile.Section, tab, strtab elffile.Extent,
 	return loadSymTable(o.image, secs, tab, strtab, dynamic, int(o.sym.cfg.MaxTableBytes/symRowSize))
 }
 
+// Aliases are the other names, as in the symbol table, of the function at an address that
+// Symbolize has answered for: names that the source gave it, and functions that a linker has
+// folded into it as their code is equal. Nothing tells these apart.
+func (o *Object) Aliases(addr uint64) []string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if t := o.tables.Load(); t != nil {
+		for _, tab := range t.byKind {
+			st, ok := tab.(*symTable)
+			if !ok {
+				continue
+			}
+			if id, ok := st.find(addr); ok {
+				if names, err := st.namesOf(id); err == nil && len(names) > 1 {
+					return names[1:]
+				}
+				return nil
+			}
+		}
+	}
+	if o.debug != nil {
+		return o.debug.Aliases(addr)
+	}
+	return nil
+}
+
 // Sources says, for people, where what Symbolize has answered so far came from.
 func (o *Object) Sources() []string {
 	o.mu.Lock()
