@@ -34,11 +34,12 @@ type Object struct {
 
 // role is what an object is for. A file that is mapped and the debug file of another has
 // two objects, so that no two objects can wait for each other.
-type role bool
+type role int
 
 const (
-	roleMapped = role(false)
-	roleDebug  = role(true) // has no debug file of its own
+	roleMapped = role(iota)
+	roleDebug  // has no debug file of its own
+	roleModule // as roleDebug, and was not linked
 )
 
 // BuildID is the GNU build id in hex, else Go's build id, else empty.
@@ -98,12 +99,7 @@ func (o *Object) Symbolize(addrs []uint64) []Result {
 	results := make([]Result, len(addrs))
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	t := o.tables.Load()
-	if t == nil {
-		t = new(tables)
-		t.drop = func() { o.tables.CompareAndSwap(t, nil) }
-		o.tables.Store(t)
-	}
+	t := o.memory()
 	wanted := false // what the debug information says
 	for i, addr := range addrs {
 		results[i] = o.named(t, addr)
@@ -120,6 +116,28 @@ func (o *Object) Symbolize(addrs []uint64) []Result {
 	}
 	o.sym.memory.set(&t.resident, bytes)
 	return results
+}
+
+// debugLines answers by the debug information alone.
+func (o *Object) debugLines(addrs []uint64) []Result {
+	results := make([]Result, len(addrs))
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	t := o.memory()
+	o.addLines(t, addrs, results)
+	o.sym.memory.set(&t.resident, int64(256)+t.names.held)
+	return results
+}
+
+// memory is what is in memory of o.
+func (o *Object) memory() *tables {
+	t := o.tables.Load()
+	if t == nil {
+		t = new(tables)
+		t.drop = func() { o.tables.CompareAndSwap(t, nil) }
+		o.tables.Store(t)
+	}
+	return t
 }
 
 // named answers by the tables.
