@@ -68,7 +68,7 @@ static __always_inline bool at_device(struct hf_block_request *s)
 }
 
 /* The device gets the request. */
-static __always_inline void to_device(struct hf_block_places *e, struct hf_block_request *s, struct request *rq)
+static __always_inline void to_device(struct hf_block_places *e, struct hf_block_request *s, struct request *rq, __u64 now)
 {
 	struct hf_block_request *c = find_context(e, rq);
 
@@ -77,11 +77,11 @@ static __always_inline void to_device(struct hf_block_places *e, struct hf_block
 
 		s->depth = depth < HF_MAX_DEPTH ? depth : HF_MAX_DEPTH;
 	}
-	s->issue = bpf_ktime_get_ns();
+	s->issue = now;
 }
 
 /* The key of the sample that is to be taken, 0: none. */
-static __always_inline __u64 start(struct hf_block_places *e, struct hf_block_request *s, struct request *rq)
+static __always_inline __u64 start(struct hf_block_places *e, struct hf_block_request *s, struct request *rq, __u64 now)
 {
 	/* The tag is free again, so the request before has ended. Its end ran no program: some
 	 * virtual machines hide process 1 from BPF, and with it the interrupts that come while it
@@ -93,10 +93,8 @@ static __always_inline __u64 start(struct hf_block_places *e, struct hf_block_re
 	s->rq = (__u64)rq;
 	s->issue = 0;
 	s->bytes = rq->__data_len;
-	s->word = 0;
-	s->start = bpf_ktime_get_ns();
-	if (hf_by_container)
-		attribute(s, rq, true);
+	s->start = now;
+	s->word = hf_by_container ? attribute(rq, true) : 0;
 	if (!hf_stack_rate)
 		return 0;
 	draw(e, s, operation(rq->cmd_flags & REQ_OP_MASK));
@@ -118,11 +116,12 @@ static __noinline __u64 slow_start(struct request *rq)
 		s = find_state(e, rq);
 	}
 	/* What has no place is counted when it completes. */
-	return s ? start(e, s, rq) : 0;
+	return s ? start(e, s, rq, bpf_ktime_get_ns()) : 0;
 }
 
 static __always_inline __u64 handle_start(struct request *rq)
 {
+	__u64 now = bpf_ktime_get_ns();
 	struct hf_block_places *e = find_queue(rq->q);
 	struct hf_block_request *s = NULL;
 
@@ -131,7 +130,7 @@ static __always_inline __u64 handle_start(struct request *rq)
 		s = find_state(e, rq);
 	if (unlikely(!s))
 		return slow_start(rq);
-	return start(e, s, rq);
+	return start(e, s, rq, now);
 }
 
 /* True when what is stored is of an earlier use of the same request: its end and the
@@ -161,19 +160,18 @@ static __noinline int slow_issue(struct request *rq)
 		 * stamped, for each use. */
 		s->start = flush ? rq->start_time_ns : 0;
 		s->bytes = rq->__data_len;
-		s->word = 0;
-		if (hf_by_container && !flush)
-			attribute(s, rq, false);
+		s->word = hf_by_container && !flush ? attribute(rq, false) : 0;
 	} else if (at_device(s)) {
 		/* It was sent back where no requeue was seen. */
 		give_back(e, rq);
 	}
-	to_device(e, s, rq);
+	to_device(e, s, rq, bpf_ktime_get_ns());
 	return 0;
 }
 
 static __always_inline int handle_issue(struct request *rq)
 {
+	__u64 now = bpf_ktime_get_ns();
 	struct hf_block_places *e = find_queue(rq->q);
 	struct hf_block_request *s = NULL;
 	__u32 bytes = rq->__data_len;
@@ -185,7 +183,7 @@ static __always_inline int handle_issue(struct request *rq)
 		return slow_issue(rq);
 	if (bytes > s->bytes)
 		s->bytes = bytes;
-	to_device(e, s, rq);
+	to_device(e, s, rq, now);
 	return 0;
 }
 

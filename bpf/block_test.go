@@ -31,8 +31,12 @@ func newTestBlock(t *testing.T) *Block {
 		t.Fatalf("%+v", err)
 	}
 	t.Cleanup(func() { b.Close() })
+	hiddenSince[b] = countTracepoint(t, "block/block_rq_complete", true)
 	return b
 }
+
+// hiddenSince counts, for each newTestBlock, the completions that the kernel hid from it.
+var hiddenSince = map[*Block]tracepointCounter{}
 
 func output(t *testing.T, name string, args ...string) string {
 	t.Helper()

@@ -164,6 +164,7 @@ const (
 	blockProgHfBlockStart         = "hf_block_start"
 	blockProgHfCgroupRmdir        = "hf_cgroup_rmdir"
 	blockVarHfAddressMask         = "hf_address_mask"
+	blockVarHfBlkcgRoot           = "hf_blkcg_root"
 	blockVarHfBlkioV1             = "hf_blkio_v1"
 	blockVarHfByContainer         = "hf_by_container"
 	blockVarHfCgroupV1            = "hf_cgroup_v1"
@@ -284,6 +285,7 @@ type blockMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type blockVariableSpecs struct {
 	HfAddressMask         *ebpf.VariableSpec `ebpf:"hf_address_mask"`
+	HfBlkcgRoot           *ebpf.VariableSpec `ebpf:"hf_blkcg_root"`
 	HfBlkioV1             *ebpf.VariableSpec `ebpf:"hf_blkio_v1"`
 	HfByContainer         *ebpf.VariableSpec `ebpf:"hf_by_container"`
 	HfCgroupV1            *ebpf.VariableSpec `ebpf:"hf_cgroup_v1"`
@@ -389,6 +391,7 @@ func (m *blockMaps) Close() error {
 // It can be passed to loadBlockObjects or ebpf.CollectionSpec.LoadAndAssign.
 type blockVariables struct {
 	HfAddressMask         *ebpf.Variable `ebpf:"hf_address_mask"`
+	HfBlkcgRoot           *ebpf.Variable `ebpf:"hf_blkcg_root"`
 	HfBlkioV1             *ebpf.Variable `ebpf:"hf_blkio_v1"`
 	HfByContainer         *ebpf.Variable `ebpf:"hf_by_container"`
 	HfCgroupV1            *ebpf.Variable `ebpf:"hf_cgroup_v1"`

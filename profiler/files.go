@@ -145,16 +145,16 @@ func (t *processTable) resolveArea(p *process, id bpf.Area) *area {
 		}
 		t.files.put(id.File, f)
 	}
-	a.use(f, t.perfMap(p))
+	t.use(p, a, f)
 	return a
 }
 
-// use makes a a mapping of f.
-func (a *area) use(f *program, m *symbolizer.PerfMap) {
+// use makes an area of p a mapping of f.
+func (t *processTable) use(p *process, a *area, f *program) {
 	switch {
 	case f.object != nil && a.useObject(f.object, f.path):
 	case f.jit, f.object != nil:
-		a.usePerfMap(m, f.path)
+		a.usePerfMap(t.perfMap(p), f.path)
 	default:
 		a.useRaw(f.path)
 	}

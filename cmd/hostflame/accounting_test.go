@@ -33,7 +33,7 @@ func TestAccounting(t *testing.T) {
 	kerneltest.Require(t)
 	kerneltest.MeasureLock(t)
 	cfg := bpf.CPUConfig{Frequency: 99, CgroupV1: bpf.CPUControllerV1()}
-	k, err := attach(cfg, bpf.WaitSampling{}, slog.New(slog.DiscardHandler))
+	k, err := attach(cfg, bpf.WaitSampling{}, bpf.DefaultStackRate, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -211,8 +211,8 @@ func (r agentReader) ReadAgent() (exporter.Agent, error) {
 			into = map[string]uint64{}
 			a.Lost["blockio"] = into
 		}
-		for reason, n := range byName(lost) {
-			into[reason] += n
+		for reason, n := range lost {
+			into[reason.String()] += n
 		}
 	}
 	for _, o := range r.kernel.objects() {

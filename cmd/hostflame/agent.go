@@ -61,7 +61,7 @@ func (a *agent) run(ctx context.Context, listeners []net.Listener) error {
 
 	created := time.Now()
 	var err error
-	if a.kernel, err = attach(a.flags.config(), a.flags.waitSampling(), a.log); err != nil {
+	if a.kernel, err = attach(a.flags.config(), a.flags.waitSampling(), *a.flags.ioRate, a.log); err != nil {
 		return err
 	}
 	defer a.kernel.close()
@@ -92,7 +92,7 @@ func (a *agent) run(ctx context.Context, listeners []net.Listener) error {
 // assemble makes what stands on the attached kernel side, and hands the HTTP surface to
 // the servers, which run already.
 func (a *agent) assemble(sym *symbolizer.Symbolizer, cache *unwind.Cache, created time.Time) (err error) {
-	types, missing := profileTypes(a.kernel, a.flags.config(), profiler.NewStates(sym))
+	types, missing := profileTypes(a.kernel, a.flags.config(), *a.flags.ioRate, profiler.NewStates(sym))
 	var capturer exporter.Capturer = noProfiles{a.kernel.cpuErr}
 	if a.kernel.cpu != nil {
 		a.pulse = newPulse(a.kernel.cpu)

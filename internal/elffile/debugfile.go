@@ -120,9 +120,10 @@ func OpenRegular(dir int, path string, resolve uint64, meant func(*unix.Stat_t) 
 	if meant != nil && !meant(&st) {
 		return nil, fmt.Errorf("open %s: %w: another file is there now", path, fs.ErrNotExist)
 	}
-	f, err := os.OpenFile("/proc/self/fd/"+strconv.Itoa(fd), os.O_RDONLY, 0)
+	// os.OpenFile would try to have it polled.
+	readable, err := unix.Open("/proc/self/fd/"+strconv.Itoa(fd), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
-	return f, nil
+	return os.NewFile(uintptr(readable), path), nil
 }

@@ -118,7 +118,7 @@ func (b *bench) watch(c comparison, t tool) (w watched, err error) {
 	}
 	w = watched{events: last - first, programs: map[string]programRun{}}
 	for id, e := range end {
-		if _, old := before[id]; old || t.name == "hostflame" && !strings.HasPrefix(e.name, c.prefix) {
+		if _, old := before[id]; old || strings.HasPrefix(t.name, "hostflame") && !strings.HasPrefix(e.name, c.prefix) {
 			continue
 		}
 		p := w.programs[e.name]
@@ -170,10 +170,10 @@ func (b *bench) programCosts(w io.Writer) error {
 		event:  "request",
 		count:  blockIOs,
 		prefix: "hf_block",
-		tools:  []tool{b.emptyProgram("block_rq_issue"), peer("biolatency"), peer("biolatency", "-Q"), b.agent()},
+		tools: []tool{b.emptyProgram("block_rq_issue"), peer("biolatency"), peer("biolatency", "-Q"),
+			b.agentWith("hostflame, no stacks of I/O", "--sampling.io-rate=0"), b.agent()},
 		load: func() (func() error, error) {
-			return startLoad("fio", "--name=bench", "--filename="+data, "--size=64M", "--rw=randread", "--bs=4k",
-				"--direct=1", "--ioengine=libaio", "--iodepth=32", "--time_based", "--runtime=600", "--output=/dev/null")
+			return startLoad("fio", append(randomReads(data), "--runtime=600", "--output=/dev/null")...)
 		},
 	}} {
 		if err := b.compare(w, c); err != nil {
