@@ -103,7 +103,10 @@ func (t *perfTable) readJIT(r io.ReaderAt, size int64) error {
 				c.lines = uint32(len(t.jitLines)) - c.line
 			}
 			t.nextLine = uint32(len(t.jitLines))
-			spans = t.addJITCode(spans, c, length, t.jitName(r, t.off+jitLoadSize, t.off+total))
+			if at, ok := t.addName(t.jitName(r, t.off+jitLoadSize, t.off+total)); ok {
+				c.name = at
+				spans = t.addJITCode(spans, c, length)
+			}
 		case id == jitMove && total >= jitMoveSize && read(t.off, jitMoveSize):
 			from, to, length := word(jitRecord+16), word(jitRecord+24), word(jitRecord+32)
 			t.merge(spans)
@@ -111,7 +114,7 @@ func (t *perfTable) readJIT(r io.ReaderAt, size int64) error {
 			if number, ok := t.rowAt(from); ok {
 				c := t.codes[number]
 				c.start, c.made = to, made
-				spans = t.addJITCode(spans, c, length, nil)
+				spans = t.addJITCode(spans, c, length)
 			}
 		case id == jitLines && total >= jitLinesSize && read(t.off, jitLinesSize):
 			t.readLines(r, word(jitRecord), t.off+jitLinesSize, t.off+total)
@@ -130,15 +133,8 @@ func (t *perfTable) readJIT(r io.ReaderAt, size int64) error {
 	return nil
 }
 
-// addJITCode adds code by its number; name is nil where it has one.
-func (t *perfTable) addJITCode(spans []overlap.Span, c jitCode, size uint64, name []byte) []overlap.Span {
-	if name != nil {
-		at, ok := t.addName(name)
-		if !ok {
-			return spans
-		}
-		c.name = at
-	}
+// addJITCode adds code by its number.
+func (t *perfTable) addJITCode(spans []overlap.Span, c jitCode, size uint64) []overlap.Span {
 	if size == 0 || size > 1<<32-1 || c.start+size < c.start || c.start+size > kernelHalf {
 		return spans
 	}
