@@ -120,6 +120,7 @@ type row struct {
 	comm, thread string
 	container    string
 	labels       [maxLabels]string
+	last         uint64             // when the last of them was, boot clock, ns
 	count        uint64             // samples, by weight
 	values       [maxValues]uint64  // by the type's Values
 	numbers      [maxNumbers]uint64 // sums by weight, of the type's Numbers
@@ -194,6 +195,7 @@ func (a *aggregate) add(s *bpf.Sample, tr *trace, container string) bool {
 }
 
 func (r *row) add(t *Type, s *bpf.Sample) {
+	r.last = max(r.last, s.Time)
 	r.count += uint64(s.Weight)
 	for i := range t.Values {
 		r.values[i] += t.Values[i].Of(s)

@@ -14,7 +14,13 @@ import (
 // findDebug returns the object of the first candidate that matches, nil if none does.
 func (o *Object) findDebug(secs []elffile.Section) *Object {
 	link, crc := o.image.DebugLink(secs)
-	for _, c := range elffile.DebugFiles(o.file.Roots, o.file.Path, o.image.BuildID, link) {
+	candidates := elffile.DebugFiles(o.file.Roots, o.file.Path, o.image.BuildID, link)
+	for _, root := range o.file.Roots {
+		for _, p := range o.debugPaths {
+			candidates = append(candidates, elffile.DebugFile{Root: root, Path: p})
+		}
+	}
+	for _, c := range candidates {
 		d, err := o.sym.object(File{Path: c.Path, Open: c.Open, Roots: o.file.Roots}, roleDebug)
 		if err != nil || d.image.Machine != o.image.Machine || d.image.Is64 != o.image.Is64 {
 			continue

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -129,6 +130,10 @@ func (x *indexer) request(o *Object) *lineIndex {
 
 // run works the queue off.
 func (x *indexer) run() {
+	if x.background {
+		// What big units took is of no use until the next file.
+		defer debug.FreeOSMemory()
+	}
 	for {
 		x.mu.Lock()
 		if len(x.queue) == 0 {

@@ -321,6 +321,45 @@ func TestVmlinux(t *testing.T) {
 	}
 }
 
+// TestVDSOLines: the vDSO's debug file is found by its build id, and no other is taken.
+func TestVDSOLines(t *testing.T) {
+	path := buildC(t, strings.ReplaceAll(strings.ReplaceAll(deepC, "abort()", "__builtin_trap()"), "main", "last"), "-g", "-O2", "-shared", "-fPIC", "-nostdlib", "-Wl,--build-id=sha1")
+	image, err := os.ReadFile(stripped(t, path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	proc, root := t.TempDir(), t.TempDir()
+	dir := filepath.Join(root, "lib/modules/6.1.0-test/vdso")
+	for _, d := range []string{dir, filepath.Join(proc, "self"), filepath.Join(proc, "sys/kernel")} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	writeFile(t, filepath.Join(proc, "self/maps"), fmt.Sprintf("1000-%x r-xp 00000000 00:00 0                          [vdso]\n", 0x1000+len(image)))
+	writeFile(t, filepath.Join(proc, "self/mem"), string(append(make([]byte, 0x1000), image...)))
+	writeFile(t, filepath.Join(proc, "sys/kernel/osrelease"), "6.1.0-test\n")
+	syms := nmText(t, path)
+	outer := syms[slices.IndexFunc(syms, func(s nmSymbol) bool { return s.name == "outer" })].addr
+	ask := func() string {
+		o, err := newSymbolizer(t, Config{Proc: proc, Root: root, WaitForIndex: true}).VDSO()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return describe(o.Symbolize([]uint64{outer})[0])
+	}
+	if got := ask(); got != "outer:0<0" {
+		t.Errorf("%s without a debug file", got)
+	}
+	run(t, dir, nil, "cp", buildC(t, deepC+"int more;", "-g", "-O2", "-shared", "-fPIC", "-Wl,--build-id=sha1"), "vdso64.so")
+	if got := ask(); got != "outer:0<0" {
+		t.Errorf("%s from a file with another build id", got)
+	}
+	run(t, dir, nil, "cp", path, "vdso64.so.dbg")
+	if got := ask(); got != "outer:5<5" {
+		t.Errorf("%s, want outer with its line", got)
+	}
+}
+
 // TestContainer: a process in namespaces of its own, whose binary was deleted and whose
 // debug file, jitdump and perf map are only in its own root.
 func TestContainer(t *testing.T) {

@@ -271,7 +271,11 @@ func (s *Symbolizer) object(f File, r role) (*Object, error) {
 	content := &openFile{cache: &s.files, id: id, open: f.Open}
 	content.adopt(f.Open, file)
 	e := &entry{key: key}
-	if img, err := elffile.Parse(content); err != nil {
+	parse := elffile.Parse
+	if r == roleModule {
+		parse = elffile.ParseObject
+	}
+	if img, err := parse(content); err != nil {
 		e.err = fmt.Errorf("parse %s: %w", f.Path, err)
 	} else {
 		e.object = &Object{sym: s, image: img, file: f, role: r}

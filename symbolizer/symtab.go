@@ -331,20 +331,11 @@ func (t *symTable) lookup(addr uint64) ([]Line, error) {
 	if lines := t.lines[id]; lines != nil {
 		return lines, nil
 	}
-	rows := t.parts[id.part].rows
-	best := ""
-	for i := int(id.row); i >= 0 && rows[i].start == rows[id.row].start; i-- {
-		name, err := t.name(rows[i].name)
-		if err != nil {
-			return nil, err
-		}
-		if name != "" && (best == "" || compareAliases(name, best) < 0) {
-			best = name
-		}
+	names, err := t.namesOf(id)
+	if len(names) == 0 || err != nil {
+		return nil, err
 	}
-	if best == "" {
-		return nil, nil
-	}
+	best := names[0]
 	lines := []Line{{Function: t.demangle.name(best), SystemName: best}}
 	if t.names > maxHeldNames {
 		clear(t.lines)
@@ -353,6 +344,22 @@ func (t *symTable) lookup(addr uint64) ([]Line, error) {
 	t.lines[id] = lines
 	t.names += lineSize + int64(len(best)+len(lines[0].Function))
 	return lines, nil
+}
+
+// namesOf are the names of the function of which id is the last row, by compareAliases.
+func (t *symTable) namesOf(id rowID) (names []string, err error) {
+	rows := t.parts[id.part].rows
+	for i := int(id.row); i >= 0 && rows[i].start == rows[id.row].start; i-- {
+		name, err := t.name(rows[i].name)
+		if err != nil {
+			return nil, err
+		}
+		if name != "" {
+			names = append(names, name)
+		}
+	}
+	slices.SortFunc(names, compareAliases)
+	return names, nil
 }
 
 // find returns the last row that covers addr.

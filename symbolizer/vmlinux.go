@@ -82,12 +82,6 @@ func (v *vmlinux) addLines(k *kernelTable, addrs []uint64, results []Result) {
 		}
 	}
 	for i, r := range v.object.Symbolize(ask) {
-		result := &results[at[i]]
-		result.Provisional = r.Provisional
-		if n := len(r.Lines); n > 0 && r.Lines[n-1].File != "" {
-			lines := append([]Line(nil), r.Lines...)
-			lines[n-1].Function, lines[n-1].SystemName = result.Lines[0].Function, result.Lines[0].SystemName
-			result.Lines = lines
-		}
+		results[at[i]].takeLines(r)
 	}
 }

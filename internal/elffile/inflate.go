@@ -130,6 +130,19 @@ func (z *Inflater) inflate(r io.Reader, size int64) (Content, error) {
 		}
 		return FromBytes(b), nil
 	}
+	f, err := z.Create(size)
+	if err != nil {
+		return nil, err
+	}
+	n, err := io.CopyBuffer(struct{ io.Writer }{f}, io.LimitReader(r, size), make([]byte, 256<<10))
+	if err != nil || n < size {
+		return nil, Errorf(Malformed, "decompress: %d bytes of %d: %w", n, size, err)
+	}
+	return sizedFile{f, size}, nil
+}
+
+// Create makes a file for size bytes of the budget, which Close closes.
+func (z *Inflater) Create(size int64) (*os.File, error) {
 	if size > z.Disk || z.Dir == "" {
 		return nil, Errorf(TooLarge, "%d bytes decompressed", size)
 	}
@@ -139,11 +152,7 @@ func (z *Inflater) inflate(r io.Reader, size int64) (Content, error) {
 		return nil, err
 	}
 	z.files = append(z.files, f)
-	n, err := io.CopyBuffer(struct{ io.Writer }{f}, io.LimitReader(r, size), make([]byte, 256<<10))
-	if err != nil || n < size {
-		return nil, Errorf(Malformed, "decompress: %d bytes of %d: %w", n, size, err)
-	}
-	return sizedFile{f, size}, nil
+	return f, nil
 }
 
 // TempFile makes a file without a name in a directory.
