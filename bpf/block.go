@@ -242,7 +242,7 @@ func newBlock(cfg BlockConfig, k blockHooks) (_ *Block, err error) {
 		b.tended.Go(func() { b.tend(ctx) })
 	}
 	// The books begin here.
-	if _, _, err := b.Accounting(); err != nil {
+	if _, err := b.Accounting(); err != nil {
 		return nil, err
 	}
 	return b, nil
