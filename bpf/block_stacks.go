@@ -174,13 +174,13 @@ func (b *Block) HasStacks() bool { return b.stacks != nil }
 
 // StackLosses is what is missing in the samples, by weight; an entry for each reason.
 func (b *Block) StackLosses() (map[DropReason]uint64, error) {
-	s, err := b.stats()
+	dropped, err := b.Dropped()
 	if err != nil || b.stacks == nil {
 		return nil, err
 	}
 	return map[DropReason]uint64{
-		DropRingFull: s.Dropped[DropRingFull],
-		DropNoRing:   s.Dropped[DropNoRing],
+		DropRingFull: dropped[DropRingFull],
+		DropNoRing:   dropped[DropNoRing],
 		DropNoEnd:    b.stacks.evicted.Load(),
 	}, nil
 }

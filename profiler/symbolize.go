@@ -3,6 +3,7 @@
 package profiler
 
 import (
+	"slices"
 	"sync"
 	"time"
 
@@ -139,6 +140,7 @@ func (s *symbols) remembered(found names) []*job {
 			j.addrs = append(j.addrs, uint64(addr))
 		}
 		if len(j.addrs) > 0 {
+			slices.Sort(j.addrs) // what is near is read at once
 			jobs = append(jobs, j)
 		}
 	}
@@ -150,11 +152,17 @@ func (s *symbols) remembered(found names) []*job {
 // map of a process can be gone by then.
 func (s *symbols) warm(stacks []Stack) {
 	wanted := names{}
+	s.mu.Lock()
 	for _, stack := range stacks {
 		for _, l := range stack {
 			k := l.Mapping.resolver()
 			if k == nil || k == kernelMapping && s.kernelLoaded {
 				continue
+			}
+			if object := l.Mapping.object; object != nil {
+				if _, ok := s.get(symbolKey{object, uint64(l.Addr)}); ok {
+					continue
+				}
 			}
 			if wanted[k] == nil {
 				wanted[k] = map[Addr]symbolizer.Result{}
@@ -162,6 +170,7 @@ func (s *symbols) warm(stacks []Stack) {
 			wanted[k][l.Addr] = symbolizer.Result{}
 		}
 	}
+	s.mu.Unlock()
 	for _, j := range s.remembered(wanted) {
 		s.ask(j)
 		s.kernelLoaded = s.kernelLoaded || j.resolver == kernelMapping

@@ -22,7 +22,7 @@ func TestSymbolsDeadline(t *testing.T) {
 	table := newProcessTable(newProcfs("/proc"), s, 10)
 	sample := ownSample(t)
 	agg := aggregated(table, 10, sample)
-	rows := agg.snapshot()
+	rows := agg.result()
 	symbols := newSymbols(s)
 
 	start := time.Now()
@@ -59,7 +59,7 @@ func TestSymbolsDoNotQueue(t *testing.T) {
 	table := newProcessTable(newProcfs("/proc"), s, 10)
 	sample := ownSample(t)
 	sample.Kernel = []uint64{0xffffffff81000000}
-	rows := aggregated(table, 10, sample).snapshot()
+	rows := aggregated(table, 10, sample).result()
 	symbols := newSymbols(s)
 	found, late := symbols.lookup(rows, time.Now().Add(5*time.Second))
 	user := slices.IndexFunc(rows[0].stack, func(l Location) bool { return l.Mapping.object != nil })

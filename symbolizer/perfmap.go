@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 const (
@@ -241,7 +243,7 @@ func (pm *PerfMap) openDump() (*os.File, error) {
 		}
 		file, err := os.OpenFile(pm.sym.proc(pid, "map_files", f[0]), os.O_RDONLY|unix.O_NONBLOCK, 0)
 		if err != nil {
-			if file, err = OpenBelow(pm.sym.proc(pid, "root"), f[5]); err != nil {
+			if file, err = elffile.OpenBelow(pm.sym.proc(pid, "root"), f[5], nil); err != nil {
 				return nil, err
 			}
 		}

@@ -133,7 +133,7 @@ func (t *perfTable) addCode(spans []overlap.Span, start, size uint64, name []byt
 		return spans
 	}
 	name = name[:min(len(name), maxName)]
-	if !isClean(name) {
+	if !isCleanBytes(name) {
 		name = []byte(cleanName(string(name)))
 	}
 	at := uint32(len(t.names))

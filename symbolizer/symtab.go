@@ -111,6 +111,8 @@ func (b *symBuilder) read(tab elffile.Extent) error {
 	size := b.image.SymSize()
 	const atOnce = 64 << 10
 	buf := make([]byte, min(tab.Size/size*size, atOnce/size*size))
+	const enough = 1 << 17 // half of a kernel's are functions
+	b.spans = make([]overlap.Span, 0, min(tab.Size/size/2, enough))
 	for n := tab.Size / size; n > 0; {
 		buf = buf[:min(uint64(len(buf)), n*size)]
 		if err := elffile.ReadAt(b.image, buf, tab.Off); err != nil {
@@ -261,18 +263,8 @@ func notASymbol[T string | []byte](name T) bool {
 // build sorts the symbols into rows.
 func (b *symBuilder) build() []symPart {
 	spans := b.spans
-	slices.SortFunc(spans, func(x, y overlap.Span) int {
-		// Most differ here, and big tables are sorted while somebody waits.
-		if x.Start != y.Start {
-			if x.Start < y.Start {
-				return -1
-			}
-			return 1
-		}
-		return cmp.Or(
-			cmp.Compare(x.Prio, y.Prio),
-			cmp.Compare(x.End, y.End), cmp.Compare(x.Name, y.Name),
-		)
+	overlap.Sort(spans, func(x, y *overlap.Span) int {
+		return cmp.Or(cmp.Compare(x.Prio, y.Prio), cmp.Compare(x.End, y.End), cmp.Compare(x.Name, y.Name))
 	})
 	n := uint32(len(spans))
 	for i := len(spans) - 1; i >= 0; i-- {

@@ -44,14 +44,14 @@ func (v *vmlinux) find(s *Symbolizer) {
 	if id == "" || err != nil {
 		return
 	}
-	paths := []string{buildIDPath(id)}
+	paths := []string{elffile.BuildIDPath(id)}
 	for _, p := range vmlinuxPaths {
 		paths = append(paths, strings.ReplaceAll(p, "RELEASE", strings.TrimSpace(string(release))))
 	}
 	for _, p := range paths {
 		o, err := s.object(File{
 			Path:  p,
-			Open:  func() (*os.File, error) { return OpenBelow(s.cfg.Root, p) },
+			Open:  func() (*os.File, error) { return elffile.OpenBelow(s.cfg.Root, p, nil) },
 			Roots: []string{s.cfg.Root},
 		}, roleDebug)
 		if err != nil || o.image.BuildID != id {

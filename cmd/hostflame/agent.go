@@ -111,7 +111,7 @@ func (a *agent) assemble(sym *symbolizer.Symbolizer, cache *unwind.Cache, create
 	}
 	a.accounting = newAccounting(a.kernel, a.flags.config(), a.log)
 
-	collector := exporter.NewCollector(readers(a.kernel, a.profiler, a.accounting), created, a.log)
+	collector := exporter.NewCollector(readers(a.kernel, a.profiler, sym, a.accounting), created, a.log)
 	registry := exporter.NewRegistry(collector, !*a.flags.noExporterMetrics)
 	if a.otlp.Enabled() {
 		a.otlp.Gatherer, a.otlp.Logger = registry, a.log

@@ -20,6 +20,7 @@ import (
 	"github.com/alecthomas/kingpin/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/hostflame/hostflame/internal/elffile"
 	"github.com/hostflame/hostflame/symbolizer"
 )
 
@@ -101,7 +102,7 @@ func (s *symbolize) file() symbolizer.File {
 	if *s.pid != 0 {
 		root := filepath.Join("/proc", strconv.FormatUint(uint64(*s.pid), 10), "root")
 		f.Roots = []string{root, "/"}
-		f.Open = func() (*os.File, error) { return symbolizer.OpenBelow(root, *s.exe) }
+		f.Open = func() (*os.File, error) { return elffile.OpenBelow(root, *s.exe, nil) }
 	}
 	return f
 }

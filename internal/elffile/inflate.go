@@ -18,6 +18,8 @@ const (
 	zdebugMagic  = "ZLIB" // before a size in 64 bits, big-endian, and zlib's data
 
 	maxRatio      = 1040     // of deflate, which can do no better
+	honestRatio   = 64       // of debug sections, which come to a tenth
+	honestSize    = 64 << 20 // bytes that may come of fewer
 	maxZstdWindow = 64 << 20 // bytes of memory for decoding
 )
 
@@ -60,6 +62,9 @@ func (z *Inflater) Section(m *Image, s Section, name string) (c Content, off, si
 	packed := s.Size - h
 	if typ == compressZlib && size/maxRatio > packed {
 		return nil, 0, 0, Errorf(Malformed, "%d bytes can not decompress to %d", packed, size)
+	}
+	if size > honestSize && size/honestRatio > packed {
+		return nil, 0, 0, Errorf(TooLarge, "%d bytes that decompress to %d", packed, size)
 	}
 	r, err := decompressor(typ, io.NewSectionReader(m, int64(s.Off+h), int64(packed)))
 	if err != nil {
