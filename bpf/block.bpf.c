@@ -19,6 +19,7 @@ enum {
 	HF_RAN_BACK = 6,
 	HF_RAN_FRONT = 7,
 	HF_RAN_SPLIT = 8,
+	HF_RAN_BIO = 9,
 };
 
 /* The kernel has no block_io_start: starts are the kernel's own stamps. */
@@ -161,6 +162,8 @@ static __noinline int slow_issue(struct request *rq)
 		s->start = flush ? rq->start_time_ns : 0;
 		s->bytes = rq->__data_len;
 		s->word = hf_by_container && !flush ? attribute(rq, false) : 0;
+		if (!flush)
+			adopt(s, rq);
 	} else if (at_device(s)) {
 		/* It was sent back where no requeue was seen. */
 		give_back(e, rq);
@@ -306,10 +309,18 @@ static __noinline int slow_done(struct request *rq, __u8 status, __u32 bytes)
 			failed = s->failed;
 		s->rq = 0;
 	}
+	if (hf_bio_start && !flush && !sampled && !issue) {
+		/* An empty flush, which is never issued. */
+		struct hf_block_request never = {};
+
+		adopt(&never, rq);
+		sampled = never.sampled;
+		key = sample_key(&never);
+	}
 	/* The kernel's stamp is of this use of the request only where it keeps the books.
 	 * It is later than ours by next to nothing, unless ours is missing, as in what was
 	 * in flight when the programs were attached, or is of an earlier use. */
-	if ((rq_flags & hf_io_stat) && rq->start_time_ns > start)
+	if ((rq_flags & hf_io_stat) && (hf_kernel_start || rq->start_time_ns > start))
 		start = rq->start_time_ns;
 	if (!start && hf_kernel_start)
 		start = issue;
@@ -489,6 +500,15 @@ static __always_inline int handle_absorb(struct request *rq)
 			send_end(&end);
 		}
 		s->rq = 0;
+	} else if (hf_bio_start) {
+		struct hf_block_request never = {};
+
+		adopt(&never, rq);
+		if (never.sampled) {
+			struct hf_block_end end = {.key = sample_key(&never), .absorbed = 1};
+
+			send_end(&end);
+		}
 	}
 	io = cells_of(e->device, operation(rq->cmd_flags & REQ_OP_MASK));
 	if (io)
@@ -531,10 +551,27 @@ static __always_inline int handle_split(struct bio *bio)
 	return 0;
 }
 
+/* A request was found for bio, which is not in it yet. */
+static __always_inline __u64 handle_bio(struct bio *bio)
+{
+	struct hf_block_places *e = learn_queue(bio->bi_bdev->bd_disk->queue);
+
+	hf_ran(HF_RAN_BIO);
+	return e ? draw_bio(e, bio) : 0;
+}
+
 SEC("tp_btf/block_io_start")
 int BPF_PROG(hf_block_start, struct request *rq)
 {
 	__u64 key = handle_start(rq);
+
+	return key ? take(ctx, key) : 0;
+}
+
+SEC("tp_btf/block_getrq")
+int BPF_PROG(hf_block_bio, struct bio *bio)
+{
+	__u64 key = handle_bio(bio);
 
 	return key ? take(ctx, key) : 0;
 }

@@ -88,14 +88,7 @@ func (j *booksJudge) of(t *testing.T, device string) (o outside) {
 	if j == nil {
 		return o
 	}
-	b, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(device), "dev"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var major, minor uint64
-	if _, err := fmt.Sscanf(string(b), "%d:%d", &major, &minor); err != nil {
-		t.Fatal(err)
-	}
+	major, minor := numberOf(t, device)
 	for group := range o {
 		err := j.objs.Outside.Lookup(major<<52|minor<<32|uint64(group), &o[group])
 		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
@@ -103,6 +96,19 @@ func (j *booksJudge) of(t *testing.T, device string) (o outside) {
 		}
 	}
 	return o
+}
+
+// numberOf is the number of a whole device.
+func numberOf(t *testing.T, device string) (major, minor uint64) {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(device), "dev"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fmt.Sscanf(string(b), "%d:%d", &major, &minor); err != nil {
+		t.Fatal(err)
+	}
+	return major, minor
 }
 
 func (o outside) since(before outside) outside {

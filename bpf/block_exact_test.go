@@ -174,7 +174,7 @@ func measureDevice(t *testing.T, b *Block, device string, load func()) (ioCounts
 // measureBeside is measureDevice with what the judge measured.
 func measureBeside(t *testing.T, b *Block, judge *booksJudge, device string, load func()) (ioCounts, ioBooks, *outside) {
 	t.Helper()
-	hidden := countTracepoint(t, "block/block_rq_complete", true)
+	hidden := hiddenCompletions(t, device)
 	for range 5 {
 		seen := hidden.read(t)
 		counts, books, beyond := during(t, b, judge, device, load)

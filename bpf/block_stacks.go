@@ -169,7 +169,7 @@ func (b *Block) Wait(ctx context.Context, d time.Duration) error {
 var errNoStacks = errors.New("block I/O is not sampled")
 
 // HasStacks tells whether requests are sampled: BlockConfig asked for it, and the kernel
-// has block_io_start.
+// has block_io_start, or block_getrq, which is before it and does not see passthrough.
 func (b *Block) HasStacks() bool { return b.stacks != nil }
 
 // StackLosses is what is missing in the samples, by weight; an entry for each reason.

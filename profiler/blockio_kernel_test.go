@@ -52,7 +52,7 @@ func samplingIO(t *testing.T) *Profiler {
 		t.Fatalf("%+v", err)
 	}
 	if !block.HasStacks() {
-		t.Skip("this kernel has no block_io_start")
+		t.Fatal("no stacks")
 	}
 	mappings, err := bpf.NewMappings(bpf.MappingsConfig{})
 	if err != nil {

@@ -25,7 +25,7 @@ func profileTypes(k *kernel, cfg bpf.CPUConfig, ioRate int, states *profiler.Sta
 	case ioRate == 0:
 		missing["blockio"] = errIOOff
 	case k.block != nil && !k.block.HasStacks():
-		missing["blockio"] = errors.New("this kernel has no block_io_start (Linux 6.5), at which the stacks are taken")
+		missing["blockio"] = errors.New("this kernel has neither block_io_start nor block_getrq, at which the stacks are taken")
 	}
 	types = append([]profiler.Type{profiler.CPU(cfg.Event, cfg.Frequency)}, waits...)
 	return append(types, profiler.BlockIO(ioRate)), missing

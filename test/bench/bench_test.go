@@ -27,7 +27,7 @@ func TestShort(t *testing.T) {
 	t.Logf("\n%s", out.String())
 	number := `[0-9.]+`
 	for _, row := range []string{
-		`\| an empty program on sched_switch +\| .empty. +\| ` + number,
+		`\| an empty program on sched_switch +\| .least. +\| ` + number,
 		`\| runqlat +\| .[a-z_]*sched_switch. +\| ` + number,
 		`\| runqlat +\| all, ns a switch +\| ` + number,
 		`\| hostflame +\| .hf_sched_switch. +\| ` + number,

@@ -170,7 +170,7 @@ func (b *bench) programCosts(w io.Writer) error {
 		event:  "request",
 		count:  blockIOs,
 		prefix: "hf_block",
-		tools: []tool{b.emptyProgram("block_rq_issue"), peer("biolatency"), peer("biolatency", "-Q"),
+		tools: []tool{b.clocks("block_io_start", "block_rq_issue", "block_rq_complete"), peer("biolatency"), peer("biolatency", "-Q"),
 			b.agentWith("hostflame, no stacks of I/O", "--sampling.io-rate=0"), b.agent()},
 		load: func() (func() error, error) {
 			return startLoad("fio", append(randomReads(data), "--runtime=600", "--output=/dev/null")...)
