@@ -74,7 +74,7 @@ func (b *bench) emptyProgram(tracepoint string) tool {
 // peers are the programs of other projects that the bench starts, and their packages.
 var peers = map[string]string{
 	"runqlat": "libbpf-tools", "biolatency": "libbpf-tools", "offcputime": "libbpf-tools", "perf": "linux-perf",
-	"fio": "fio", "stdbuf": "coreutils", "bpftrace": "bpftrace", "taskset": "util-linux",
+	"fio": "fio", "stdbuf": "coreutils", "bpftrace": "bpftrace", "taskset": "util-linux", "stress-ng": "stress-ng",
 }
 
 func requirePeers() error {
