@@ -5,8 +5,9 @@
  * Weighed with the inverse of that the samples add up to the exact sums, without bias.
  *
  * What is left to the next point is counted down, so a piece that is not taken costs a
- * multiplication. Lengths are in units of the mean, so that the mean may change at any
- * time: it grows when there are more samples than is meant to be walked for. */
+ * subtraction. With each point that was reached the mean may change: it grows when there
+ * are more samples than is meant to be walked for.
+ */
 #ifndef HF_DRAW_BPF_H
 #define HF_DRAW_BPF_H
 
@@ -15,9 +16,6 @@
 #include "histogram.bpf.h"
 #include <bpf/bpf_helpers.h>
 
-/* A mean is 1 << HF_DRAW_SHIFT units. */
-#define HF_DRAW_SHIFT 40
-#define HF_DRAW_RATE_SHIFT 60
 #define HF_DRAW_PERIOD_NS 250000000ULL
 #define HF_DRAW_MAX_MEAN_NS (1ULL << 40)
 
@@ -31,9 +29,8 @@ const volatile __u64 hf_draw_per_second = 100;
 const volatile __u32 hf_log2_fraction[512] = {};
 
 struct hf_draw {
-	__u64 left; /* to the next point; 0: not begun */
-	__u64 mean_ns;
-	__u64 rate; /* (1 << HF_DRAW_RATE_SHIFT) / mean_ns */
+	__u64 left_ns; /* to the next point; 0: not begun */
+	__u64 mean_ns; /* of the way to it */
 	__u64 since_ns; /* ktime since when it counts in taken */
 	__u64 taken;
 };
@@ -62,7 +59,7 @@ struct {
 	__type(value, struct hf_waiting);
 } hf_waitings SEC(".maps");
 
-/* -ln of a random number between 0 and 1: the way to the next point. */
+/* -ln of a random number between 0 and 1, << 40: the way to the next point in means. */
 static __always_inline __u64 hf_draw_distance(void)
 {
 	__u64 r = bpf_get_prandom_u32() | 1, log, fraction, from, to;
@@ -85,7 +82,6 @@ static __noinline int hf_draw_again(struct hf_draw *d, __u64 least_ns, __u64 now
 
 	if (!d)
 		return 0;
-	d->left = hf_draw_distance() + 1;
 	mean = d->mean_ns;
 	if (!mean) {
 		mean = least_ns;
@@ -111,29 +107,29 @@ static __noinline int hf_draw_again(struct hf_draw *d, __u64 least_ns, __u64 now
 	if (!mean)
 		mean = 1;
 	d->mean_ns = mean;
-	d->rate = (1ULL << HF_DRAW_RATE_SHIFT) / mean;
+	/* Less than 2^23 times 2^40. */
+	d->left_ns = ((hf_draw_distance() >> 22) * mean >> 18) + 1;
 	return 0;
+}
+
+/* Whether a piece of ns ends before the next point, as most do: it is not sampled. */
+static __always_inline bool hf_passed(struct hf_draw *d, __u64 ns)
+{
+	if (ns >= d->left_ns)
+		return false;
+	d->left_ns -= ns;
+	return true;
 }
 
 /* Whether a piece of ns is sampled; then *mean_ns gets the mean that this was decided by. */
 static __always_inline bool hf_drawn(struct hf_draw *d, __u64 ns, __u64 least_ns, __u64 now, __u64 *mean_ns)
 {
-	__u64 length;
-
-	if (!d->left) {
+	if (!d->left_ns) {
 		hf_draw_again(d, least_ns, now);
 		d->taken = 0;
 	}
-	if (ns < 8 * d->mean_ns)
-		length = ns * d->rate >> (HF_DRAW_RATE_SHIFT - HF_DRAW_SHIFT);
-	else if (ns < 128 * d->mean_ns)
-		length = (ns >> 4) * d->rate >> (HF_DRAW_RATE_SHIFT - HF_DRAW_SHIFT - 4);
-	else
-		length = ~0ULL;
-	if (length < d->left) {
-		d->left -= length;
+	if (hf_passed(d, ns))
 		return false;
-	}
 	*mean_ns = d->mean_ns;
 	hf_draw_again(d, least_ns, now);
 	return true;

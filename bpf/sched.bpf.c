@@ -248,7 +248,8 @@ static __always_inline __u8 hf_cause_of(__u32 runner, __u32 slot)
 	return runner == slot ? HF_CAUSE_OWN : HF_CAUSE_OTHER;
 }
 
-/* Draws from the wait and the blocked time that p has; what is not taken becomes 0 there.
+/* Draws from the wait and the blocked time that p has, those that are not 0; what is not taken
+ * becomes 0 there.
  * waits.bpf.c takes the samples when the task runs. Not static, so that the verifier sees it once: its paths times those of the switch
  * are too many for Linux 6.1. */
 __noinline int hf_draw_waits(struct hf_waiting *p, __u64 ktime)
@@ -260,13 +261,13 @@ __noinline int hf_draw_waits(struct hf_waiting *p, __u64 ktime)
 	task = (struct task_struct *)p->task;
 	by = (struct task_struct *)p->by_task;
 	p->by_pid = 0;
-	if (!hf_wait_mean_ns || !hf_drawn(&p->wait_draw, p->wait_ns, hf_wait_mean_ns, ktime, &p->wait_mean_ns)) {
+	if (!p->wait_ns || !hf_drawn(&p->wait_draw, p->wait_ns, hf_wait_mean_ns, ktime, &p->wait_mean_ns)) {
 		p->wait_ns = 0;
 	} else if (by) {
 		p->by_pid = BPF_CORE_READ(by, tgid);
 		BPF_CORE_READ_STR_INTO(&p->by, by, comm);
 	}
-	if (!hf_blocked_mean_ns || !p->blocked_ns ||
+	if (!p->blocked_ns ||
 	    !hf_drawn(&p->blocked_draw, p->blocked_ns, hf_blocked_mean_ns, ktime, &p->blocked_mean_ns))
 		p->blocked_ns = 0;
 	else
@@ -310,12 +311,19 @@ static __always_inline void handle_switch_in(struct task_struct *prev, struct ta
 			blocked = blocked + t->out_ns > t->drawn_ns ? blocked + t->out_ns - t->drawn_ns : 0;
 		p = bpf_map_lookup_elem(&hf_waitings, &zero);
 		if (p && (hf_wait_mean_ns || hf_blocked_mean_ns)) {
-			p->wait_ns = wait;
-			p->blocked_ns = blocked;
-			p->cause = hf_cause_of(w->culprit, slot);
-			p->task = (__u64)task;
-			p->by_task = w->culprit == cpu->runner && prev->pid ? (__u64)prev : 0;
-			hf_draw_waits(p, ktime);
+			p->tid = 0;
+			if (!hf_wait_mean_ns || hf_passed(&p->wait_draw, wait))
+				wait = 0;
+			if (!hf_blocked_mean_ns || hf_passed(&p->blocked_draw, blocked))
+				blocked = 0;
+			if (wait || blocked) {
+				p->wait_ns = wait;
+				p->blocked_ns = blocked;
+				p->cause = hf_cause_of(w->culprit, slot);
+				p->task = (__u64)task;
+				p->by_task = w->culprit == cpu->runner && prev->pid ? (__u64)prev : 0;
+				hf_draw_waits(p, ktime);
+			}
 		}
 	} else {
 		drop(reason);
