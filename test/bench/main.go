@@ -34,7 +34,7 @@ type config struct {
 	window  time.Duration // how long a tool is watched in each
 	settle  time.Duration // from the start of a tool to its measurement
 	rounds  int           // rounds of the switching benchmarks
-	loops   int           // operations of each of them
+	loops   int           // operations in each run
 	tries   int           // runs of each in a round
 	busy    time.Duration // the busy minute
 	// How long a sampler is watched in each round, at 99 samples a second and CPU.
@@ -47,7 +47,7 @@ type config struct {
 }
 
 var (
-	full  = config{windows: 5, window: 2 * time.Second, settle: 500 * time.Millisecond, rounds: 15, loops: 20_000, tries: 3, busy: time.Minute, stackWindow: 4 * time.Second, dwarfAddresses: 100}
+	full  = config{windows: 5, window: 2 * time.Second, settle: 500 * time.Millisecond, rounds: 15, loops: 20_000, tries: 2, busy: time.Minute, stackWindow: 4 * time.Second, dwarfAddresses: 100}
 	short = config{windows: 1, window: 300 * time.Millisecond, rounds: 1, loops: 2_000, tries: 1, busy: 2 * time.Second, stackWindow: 300 * time.Millisecond, dwarfAddresses: 1}
 )
 
