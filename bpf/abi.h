@@ -29,6 +29,7 @@ enum hf_profile {
 	HF_PROFILE_RUNQUEUE = 1,
 	HF_PROFILE_OFFCPU = 2,
 	HF_PROFILE_BLOCKIO = 3,
+	HF_PROFILE_CULPRIT = 4, /* of who was waited for in a wait that was sampled */
 };
 
 /* How the walk of one stack ended. */
@@ -114,11 +115,12 @@ struct hf_sample {
 	/* Of samples drawn by time (draw.bpf.h): value is what was observed, and it was taken with
 	 * probability 1 - exp(-value / mean_ns). 0 for others. */
 	__u64 mean_ns;
-	char by[HF_COMM_LEN]; /* whose thread it was waited for, as far as that is known */
-	__u32 by_pid;         /* its tgid, 0: not known */
+	char by[HF_COMM_LEN]; /* the process that was waited for, as far as that is known; of a */
+	__u32 by_pid;         /* culprit: the one that waited. Its tgid, 0: not known */
 	__u32 pad2;
+	__u64 by_ns; /* of a culprit: the part of the wait in which it ran */
 };
-_Static_assert(sizeof(struct hf_sample) == 136, "hf_sample is packed by hand");
+_Static_assert(sizeof(struct hf_sample) == 144, "hf_sample is packed by hand");
 _Static_assert(sizeof(struct hf_sample) % 8 == 0, "frames follow, aligned");
 
 /* Why a thread did not run although it was runnable. Names: bpf/sched_read.go. */
@@ -229,7 +231,7 @@ struct hf_task {
 	__u64 quota_ns;     /* of the wait, what it was throttled in queues before */
 	__u64 moved_ns;     /* ktime of the last move while it waited, else 0 */
 	__u32 moved_from;   /* CPU */
-	__u32 pad;
+	__u32 rt_throttled; /* at the last switch-out: real-time tasks had used up their time */
 	__u64 woken_ns;     /* ktime; only where there is no sched_info */
 	__u64 known_ns;     /* run_delay when the task became known */
 	__u64 drawn_ns;     /* ktime up to which its blocked time has been drawn from */

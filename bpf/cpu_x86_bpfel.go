@@ -96,6 +96,7 @@ const (
 	cpuHfProfileHF_PROFILE_RUNQUEUE cpuHfProfile = 1
 	cpuHfProfileHF_PROFILE_OFFCPU   cpuHfProfile = 2
 	cpuHfProfileHF_PROFILE_BLOCKIO  cpuHfProfile = 3
+	cpuHfProfileHF_PROFILE_CULPRIT  cpuHfProfile = 4
 )
 
 type cpuHfRqlength struct {
@@ -145,6 +146,7 @@ type cpuHfSample struct {
 	By            [16]int8
 	ByPid         uint32
 	Pad2          uint32
+	ByNs          uint64
 }
 
 type cpuHfSaved uint32

@@ -5,8 +5,9 @@
  * Weighed with the inverse of that the samples add up to the exact sums, without bias.
  *
  * What is left to the next point is counted down, so a piece that is not taken costs a
- * multiplication. Lengths are in units of the mean, so that the mean may change at any
- * time: it grows when there are more samples than is meant to be walked for. */
+ * subtraction. With each point that was reached the mean may change: it grows when there
+ * are more samples than is meant to be walked for.
+ */
 #ifndef HF_DRAW_BPF_H
 #define HF_DRAW_BPF_H
 
@@ -15,9 +16,6 @@
 #include "histogram.bpf.h"
 #include <bpf/bpf_helpers.h>
 
-/* A mean is 1 << HF_DRAW_SHIFT units. */
-#define HF_DRAW_SHIFT 40
-#define HF_DRAW_RATE_SHIFT 60
 #define HF_DRAW_PERIOD_NS 250000000ULL
 #define HF_DRAW_MAX_MEAN_NS (1ULL << 40)
 
@@ -31,23 +29,34 @@ const volatile __u64 hf_draw_per_second = 100;
 const volatile __u32 hf_log2_fraction[512] = {};
 
 struct hf_draw {
-	__u64 left; /* to the next point; 0: not begun */
-	__u64 mean_ns;
-	__u64 rate; /* (1 << HF_DRAW_RATE_SHIFT) / mean_ns */
+	__u64 left_ns; /* to the next point; 0: not begun */
+	__u64 mean_ns; /* of the way to it */
 	__u64 since_ns; /* ktime since when it counts in taken */
 	__u64 taken;
 };
 
+/* Draws of one kind on one CPU. A process with many threads that sleep shortly would take all
+ * stacks that there may be, and one with a single thread would have none: so processes are
+ * in strata, by their ids, with a mean each, and the strata that have samples share the rate. */
+#define HF_STRATA 16
+#define HF_STRATA_PERIOD_NS 1000000000ULL
+
+struct hf_draws {
+	__u64 since_ns;    /* ktime when the current period began */
+	__u32 seen;        /* those that have had samples in it, by bits */
+	__u32 seen_before; /* and in the one before */
+	struct hf_draw of[HF_STRATA];
+};
+
 /* What the task that is being switched in is sampled for, when it runs. */
 struct hf_waiting {
-	struct hf_draw wait_draw;
-	struct hf_draw blocked_draw;
 	__u64 wait_ns;      /* 0: not sampled */
 	__u64 wait_mean_ns;
 	__u64 blocked_ns;
 	__u64 blocked_mean_ns;
 	__u64 task;         /* addresses: of the task, and of the one it waited for, 0 where that is */
 	__u64 by_task;      /* not known */
+	__u64 by_ns;        /* of the wait, in which by_task ran before the switch */
 	__u32 tid;          /* 0: nothing is pending */
 	__u32 by_pid;
 	char by[HF_COMM_LEN];
@@ -62,7 +71,7 @@ struct {
 	__type(value, struct hf_waiting);
 } hf_waitings SEC(".maps");
 
-/* -ln of a random number between 0 and 1: the way to the next point. */
+/* -ln of a random number between 0 and 1, << 40: the way to the next point in means. */
 static __always_inline __u64 hf_draw_distance(void)
 {
 	__u64 r = bpf_get_prandom_u32() | 1, log, fraction, from, to;
@@ -78,29 +87,35 @@ static __always_inline __u64 hf_draw_distance(void)
 	return (((32ULL << 20) - log) * 2977044472ULL >> 32) << 20 | (bpf_get_prandom_u32() & 0xfffff);
 }
 
-/* A sample was taken: draws the next point, and lets the mean follow the rate of samples. */
-static __noinline int hf_draw_again(struct hf_draw *d, __u64 least_ns, __u64 now)
+/* A piece of ns was sampled: draws the next point, and lets the mean follow the rate of
+ * samples, one in strata of what a CPU may take. ns can be 0: then the mean grows by
+ * doubling only. */
+static __noinline int hf_draw_again(struct hf_draw *d, __u64 ns, __u64 least_ns, __u64 now, __u64 strata)
 {
 	__u64 past, want, mean;
 
 	if (!d)
 		return 0;
-	d->left = hf_draw_distance() + 1;
 	mean = d->mean_ns;
 	if (!mean) {
 		mean = least_ns;
 		d->since_ns = now;
 	}
+	if (!strata)
+		strata = 1;
 	d->taken++;
-	past = now - d->since_ns;
+	past = (now - d->since_ns) / strata;
 	want = hf_draw_per_second * (past >> 10) / 976563 + 1;
 	if (past > HF_DRAW_PERIOD_NS) {
 		/* Down by half at most: a pause says little of what comes. */
 		mean = d->taken * 2 < want ? mean / 2 : mean * d->taken / want;
 		d->since_ns = now;
 		d->taken = 0;
-	} else if (d->taken > hf_draw_per_second / 2) {
+	} else if (d->taken > 2 * want + hf_draw_per_second / (2 * strata)) {
 		mean *= 2;
+		/* Where it is far below the pieces, more of it changes nothing. */
+		if (mean < ns)
+			mean = ns;
 		d->since_ns = now;
 		d->taken = 0;
 	}
@@ -111,32 +126,62 @@ static __noinline int hf_draw_again(struct hf_draw *d, __u64 least_ns, __u64 now
 	if (!mean)
 		mean = 1;
 	d->mean_ns = mean;
-	d->rate = (1ULL << HF_DRAW_RATE_SHIFT) / mean;
+	/* Less than 2^23 times 2^40. */
+	d->left_ns = ((hf_draw_distance() >> 22) * mean >> 18) + 1;
 	return 0;
 }
 
-/* Whether a piece of ns is sampled; then *mean_ns gets the mean that this was decided by. */
-static __always_inline bool hf_drawn(struct hf_draw *d, __u64 ns, __u64 least_ns, __u64 now, __u64 *mean_ns)
+/* Whether a piece of ns ends before the next point, as most do: it is not sampled. */
+static __always_inline bool hf_passed(struct hf_draw *d, __u64 ns)
 {
-	__u64 length;
+	if (ns >= d->left_ns)
+		return false;
+	d->left_ns -= ns;
+	return true;
+}
 
-	if (!d->left) {
-		hf_draw_again(d, least_ns, now);
+/* Whether a piece of ns is sampled; then *mean_ns gets the mean that this was decided by.
+ * strata is 0 for those that come in bursts, many of one length: the threads of a walk. */
+static __always_inline bool hf_drawn(struct hf_draw *d, __u64 ns, __u64 least_ns, __u64 now, __u64 strata,
+				     __u64 *mean_ns)
+{
+	if (!d->left_ns) {
+		hf_draw_again(d, 0, least_ns, now, strata);
 		d->taken = 0;
 	}
-	if (ns < 8 * d->mean_ns)
-		length = ns * d->rate >> (HF_DRAW_RATE_SHIFT - HF_DRAW_SHIFT);
-	else if (ns < 128 * d->mean_ns)
-		length = (ns >> 4) * d->rate >> (HF_DRAW_RATE_SHIFT - HF_DRAW_SHIFT - 4);
-	else
-		length = ~0ULL;
-	if (length < d->left) {
-		d->left -= length;
+	if (hf_passed(d, ns))
 		return false;
-	}
 	*mean_ns = d->mean_ns;
-	hf_draw_again(d, least_ns, now);
+	hf_draw_again(d, strata ? ns : 0, least_ns, now, strata);
 	return true;
+}
+
+static __always_inline struct hf_draw *hf_stratum(struct hf_draws *all, struct task_struct *task)
+{
+	return &all->of[task->tgid & (HF_STRATA - 1)];
+}
+
+static __always_inline __u32 hf_bits16(__u32 v)
+{
+	v -= v >> 1 & 0x5555;
+	v = (v & 0x3333) + (v >> 2 & 0x3333);
+	v = (v + (v >> 4)) & 0x0f0f;
+	return (v + (v >> 8)) & 31;
+}
+
+/* The same, for a piece of a process. */
+static __always_inline bool hf_drawn_of(struct hf_draws *all, __u32 tgid, __u64 ns, __u64 least_ns, __u64 now,
+					__u64 *mean_ns)
+{
+	__u32 stratum = tgid & (HF_STRATA - 1);
+
+	if (now - all->since_ns > HF_STRATA_PERIOD_NS) {
+		all->seen_before = all->seen;
+		all->seen = 0;
+		all->since_ns = now;
+	}
+	all->seen |= 1U << stratum;
+	return hf_drawn(&all->of[stratum], ns, least_ns, now, hf_bits16(all->seen | all->seen_before), mean_ns);
 }
 
 #endif

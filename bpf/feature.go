@@ -84,7 +84,7 @@ func probes() []probe {
 		{"task-storage", "what " + FeatureSched + " needs", "use Linux 5.11 or newer", func() (string, error) { return "", features.HaveMapType(ebpf.TaskStorage) }},
 		{"tp_btf", "what " + FeatureSched + " and " + FeatureBlock + " need", "use Linux 5.5 or newer with CONFIG_BPF_EVENTS=y", tryRawTracepoint},
 		{"tracepoint-sched_switch", "what " + FeatureSched + " needs", "use a kernel with CONFIG_TRACEPOINTS=y", func() (string, error) { return tracepoint("sched_switch") }},
-		{"tracepoint-sched_exit_tp", "the cheap way of the profiles runqueue, offcpu and wall: a kprobe does it", "Linux 6.16 and newer have it", func() (string, error) { return tracepoint("sched_exit_tp") }},
+		{"tracepoint-sched_exit_tp", "the cheap way of the profiles runqueue, culprit, offcpu and wall: a kprobe does it", "Linux 6.16 and newer have it", func() (string, error) { return tracepoint("sched_exit_tp") }},
 		{"tracepoint-block_io_start", "exact queue times of block I/O: a request starts at the kernel's own stamp, which is that of its allocation", "Linux 6.5 and newer have it", func() (string, error) { return tracepoint("block_io_start") }},
 		{"sched-info", "the cheap way of " + FeatureSched + ": wakeups are stamped, by hooks of their own", "use a kernel with CONFIG_SCHED_INFO=y", trySchedInfo},
 		{"quota-waits", "hostflame_runqueue_delay_seconds_total{cause=\"quota\"}: waits for lack of quota show as others", "use a kernel with CONFIG_CFS_BANDWIDTH=y", tryQuotaWaits},
@@ -95,7 +95,7 @@ func probes() []probe {
 			return tryPerfEvent(unix.PERF_TYPE_HARDWARE, unix.PERF_COUNT_HW_CPU_CYCLES)
 		}},
 		{"perf-event-paranoid", "the cpu profile", "give the agent CAP_PERFMON; Debian's kernels refuse even that at 3: set the sysctl kernel.perf_event_paranoid=2, or add CAP_SYS_ADMIN", perfEventParanoid},
-		{"kprobe", "the profiles runqueue, offcpu and wall, where the tracepoint sched_exit_tp is missing too", "CONFIG_KPROBES=y, and no kernel lockdown", tryKprobe},
+		{"kprobe", "the profiles runqueue, culprit, offcpu and wall, where the tracepoint sched_exit_tp is missing too", "CONFIG_KPROBES=y, and no kernel lockdown", tryKprobe},
 		{"fentry", "nothing in this version", "CONFIG_FUNCTION_TRACER=y, and no kernel lockdown", tryFentry},
 		{"lockdown", "kprobe and fentry, where it is in force", "boot with lockdown=none if you need them; the agent does not", lockdown},
 		{"bpf-stats", "hostflame_bpf_program_run_seconds_total; the runs are counted all the same", "run with CAP_SYS_ADMIN, or set the sysctl kernel.bpf_stats_enabled=1 (it costs some 20 ns a run)", tryStats},

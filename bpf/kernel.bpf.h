@@ -120,10 +120,15 @@ struct cfs_rq {
 	__u64 throttled_clock_pelt_time; /* the queue's own time, by a clock that slow CPUs slow down */
 };
 
+struct rt_rq {
+	int rt_throttled; /* until fcc77b5ba3e8 (6.12), since then with CONFIG_RT_GROUP_SCHED */
+};
+
 struct rq {
 	int cpu;
 	unsigned int nr_running; /* of all classes, the one that runs included */
 	struct cfs_rq cfs;
+	struct rt_rq rt;
 	__u64 clock;
 	__u64 clock_task;    /* clock without the time that is no task's */
 	__u64 prev_irq_time; /* CONFIG_IRQ_TIME_ACCOUNTING; what of that was interrupts */
@@ -133,6 +138,10 @@ struct rq {
 struct sched_entity {
 	unsigned char sched_delayed; /* since 152e11f6df29 (6.12) */
 	struct cfs_rq *cfs_rq;       /* CONFIG_FAIR_GROUP_SCHED; of tasks of all classes */
+};
+
+struct sched_rt_entity {
+	struct rt_rq *rt_rq; /* CONFIG_RT_GROUP_SCHED */
 };
 
 /* CONFIG_SCHED_INFO; ns of the run queue's clock */
@@ -147,6 +156,7 @@ struct task_struct {
 	int on_rq;
 	int on_cpu;
 	struct sched_entity se;
+	struct sched_rt_entity rt;
 	struct sched_info sched_info;
 	int pid;
 	int tgid;

@@ -98,15 +98,16 @@ static __always_inline __u32 hf_append_stack(struct hf_scratch *s, struct hf_wal
 
 /* Walks the user stack of the current task; appends it, the areas that it lies in and, for
  * user space to go on where a table was missing, the stack itself. */
-static __always_inline __u32 hf_append_user(struct hf_scratch *s, struct task_struct *task, void *ring, __u32 used)
+static __always_inline __u32 hf_append_user(struct hf_scratch *s, struct task_struct *task, void *ring, __u32 used,
+					    __u32 most)
 {
 	struct hf_walk *w = hf_walk_state();
 
 	s->head.user_outcome = HF_OUTCOME_BAD_STACK;
 	if (!w || !hf_walk_begin(w, task))
 		return used;
-	bpf_loop(HF_MAX_USER_FRAMES + 1, hf_step, NULL, 0);
-	s->head.user_outcome = w->outcome;
+	bpf_loop(most ? most : HF_MAX_USER_FRAMES + 1, hf_step, NULL, 0);
+	s->head.user_outcome = w->outcome ? w->outcome : HF_OUTCOME_TRUNCATED;
 	s->head.user_frames = w->frames;
 	s->head.areas = w->areas;
 	used = hf_append(s, used, w->ips, 8 * w->frames, sizeof(w->ips));
@@ -129,6 +130,7 @@ struct hf_moment {
 	__u64 ip;       /* the interrupted instruction, what is left when a walk fails; 0: not known */
 	__u32 skip;     /* kernel frames that are how the hook is called */
 	__u64 mean_ns;  /* of the draw that decided for the sample; 0: none did */
+	__u32 user_frames; /* at most; 0: HF_MAX_USER_FRAMES */
 };
 
 /* Fills the header but for what the moment has. */
@@ -176,7 +178,7 @@ static __always_inline __u32 hf_take(void *ctx, struct hf_scratch *s, struct tas
 	else if (bpf_core_field_exists(task->in_execve) && BPF_CORE_READ_BITFIELD(task, in_execve))
 		s->head.user_outcome = HF_OUTCOME_EXEC;
 	else
-		used = hf_append_user(s, task, ring, used);
+		used = hf_append_user(s, task, ring, used, at->user_frames);
 	return used;
 }
 

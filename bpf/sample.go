@@ -25,6 +25,7 @@ const (
 	ProfileRunqueue = Profile(cpuHfProfileHF_PROFILE_RUNQUEUE)
 	ProfileOffCPU   = Profile(cpuHfProfileHF_PROFILE_OFFCPU)
 	ProfileBlockIO  = Profile(cpuHfProfileHF_PROFILE_BLOCKIO)
+	ProfileCulprit  = Profile(cpuHfProfileHF_PROFILE_CULPRIT) // who was waited for in a sample of ProfileRunqueue
 )
 
 // Outcome says how the walk of a stack ended (enum hf_outcome).
@@ -146,9 +147,9 @@ type Sample struct {
 	Value         uint64  // ns that it stands for; for ProfileCPU the sampling period times the weight, for ProfileBlockIO the latency of one request
 	IO            BlockIO // of ProfileBlockIO
 	Duration      uint64  // ns that were observed; 0 for ProfileCPU
-	Cause         Cause   // of ProfileRunqueue
+	Cause         Cause   // of ProfileRunqueue and ProfileCulprit
 	State         State   // of ProfileOffCPU
-	ByPID         uint32  // of ProfileRunqueue: whose thread it waited for, 0 where that is not known
+	ByPID         uint32  // of ProfileRunqueue: the process that it waited for, 0 where that is not known; of ProfileCulprit: the one that waited
 	By            Comm
 	Start         uint64 // when the thread group leader was born
 	ExecID        uint64
@@ -235,6 +236,9 @@ func (s *Sample) decode(record []byte) error {
 		s.Duration = h.Value
 		s.Cause, s.State, s.ByPID, s.By = Cause(h.Cause), State(h.State), h.ByPid, makeComm(&h.By)
 		s.weigh(h.MeanNs)
+		if s.Profile == ProfileCulprit { // it ran for a part of the wait
+			s.Value = uint64(math.Round(float64(s.Value) * float64(h.ByNs) / float64(h.Value)))
+		}
 	}
 	return nil
 }

@@ -21,7 +21,7 @@ const volatile bool hf_stamp_wakeups = false;
 
 /* Positions in the program list, for hf_ran. */
 enum {
-	HF_SCHED_SWITCH,
+	HF_SCHED_SWITCH, /* counts in hf_sched_cpu, which it has at hand */
 	HF_TASK_NEWTASK,
 	HF_TASK_ITER,
 	HF_SCHED_MOVE,
@@ -32,6 +32,7 @@ enum {
 enum hf_runner *hf_export_runner __attribute__((unused));
 enum hf_blocked *hf_export_blocked __attribute__((unused));
 enum hf_preemptor *hf_export_preemptor __attribute__((unused));
+struct hf_sched_cpu *hf_export_sched_cpu __attribute__((unused));
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -60,6 +61,14 @@ struct {
 	__type(key, __u32);
 	__type(value, struct hf_accounting);
 } hf_accounts SEC(".maps");
+
+/* What goes on with a switch whose wait was drawn: hf_wait_culprit, where there is waits.bpf.c. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} hf_sched_tail SEC(".maps");
 
 /* Makes the storage of a task, or finds it. What the kernel booked before stays out. */
 static __always_inline struct hf_task *know(struct task_struct *task, bool asleep)
@@ -91,6 +100,16 @@ static __always_inline __u64 hf_throttled_ns(struct cfs_rq *queue)
 	if (bpf_core_field_exists(queue->throttled_clock_pelt_time))
 		return queue->throttled_clock_pelt_time;
 	return 0;
+}
+
+/* Whether real-time tasks may not run in the queue of this one until the next period. */
+static __always_inline bool hf_rt_throttled(struct task_struct *task)
+{
+	if (!bpf_core_field_exists(((struct rt_rq *)0)->rt_throttled))
+		return false;
+	if (bpf_core_field_exists(task->rt.rt_rq))
+		return task->rt.rt_rq->rt_throttled;
+	return task->se.cfs_rq->rq->rt.rt_throttled;
 }
 
 static __always_inline __u32 hf_slot_of_task(struct task_struct *task, struct hf_task *t)
@@ -174,6 +193,8 @@ static __always_inline __u64 hf_throttled(struct task_struct *task, struct hf_ta
 	__u64 ns = hf_throttled_ns(queue), past;
 
 	*until = ktime;
+	if (t->rt_throttled)
+		return ktime - since;
 	if (!ns && !t->quota_ns)
 		return 0;
 	/* The first to be switched in after a throttling, in its container and on this CPU,
@@ -248,26 +269,29 @@ static __always_inline __u8 hf_cause_of(__u32 runner, __u32 slot)
 	return runner == slot ? HF_CAUSE_OWN : HF_CAUSE_OTHER;
 }
 
-/* Draws from the wait and the blocked time that p has; what is not taken becomes 0 there.
- * waits.bpf.c takes the samples when the task runs. Not static, so that the verifier sees it once: its paths times those of the switch
- * are too many for Linux 6.1. */
-__noinline int hf_draw_waits(struct hf_waiting *p, __u64 ktime)
+/* Draws from the wait and the blocked time that p has, those that are not 0; what is not taken
+ * becomes 0 there. waits.bpf.c takes the samples when the task runs. Not static, so that the
+ * verifier sees it once: its paths times those of the switch are too many for Linux 6.1. */
+__noinline int hf_draw_waits(struct hf_sched_cpu *cpu, struct hf_waiting *p, __u64 ktime)
 {
 	struct task_struct *by, *task;
+	__u32 tgid;
 
-	if (!p)
+	if (!cpu || !p)
 		return 0;
 	task = (struct task_struct *)p->task;
+	tgid = BPF_CORE_READ(task, tgid);
 	by = (struct task_struct *)p->by_task;
 	p->by_pid = 0;
-	if (!hf_wait_mean_ns || !hf_drawn(&p->wait_draw, p->wait_ns, hf_wait_mean_ns, ktime, &p->wait_mean_ns)) {
+	if (!p->wait_ns ||
+	    !hf_drawn_of(&cpu->wait_draws, tgid, p->wait_ns, hf_wait_mean_ns, ktime, &p->wait_mean_ns)) {
 		p->wait_ns = 0;
 	} else if (by) {
 		p->by_pid = BPF_CORE_READ(by, tgid);
-		BPF_CORE_READ_STR_INTO(&p->by, by, comm);
+		BPF_CORE_READ_STR_INTO(&p->by, by, group_leader, comm);
 	}
-	if (!hf_blocked_mean_ns || !p->blocked_ns ||
-	    !hf_drawn(&p->blocked_draw, p->blocked_ns, hf_blocked_mean_ns, ktime, &p->blocked_mean_ns))
+	if (!p->blocked_ns ||
+	    !hf_drawn_of(&cpu->blocked_draws, tgid, p->blocked_ns, hf_blocked_mean_ns, ktime, &p->blocked_mean_ns))
 		p->blocked_ns = 0;
 	else
 		p->iowait = BPF_CORE_READ_BITFIELD_PROBED(task, in_iowait);
@@ -275,7 +299,8 @@ __noinline int hf_draw_waits(struct hf_waiting *p, __u64 ktime)
 	return 0;
 }
 
-static __always_inline void handle_switch_in(struct task_struct *prev, struct task_struct *task, struct hf_task *t,
+/* Returns whether the wait was drawn, and prev is who was waited for. */
+static __always_inline bool handle_switch_in(struct task_struct *prev, struct task_struct *task, struct hf_task *t,
 					     struct hf_sched_cpu *cpu, __u32 slot, __u64 ktime, __u64 now, __u64 clock)
 {
 	__u64 grown = 0, blocked = 0;
@@ -284,11 +309,12 @@ static __always_inline void handle_switch_in(struct task_struct *prev, struct ta
 	struct hf_waiting *p;
 	enum hf_drop reason;
 	__u32 state, zero = 0;
+	bool blamed = false;
 	__s64 wait;
 
 	cells = bpf_map_lookup_elem(&hf_sched_cells, &slot);
 	if (!cells)
-		return;
+		return false;
 	wait = hf_waited(task, t, ktime, now, clock, &grown, &reason);
 	cells->run_delay_ns += grown;
 	if (wait >= 0) {
@@ -308,20 +334,28 @@ static __always_inline void handle_switch_in(struct task_struct *prev, struct ta
 		hf_account(task, t, cpu, cells, slot, ktime, wait, w);
 		if (t->drawn_ns > t->out_ns)
 			blocked = blocked + t->out_ns > t->drawn_ns ? blocked + t->out_ns - t->drawn_ns : 0;
-		p = bpf_map_lookup_elem(&hf_waitings, &zero);
-		if (p && (hf_wait_mean_ns || hf_blocked_mean_ns)) {
+		/* Most end before the next point of either. */
+		if (!hf_wait_mean_ns || hf_passed(hf_stratum(&cpu->wait_draws, task), wait))
+			wait = 0;
+		if (!hf_blocked_mean_ns || hf_passed(hf_stratum(&cpu->blocked_draws, task), blocked))
+			blocked = 0;
+		if ((wait || blocked) && (p = bpf_map_lookup_elem(&hf_waitings, &zero))) {
 			p->wait_ns = wait;
 			p->blocked_ns = blocked;
 			p->cause = hf_cause_of(w->culprit, slot);
 			p->task = (__u64)task;
 			p->by_task = w->culprit == cpu->runner && prev->pid ? (__u64)prev : 0;
-			hf_draw_waits(p, ktime);
+			p->by_ns = ktime - cpu->switch_ns;
+			hf_draw_waits(cpu, p, ktime);
+			blamed = p->wait_ns && p->by_pid;
 		}
 	} else {
 		drop(reason);
 	}
 	t->runnable = t->fresh = t->moved_asleep = false;
 	t->quota_ns = t->moved_ns = t->woken_ns = 0;
+	t->rt_throttled = 0;
+	return blamed;
 }
 
 static __always_inline void handle_switch_out(struct task_struct *task, struct hf_task *t, __u32 slot, __u64 ktime,
@@ -342,6 +376,8 @@ static __always_inline void handle_switch_out(struct task_struct *task, struct h
 	queue = task->se.cfs_rq;
 	t->queue = (__u64)queue;
 	t->throttled_ns = hf_throttled_ns(queue);
+	if (task->prio < MAX_RT_PRIO)
+		t->rt_throttled = hf_rt_throttled(task);
 	if (runner == HF_RUNNER_NOBODY)
 		return; /* its quota is used up */
 	cells = bpf_map_lookup_elem(&hf_sched_cells, &slot);
@@ -350,17 +386,20 @@ static __always_inline void handle_switch_out(struct task_struct *task, struct h
 				 runner == slot ? HF_PREEMPTOR_OWN : HF_PREEMPTOR_OTHER]++;
 }
 
-static __always_inline int handle_switch(bool preempt, struct task_struct *prev, struct task_struct *next)
+/* Returns whether the stack of prev is wanted. */
+static __always_inline bool handle_switch(bool preempt, struct task_struct *prev, struct task_struct *next)
 {
 	__u64 ktime = bpf_ktime_get_ns(), clock, now;
 	struct rq *rq = next->se.cfs_rq->rq;
 	struct hf_task *out = NULL, *in = NULL;
 	__u32 zero = 0, slot = 0, runner;
 	struct hf_sched_cpu *cpu;
+	bool wanted = false;
 
 	cpu = bpf_map_lookup_elem(&hf_sched_cpus, &zero);
 	if (!cpu)
-		return 0;
+		return false;
+	cpu->switches++;
 	clock = rq->clock;
 	now = hf_rqclock_now(&cpu->clock, ktime, clock);
 	hf_run_ends(cpu, ktime, rq, !prev->pid);
@@ -381,19 +420,20 @@ static __always_inline int handle_switch(bool preempt, struct task_struct *prev,
 	if (out)
 		handle_switch_out(prev, out, out->slot, ktime, preempt || prev->__state == 0, runner);
 	if (in)
-		handle_switch_in(prev, next, in, cpu, slot, ktime, now, clock);
+		wanted = handle_switch_in(prev, next, in, cpu, slot, ktime, now, clock);
 
 	if (runner != cpu->runner)
 		hf_run_begins(cpu, ktime, runner);
 	cpu->switch_ns = ktime;
-	return 0;
+	return wanted;
 }
 
 SEC("tp_btf/sched_switch")
 int BPF_PROG(hf_sched_switch, bool preempt, struct task_struct *prev, struct task_struct *next)
 {
-	hf_ran(HF_SCHED_SWITCH);
-	return handle_switch(preempt, prev, next);
+	if (handle_switch(preempt, prev, next))
+		bpf_tail_call(ctx, &hf_sched_tail, 0);
+	return 0;
 }
 
 /* In the parent, before the child can run. */

@@ -19,7 +19,7 @@ import (
 	"github.com/hostflame/hostflame/internal/histogram"
 )
 
-//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_sched_slot -type hf_runner -type hf_blocked -type hf_preemptor -type hf_task -type hf_accounting -type hf_slot -type hf_container -type hf_free_slots sched sched.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_sched_slot -type hf_runner -type hf_blocked -type hf_preemptor -type hf_task -type hf_accounting -type hf_slot -type hf_container -type hf_free_slots -type hf_sched_cpu sched sched.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
 
 // ErrNoGroupScheduling is returned by NewSched where the run queue can not be reached from
 // a task: CONFIG_FAIR_GROUP_SCHED is off.
@@ -249,7 +249,20 @@ func (s *Sched) Accounting() (counted, kernel uint64, err error) {
 }
 
 // Stats returns the counters of the object.
-func (s *Sched) Stats() (Stats, error) { return s.stats() }
+func (s *Sched) Stats() (Stats, error) {
+	stats, err := s.stats()
+	if err != nil {
+		return Stats{}, err
+	}
+	var cpus []schedHfSchedCpu
+	if err := s.coll.Maps[schedMapHfSchedCpus].Lookup(uint32(0), &cpus); err != nil {
+		return Stats{}, fmt.Errorf("read counters of switches: %w", err)
+	}
+	for i := range cpus {
+		stats.Programs[0].Runs += cpus[i].Switches
+	}
+	return stats, nil
+}
 
 // Close detaches and frees everything. It is idempotent.
 func (s *Sched) Close() error {

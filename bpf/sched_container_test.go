@@ -13,6 +13,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf/btf"
+	"golang.org/x/sys/unix"
+
 	"github.com/hostflame/hostflame/internal/kerneltest"
 )
 
@@ -285,6 +288,43 @@ func TestSchedCauseOwn(t *testing.T) {
 		checkShare(t, c, CauseOwn, 0.9)
 		if n := c.DelayNanos[CauseQuota]; n != 0 {
 			t.Errorf("%v for lack of quota, which it has no limit of", time.Duration(n))
+		}
+	})
+}
+
+// A real-time thread that has used up the time that its class may have waits for its quota.
+func TestSchedCauseRealTime(t *testing.T) {
+	kerneltest.Require(t)
+	kerneltest.SkipInVM(t, "has one of the emulated CPUs to itself")
+	kernel, err := btf.LoadKernelSpec()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !CPUControllerV1() || !hasMember(kernel, "sched_rt_entity", "rt_rq") {
+		t.Skip("no groups of real-time tasks here (CONFIG_RT_GROUP_SCHED, a v1 hierarchy)")
+	}
+	bothMethods(t, func(t *testing.T, s *Sched) {
+		g := newCgroup(t, "realtime")
+		g.set(t, "cpu.rt_runtime_us", "200000") // of each second
+		l := startWorkload(t, kerneltest.BuildProgram(t, "known"), lastCPU(t), "busy", "1")
+		g.add(t, l)
+		schedule := func(attr unix.SchedAttr) {
+			for _, tid := range threads(t, l.cmd.Process.Pid) {
+				attr.Size = unix.SizeofSchedAttr
+				if err := unix.SchedSetAttr(tid, &attr, 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		schedule(unix.SchedAttr{Policy: unix.SCHED_FIFO, Priority: 1})
+		// One that dies while it is throttled can stay so for ever.
+		defer schedule(unix.SchedAttr{Policy: unix.SCHED_NORMAL})
+		c := growth(t, s, func() { time.Sleep(2 * causesFor) }, g.name)[g.name]
+		checkParts(t, c)
+		checkShare(t, c, CauseQuota, 0.9)
+		// One of four periods or so is cut at the end.
+		if n := time.Duration(c.Latency.Sum); n < causesFor {
+			t.Errorf("it waited for %v of %v, want 80 %%", n, 2*causesFor)
 		}
 	})
 }

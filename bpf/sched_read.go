@@ -39,9 +39,10 @@ type SchedContainer struct {
 	SchedCells
 	// DelayNanos are the parts of Latency, and add up to its sum.
 	DelayNanos [Causes]uint64
-	// DelayedBy divides DelayNanos[CauseOther] by the container that ran meanwhile. It knows
-	// so many of them that no series falls while both containers are there; the rest is in
-	// OtherContainers.
+	// DelayedBy divides DelayNanos[CauseOther] by the container that ran meanwhile: by the
+	// 32 that were waited for the most in the last minute or so, and OtherContainers for
+	// what was no series of its own when it was waited. No series falls; one that is not
+	// among the 32 any more is left out, and goes on where it was should it come back.
 	DelayedBy map[string]uint64
 }
 
@@ -85,8 +86,6 @@ const (
 	// maxSlotMemory bounds the cells of all slots and CPUs, in bytes.
 	maxSlotMemory = 32 << 20
 	minSlots      = 16
-	// maxCulprits bounds DelayedBy.
-	maxCulprits = 32
 )
 
 // schedSlots is the number of slots for so many CPUs.
@@ -102,14 +101,20 @@ type schedBooks struct {
 	slots      *containerSlots
 	last       []schedHfSchedSlot
 	host       SchedCells
-	containers map[string]*SchedContainer
+	containers map[string]*bookedContainer
+}
+
+// bookedContainer is a container whose DelayedBy is in the making.
+type bookedContainer struct {
+	SchedContainer
+	culprits culprits
 }
 
 func newSchedBooks(coll *ebpf.Collection, name func(uint64) string) (*schedBooks, error) {
-	b := &schedBooks{cells: coll.Maps[schedMapHfSchedCells], host: newSchedCells(), containers: map[string]*SchedContainer{}}
+	b := &schedBooks{cells: coll.Maps[schedMapHfSchedCells], host: newSchedCells(), containers: map[string]*bookedContainer{}}
 	n := int(b.cells.MaxEntries())
 	b.last = make([]schedHfSchedSlot, n)
-	b.containers[OtherContainers] = newSchedContainer(OtherContainers)
+	b.containers[OtherContainers] = newBookedContainer(OtherContainers)
 	var err error
 	if b.slots, err = newContainerSlots(coll, n, name); err != nil {
 		return nil, err
@@ -125,8 +130,8 @@ func newSchedCells() SchedCells {
 	return SchedCells{Latency: s(), BlockedIO: s(), Blocked: s()}
 }
 
-func newSchedContainer(name string) *SchedContainer {
-	return &SchedContainer{Name: name, Since: time.Now(), SchedCells: newSchedCells(), DelayedBy: map[string]uint64{}}
+func newBookedContainer(name string) *bookedContainer {
+	return &bookedContainer{SchedContainer{Name: name, Since: time.Now(), SchedCells: newSchedCells()}, newCulprits()}
 }
 
 // words is the struct as what it is made of.
@@ -162,7 +167,7 @@ func (b *schedBooks) flush() error {
 		b.last[slot] = now
 		c := b.containers[owner]
 		if c == nil {
-			c = newSchedContainer(owner)
+			c = newBookedContainer(owner)
 			b.containers[owner] = c
 		}
 		b.host.add(&grown)
@@ -184,7 +189,7 @@ func (c *SchedCells) add(s *schedHfSchedSlot) {
 }
 
 // blame divides the waits of one slot up by who ran.
-func (b *schedBooks) blame(c *SchedContainer, slot int, s *schedHfSchedSlot) {
+func (b *schedBooks) blame(c *bookedContainer, slot int, s *schedHfSchedSlot) {
 	for runner, ns := range s.WaitedFor {
 		if ns == 0 {
 			continue
@@ -207,10 +212,7 @@ func (b *schedBooks) blame(c *SchedContainer, slot int, s *schedHfSchedSlot) {
 				cause = CauseOwn
 				break
 			}
-			if _, known := c.DelayedBy[by]; by == "" || !known && len(c.DelayedBy) >= maxCulprits {
-				by = OtherContainers
-			}
-			c.DelayedBy[by] += ns
+			c.culprits.add(by, ns)
 		}
 		c.DelayNanos[cause] += ns
 	}
@@ -225,17 +227,18 @@ func (b *schedBooks) read() (SchedCells, []SchedContainer, error) {
 	b.slots.wasRead()
 	var list []SchedContainer
 	for _, c := range b.containers {
-		copied := *c
+		c.culprits.rival(time.Now())
+		copied := c.SchedContainer
 		copied.SchedCells = c.SchedCells.clone()
-		copied.DelayedBy = maps.Clone(c.DelayedBy)
+		copied.DelayedBy = c.culprits.series()
 		list = append(list, copied)
 	}
 	slices.SortFunc(list, func(x, y SchedContainer) int { return cmp.Compare(x.Name, y.Name) })
 	there := b.slots.owners()
 	gone := func(name string) bool { return !there[name] }
-	maps.DeleteFunc(b.containers, func(name string, _ *SchedContainer) bool { return gone(name) })
+	maps.DeleteFunc(b.containers, func(name string, _ *bookedContainer) bool { return gone(name) })
 	for _, c := range b.containers {
-		maps.DeleteFunc(c.DelayedBy, func(name string, _ uint64) bool { return gone(name) })
+		c.culprits.forget(gone)
 	}
 	return b.host.clone(), list, nil
 }

@@ -10,6 +10,7 @@
 #define HF_SCHED_RUNS_BPF_H
 
 #include "abi.h"
+#include "draw.bpf.h"
 #include "kernel.bpf.h"
 #include "rqclock.bpf.h"
 
@@ -37,6 +38,7 @@ struct hf_wait {
 
 struct hf_sched_cpu {
 	struct hf_rqclock clock;
+	__u64 switches;   /* that were seen */
 	__u64 switch_ns;  /* ktime of the newest switch that was seen */
 	__u64 not_task;   /* time that was no task's, by the run queue's clock, up to then */
 	__u64 stolen_ns;  /* of that, what is not in runs yet */
@@ -45,6 +47,8 @@ struct hf_sched_cpu {
 	__u32 grid_newest;
 	struct hf_wait wait; /* not on the stack, where the verifier would follow every value */
 	hf_run runs[HF_RUNS];
+	struct hf_draws wait_draws;
+	struct hf_draws blocked_draws;
 	hf_run grid[HF_GRID_RUNS];
 };
 

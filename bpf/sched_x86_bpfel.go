@@ -61,6 +61,66 @@ const (
 	schedHfRunnerHF_RUNNERS        schedHfRunner = 133
 )
 
+type schedHfSchedCpu struct {
+	_     structs.HostLayout
+	Clock struct {
+		_         structs.HostLayout
+		Since     uint64
+		Current   uint64
+		Previous  uint64
+		Rate      int64
+		RateSince uint64
+		RateFrom  uint64
+	}
+	Switches   uint64
+	SwitchNs   uint64
+	NotTask    uint64
+	StolenNs   uint64
+	Runner     uint32
+	Newest     uint32
+	GridNewest uint32
+	_          [4]byte
+	Wait       struct {
+		_         structs.HostLayout
+		Now       uint64
+		Age       uint64
+		End       uint64
+		QuotaNs   uint64
+		QuotaAge  uint64
+		CulpritNs uint64
+		Culprit   uint32
+		Slot      uint32
+	}
+	Runs      [32]uint64
+	WaitDraws struct {
+		_          structs.HostLayout
+		SinceNs    uint64
+		Seen       uint32
+		SeenBefore uint32
+		Of         [16]struct {
+			_       structs.HostLayout
+			LeftNs  uint64
+			MeanNs  uint64
+			SinceNs uint64
+			Taken   uint64
+		}
+	}
+	BlockedDraws struct {
+		_          structs.HostLayout
+		SinceNs    uint64
+		Seen       uint32
+		SeenBefore uint32
+		Of         [16]struct {
+			_       structs.HostLayout
+			LeftNs  uint64
+			MeanNs  uint64
+			SinceNs uint64
+			Taken   uint64
+		}
+	}
+	Grid [64]uint64
+}
+
 type schedHfSchedSlot struct {
 	_              structs.HostLayout
 	WaitNs         uint64
@@ -99,7 +159,7 @@ type schedHfTask struct {
 	QuotaNs     uint64
 	MovedNs     uint64
 	MovedFrom   uint32
-	Pad         uint32
+	RtThrottled uint32
 	WokenNs     uint64
 	KnownNs     uint64
 	DrawnNs     uint64
@@ -114,6 +174,7 @@ const (
 	schedMapHfCount           = "hf_count"
 	schedMapHfSchedCells      = "hf_sched_cells"
 	schedMapHfSchedCpus       = "hf_sched_cpus"
+	schedMapHfSchedTail       = "hf_sched_tail"
 	schedMapHfSlotsFree       = "hf_slots_free"
 	schedMapHfTasks           = "hf_tasks"
 	schedMapHfWaitings        = "hf_waitings"
@@ -130,6 +191,7 @@ const (
 	schedVarHfExportBlocked   = "hf_export_blocked"
 	schedVarHfExportPreemptor = "hf_export_preemptor"
 	schedVarHfExportRunner    = "hf_export_runner"
+	schedVarHfExportSchedCpu  = "hf_export_sched_cpu"
 	schedVarHfExportSlot      = "hf_export_slot"
 	schedVarHfLog2Byte        = "hf_log2_byte"
 	schedVarHfLog2Fraction    = "hf_log2_fraction"
@@ -201,6 +263,7 @@ type schedMapSpecs struct {
 	HfCount      *ebpf.MapSpec `ebpf:"hf_count"`
 	HfSchedCells *ebpf.MapSpec `ebpf:"hf_sched_cells"`
 	HfSchedCpus  *ebpf.MapSpec `ebpf:"hf_sched_cpus"`
+	HfSchedTail  *ebpf.MapSpec `ebpf:"hf_sched_tail"`
 	HfSlotsFree  *ebpf.MapSpec `ebpf:"hf_slots_free"`
 	HfTasks      *ebpf.MapSpec `ebpf:"hf_tasks"`
 	HfWaitings   *ebpf.MapSpec `ebpf:"hf_waitings"`
@@ -216,6 +279,7 @@ type schedVariableSpecs struct {
 	HfExportBlocked   *ebpf.VariableSpec `ebpf:"hf_export_blocked"`
 	HfExportPreemptor *ebpf.VariableSpec `ebpf:"hf_export_preemptor"`
 	HfExportRunner    *ebpf.VariableSpec `ebpf:"hf_export_runner"`
+	HfExportSchedCpu  *ebpf.VariableSpec `ebpf:"hf_export_sched_cpu"`
 	HfExportSlot      *ebpf.VariableSpec `ebpf:"hf_export_slot"`
 	HfLog2Byte        *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
 	HfLog2Fraction    *ebpf.VariableSpec `ebpf:"hf_log2_fraction"`
@@ -252,6 +316,7 @@ type schedMaps struct {
 	HfCount      *ebpf.Map `ebpf:"hf_count"`
 	HfSchedCells *ebpf.Map `ebpf:"hf_sched_cells"`
 	HfSchedCpus  *ebpf.Map `ebpf:"hf_sched_cpus"`
+	HfSchedTail  *ebpf.Map `ebpf:"hf_sched_tail"`
 	HfSlotsFree  *ebpf.Map `ebpf:"hf_slots_free"`
 	HfTasks      *ebpf.Map `ebpf:"hf_tasks"`
 	HfWaitings   *ebpf.Map `ebpf:"hf_waitings"`
@@ -264,6 +329,7 @@ func (m *schedMaps) Close() error {
 		m.HfCount,
 		m.HfSchedCells,
 		m.HfSchedCpus,
+		m.HfSchedTail,
 		m.HfSlotsFree,
 		m.HfTasks,
 		m.HfWaitings,
@@ -280,6 +346,7 @@ type schedVariables struct {
 	HfExportBlocked   *ebpf.Variable `ebpf:"hf_export_blocked"`
 	HfExportPreemptor *ebpf.Variable `ebpf:"hf_export_preemptor"`
 	HfExportRunner    *ebpf.Variable `ebpf:"hf_export_runner"`
+	HfExportSchedCpu  *ebpf.Variable `ebpf:"hf_export_sched_cpu"`
 	HfExportSlot      *ebpf.Variable `ebpf:"hf_export_slot"`
 	HfLog2Byte        *ebpf.Variable `ebpf:"hf_log2_byte"`
 	HfLog2Fraction    *ebpf.Variable `ebpf:"hf_log2_fraction"`

@@ -16,7 +16,11 @@
 enum {
 	HF_WAIT_EXIT,
 	HF_BLOCKED_ITER,
+	HF_WAIT_CULPRIT,
 };
+
+/* User frames of a task that is being switched out: some ten us of walking. */
+#define HF_CULPRIT_FRAMES 64
 
 /* Kernel frames above schedule(), how the hook is called. */
 const volatile __u32 hf_skip_frames = 0;
@@ -72,6 +76,44 @@ static __always_inline __u8 hf_futex_state(struct task_struct *task)
 		return HF_STATE_LOCK;
 	}
 	return HF_STATE_CONDITION;
+}
+
+/* Samples the current task, which is being switched out, for the wait of the one that comes:
+ * the run queue is locked, so what others wait for that is bounded. */
+static __always_inline int handle_culprit(void *ctx, struct task_struct *victim)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
+	struct hf_moment at = { .profile = HF_PROFILE_CULPRIT, .weight = 1, .user_frames = HF_CULPRIT_FRAMES };
+	__u32 cpu = bpf_get_smp_processor_id(), zero = 0, used;
+	struct hf_waiting *p;
+	struct hf_scratch *s;
+	void *ring;
+
+	p = bpf_map_lookup_elem(&hf_waitings, &zero);
+	s = bpf_map_lookup_elem(&hf_scratch, &zero);
+	if (!p || !s || p->by_task != (__u64)task)
+		return 0;
+	ring = hf_ring_of(cpu, 1);
+	if (!ring)
+		return 0;
+	used = hf_take(ctx, s, task, ring, &at);
+	hf_head(&s->head, task, cpu);
+	s->head.cause = p->cause;
+	s->head.by_pid = victim->tgid;
+	BPF_CORE_READ_STR_INTO(&s->head.by, victim, group_leader, comm);
+	s->head.by_ns = p->by_ns < p->wait_ns ? p->by_ns : p->wait_ns;
+	at.value = p->wait_ns;
+	at.mean_ns = p->wait_mean_ns;
+	hf_put(s, used, ring, &at);
+	return 0;
+}
+
+/* Called by hf_sched_switch. */
+SEC("tp_btf/sched_switch")
+int BPF_PROG(hf_wait_culprit, bool preempt, struct task_struct *prev, struct task_struct *next)
+{
+	hf_ran(HF_WAIT_CULPRIT);
+	return handle_culprit(ctx, next);
 }
 
 /* Samples the current task for what is pending. */
@@ -197,7 +239,7 @@ int hf_blocked_iter(struct bpf_iter__task *ctx)
 		return 0;
 	t->drawn_ns = now;
 	at.value = now - since;
-	if (!hf_drawn(&w->draw, at.value, hf_blocked_mean_ns, now, &at.mean_ns))
+	if (!hf_drawn(&w->draw, at.value, hf_blocked_mean_ns, now, 0, &at.mean_ns))
 		return 0;
 	ring = hf_ring_of(cpu, 1);
 	if (!ring)

@@ -71,12 +71,15 @@ func (w WaitSampling) variables() map[string]any {
 }
 
 // Waits takes the stacks of threads that waited for a CPU (ProfileRunqueue) or were blocked
-// (ProfileOffCPU). The weights of the samples of either times what was observed add up to
+// (ProfileOffCPU), and with that of one that waited that of the thread that it waited for
+// (ProfileCulprit), as it leaves the CPU to it: where that is of whom it waited the most for.
+// Its value is what of the wait it ran, and its user stack has 64 frames at most. The weights of the samples of either times what was observed add up to
 // the time that Sched counts, without bias. Drain and Wait are for one goroutine.
 type Waits struct {
 	object
 	rings *rings
 	iter  *link.Iter
+	tail  *ebpf.Map // of s
 
 	mu    sync.Mutex
 	links []link.Link
@@ -90,7 +93,7 @@ func NewWaits(s *Sched, tables *Tables) (_ *Waits, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("parse waits object: %w", err)
 	}
-	size := ringSize(2 * cmp.Or(s.sampling.PerSecond, DefaultWalks))
+	size := ringSize(3 * cmp.Or(s.sampling.PerSecond, DefaultWalks))
 	variables := s.sampling.variables()
 	variables[waitsVarHfCgroupV1] = s.cgroupV1
 	variables[waitsVarHfRingHalf] = uint64(size / 2)
@@ -129,9 +132,9 @@ func NewWaits(s *Sched, tables *Tables) (_ *Waits, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("load waits object: %w", err)
 	}
-	w := &Waits{object: object{
+	w := &Waits{tail: s.coll.Maps[schedMapHfSchedTail], object: object{
 		coll:     coll,
-		programs: []string{waitsProgHfWaitExit, waitsProgHfBlockedIter},
+		programs: []string{waitsProgHfWaitExit, waitsProgHfBlockedIter, waitsProgHfWaitCulprit},
 		reasons:  []DropReason{DropRingFull, DropNoRing},
 	}}
 	defer func() {
@@ -156,6 +159,9 @@ func NewWaits(s *Sched, tables *Tables) (_ *Waits, err error) {
 		return nil, fmt.Errorf("attach to the end of schedule: %w", err)
 	}
 	w.links = append(w.links, l)
+	if err = w.tail.Put(uint32(0), coll.Programs[waitsProgHfWaitCulprit]); err != nil {
+		return nil, fmt.Errorf("attach to the end of hf_sched_switch: %w", err)
+	}
 	return w, nil
 }
 
@@ -211,6 +217,9 @@ func (w *Waits) Detach() error {
 		errs = append(errs, l.Close())
 	}
 	w.links = nil
+	if err := w.tail.Delete(uint32(0)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		errs = append(errs, fmt.Errorf("detach from the end of hf_sched_switch: %w", err))
+	}
 	return errors.Join(errs...)
 }
 

@@ -29,6 +29,7 @@ const (
 	waitsMapHfWalked           = "hf_walked"
 	waitsMapHfWalks            = "hf_walks"
 	waitsProgHfBlockedIter     = "hf_blocked_iter"
+	waitsProgHfWaitCulprit     = "hf_wait_culprit"
 	waitsProgHfWaitExit        = "hf_wait_exit"
 	waitsProgHfWaitFinish      = "hf_wait_finish"
 	waitsVarHfAddressMask      = "hf_address_mask"
@@ -99,6 +100,7 @@ type waitsSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type waitsProgramSpecs struct {
 	HfBlockedIter *ebpf.ProgramSpec `ebpf:"hf_blocked_iter"`
+	HfWaitCulprit *ebpf.ProgramSpec `ebpf:"hf_wait_culprit"`
 	HfWaitExit    *ebpf.ProgramSpec `ebpf:"hf_wait_exit"`
 	HfWaitFinish  *ebpf.ProgramSpec `ebpf:"hf_wait_finish"`
 }
@@ -235,6 +237,7 @@ type waitsVariables struct {
 // It can be passed to loadWaitsObjects or ebpf.CollectionSpec.LoadAndAssign.
 type waitsPrograms struct {
 	HfBlockedIter *ebpf.Program `ebpf:"hf_blocked_iter"`
+	HfWaitCulprit *ebpf.Program `ebpf:"hf_wait_culprit"`
 	HfWaitExit    *ebpf.Program `ebpf:"hf_wait_exit"`
 	HfWaitFinish  *ebpf.Program `ebpf:"hf_wait_finish"`
 }
@@ -242,6 +245,7 @@ type waitsPrograms struct {
 func (p *waitsPrograms) Close() error {
 	return _WaitsClose(
 		p.HfBlockedIter,
+		p.HfWaitCulprit,
 		p.HfWaitExit,
 		p.HfWaitFinish,
 	)

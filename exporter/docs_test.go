@@ -116,7 +116,7 @@ func TestPathsDocumented(t *testing.T) {
 	states := profiler.NewStates(nil)
 	s := testServer(t, newFakeCapturer(t), func(c *HandlerConfig, _ *http.Server) {
 		c.DebugPprof = true
-		c.Types = []profiler.Type{profiler.CPU("", 99), profiler.Runqueue(), profiler.OffCPU(states), profiler.Wall(99, states), profiler.BlockIO(50)}
+		c.Types = []profiler.Type{profiler.CPU("", 99), profiler.Runqueue(), profiler.Culprit(), profiler.OffCPU(states), profiler.Wall(99, states), profiler.BlockIO(50)}
 	})
 	paths := 0
 	for _, row := range tableRows(t, "../docs/http-api.md") {

@@ -33,6 +33,27 @@ func Runqueue() Type {
 	}
 }
 
+// Culprit is the profile type of the time that threads had the CPU while others waited for it: for
+// each wait that Runqueue has a sample of, the stack of the thread that made way, where that is
+// of whom it was waited the most for. It counts what of the wait that thread ran.
+func Culprit() Type {
+	return Type{
+		Name:    "culprit",
+		Samples: []bpf.Profile{bpf.ProfileCulprit},
+		Values: []Value{
+			{ValueType{"waits", "count"}, weighed},
+			{ValueType{"caused", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value }},
+		},
+		Period: Period{ValueType{"culprit", "nanoseconds"}, 1},
+		Labels: []Label{
+			{"cause", func(s *bpf.Sample) string { return s.Cause.String() }},
+			{"victim", func(s *bpf.Sample) string { return s.By.String() }},
+		},
+		Least:  minDuration,
+		Hooked: true,
+	}
+}
+
 // OffCPU is the profile type of the time that threads neither ran nor were runnable. Their
 // states are names's.
 func OffCPU(states *States) Type {

@@ -84,7 +84,7 @@ func attach(cfg bpf.CPUConfig, waits bpf.WaitSampling, ioRate int, log *slog.Log
 	}{
 		{k.cpuErr, "CPU sampling", "the cpu profile and hostflame_cpu_seconds_total"},
 		{k.schedErr, "run-queue latency", "the hostflame_runqueue_*, hostflame_offcpu_* and hostflame_container_* metrics of the scheduler"},
-		{k.waitsErr, "sampling of waits and blocked time", "the profiles runqueue, offcpu and wall"},
+		{k.waitsErr, "sampling of waits and blocked time", "the profiles runqueue, culprit, offcpu and wall"},
 		{k.blockErr, "block I/O latency", "the blockio profile and the hostflame_block_io_* histograms"},
 	} {
 		if part.err != nil && part.err != errWaitsOff {

@@ -12,7 +12,7 @@ import (
 // profileTypes are the types that the agent has, the first being what / and /ui/ show, and
 // missing says of those that this host can not have why.
 func profileTypes(k *kernel, cfg bpf.CPUConfig, ioRate int, states *profiler.States) (types []profiler.Type, missing map[string]error) {
-	waits := []profiler.Type{profiler.Runqueue(), profiler.OffCPU(states), profiler.Wall(cfg.Frequency, states)}
+	waits := []profiler.Type{profiler.Runqueue(), profiler.Culprit(), profiler.OffCPU(states), profiler.Wall(cfg.Frequency, states)}
 	missing = map[string]error{}
 	for _, t := range waits {
 		if k.waitsErr != nil {
@@ -36,7 +36,7 @@ func feeds(k *kernel, cpu profiler.Source) []profiler.Feed {
 	list := []profiler.Feed{cpuFeed(k.cpu, cpu)}
 	if k.waits != nil {
 		list = append(list, profiler.Feed{
-			Source: k.waits, Profiles: []bpf.Profile{bpf.ProfileRunqueue, bpf.ProfileOffCPU},
+			Source: k.waits, Profiles: []bpf.Profile{bpf.ProfileRunqueue, bpf.ProfileCulprit, bpf.ProfileOffCPU},
 			Losses:  func(bpf.Profile) map[string]uint64 { return lossesOf(k.waits.Dropped) },
 			Observe: k.waits.Observe,
 		})

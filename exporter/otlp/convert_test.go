@@ -131,6 +131,8 @@ func TestShapes(t *testing.T) {
 			[]sent{{valueType{"samples", "count"}, valueType{"cpu", "nanoseconds"}, 10101010, 11}}},
 		{"runqueue", []*profile.ValueType{{Type: "waits", Unit: "count"}, {Type: "delay", Unit: "nanoseconds"}},
 			[]sent{{valueType{"runqueue", "nanoseconds"}, valueType{"runqueue", "count"}, 1, 22}}},
+		{"culprit", []*profile.ValueType{{Type: "waits", Unit: "count"}, {Type: "caused", Unit: "nanoseconds"}},
+			[]sent{{valueType{"culprit", "nanoseconds"}, valueType{"culprit", "count"}, 1, 22}}},
 		{"offcpu", []*profile.ValueType{{Type: "switches", Unit: "count"}, {Type: "blocked", Unit: "nanoseconds"}},
 			[]sent{{valueType{"off_cpu", "nanoseconds"}, valueType{}, 0, 22}}},
 		{"blockio", []*profile.ValueType{{Type: "requests", Unit: "count"}, {Type: "latency", Unit: "nanoseconds"}, {Type: "bytes", Unit: "bytes"}},

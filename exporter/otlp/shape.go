@@ -31,6 +31,7 @@ type shape struct {
 var shapes = []shape{
 	{pprof: valueType{"samples", "count"}, sample: valueType{"samples", "count"}, period: valueType{"cpu", "nanoseconds"}},
 	{pprof: valueType{"delay", "nanoseconds"}, sample: valueType{"runqueue", "nanoseconds"}, period: valueType{"runqueue", "count"}, each: 1},
+	{pprof: valueType{"caused", "nanoseconds"}, sample: valueType{"culprit", "nanoseconds"}, period: valueType{"culprit", "count"}, each: 1},
 	{pprof: valueType{"blocked", "nanoseconds"}, sample: valueType{"off_cpu", "nanoseconds"}},
 	{pprof: valueType{"latency", "nanoseconds"}, sample: valueType{"blockio", "nanoseconds"}, period: valueType{"blockio", "count"}, each: 1},
 	{pprof: valueType{"requests", "count"}, number: "queue_ns", sample: valueType{"blockio_queue", "nanoseconds"}, period: valueType{"blockio_queue", "count"}, each: 1},

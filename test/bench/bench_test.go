@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"math"
 	"os"
 	"regexp"
@@ -37,7 +38,8 @@ func TestShort(t *testing.T) {
 		`\| hostflame, no stacks of I/O +\| all, ns a request +\| ` + number,
 		`\| nothing +\| ` + number,
 		`\| hostflame, histograms and CPU samples +\| ` + number + `.* % +\|`,
-		`\| hostflame +\| ` + number + ` +\| ` + number,
+		`\| hostflame +\| ` + number + ` +\| [0-9-]+ +\| [+-][0-9]+ .*\| 50 % +\|`,
+		`\| hostflame, histograms only +\| [0-9]+ +\| [0-9-]+ +\| 230 +\|`,
 		`\| CPU of the process, BPF apart +\| ` + number + ` ms a second`,
 		`\| - .hf_cpu. +\| ` + number + ` ns a run`,
 		`\| kernel maps +\| ` + number + ` MB in [1-9][0-9]* maps`,
@@ -71,6 +73,25 @@ func TestSpread(t *testing.T) {
 	}
 	if got := spreadOf(nil).median; !math.IsNaN(got) {
 		t.Errorf("the median of nothing is %v", got)
+	}
+}
+
+// The ranks are those of the binomial distribution: of 15 values the 4th to the 12th, for 0.9648.
+func TestMedianInterval(t *testing.T) {
+	for _, test := range []struct {
+		n        int
+		interval string
+	}{
+		{1, "1 to 1"}, {5, "1 to 5"}, {6, "1 to 6"}, {8, "1 to 8"}, {9, "2 to 8"}, {15, "4 to 12"}, {20, "6 to 15"}, {100, "40 to 61"},
+	} {
+		var values []float64
+		for i := range test.n {
+			values = append(values, float64(test.n-i))
+		}
+		median, interval := medianInterval(values, "%g")
+		if want := fmt.Sprint(float64(test.n+1) / 2); median != want || interval != test.interval {
+			t.Errorf("of %d: %s, %s, want %s, %s", test.n, median, interval, want, test.interval)
+		}
 	}
 }
 

@@ -34,7 +34,8 @@ type config struct {
 	window  time.Duration // how long a tool is watched in each
 	settle  time.Duration // from the start of a tool to its measurement
 	rounds  int           // rounds of the switching benchmarks and of fio
-	loops   int           // pipe operations in each; a 250th of messages from each sender
+	loops   int           // operations in each run
+	tries   int           // runs of each in a round
 	busy    time.Duration // the busy minute
 	// How long a sampler is watched in each round, at 99 samples a second and CPU.
 	stackWindow time.Duration
@@ -46,14 +47,14 @@ type config struct {
 }
 
 var (
-	full  = config{windows: 5, window: 2 * time.Second, settle: time.Second, rounds: 15, loops: 100_000, busy: time.Minute, stackWindow: 4 * time.Second, dwarfAddresses: 100}
-	short = config{windows: 1, window: 300 * time.Millisecond, rounds: 1, loops: 2_000, busy: 2 * time.Second, stackWindow: 300 * time.Millisecond, dwarfAddresses: 1}
+	full  = config{windows: 5, window: 2 * time.Second, settle: 500 * time.Millisecond, rounds: 15, loops: 20_000, tries: 2, busy: time.Minute, stackWindow: 4 * time.Second, dwarfAddresses: 100}
+	short = config{windows: 1, window: 300 * time.Millisecond, rounds: 1, loops: 2_000, tries: 1, busy: 2 * time.Second, stackWindow: 300 * time.Millisecond, dwarfAddresses: 1}
 )
 
 func main() {
 	cfg := full
 	shortRun := flag.Bool("short", false, "run once through everything, in seconds, to see that it works")
-	rounds := flag.Int("rounds", full.rounds, "interleaved `rounds` of the pipe, messaging and fio benchmarks")
+	rounds := flag.Int("rounds", full.rounds, "interleaved `rounds` of the switching and fio benchmarks")
 	busy := flag.Duration("busy", full.busy, "how long the busy minute is")
 	only := flag.String("only", "", "one `section`: stacks, programs, pipe, fio, busy or symbols")
 	vmlinux := flag.String("vmlinux", "", "`path` of a kernel with debug information, for symbols")

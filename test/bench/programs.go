@@ -94,40 +94,52 @@ func (b *bench) watch(c comparison, t tool) (w watched, err error) {
 	if err := b.warm(c); err != nil {
 		return w, err
 	}
+	w.programs, err = runs(before, func() error {
+		first, err := c.count()
+		if err != nil {
+			return err
+		}
+		time.Sleep(b.window)
+		last, err := c.count()
+		w.events = last - first
+		return err
+	})
+	maps.DeleteFunc(w.programs, func(name string, _ programRun) bool {
+		return strings.HasPrefix(t.name, "hostflame") && !strings.HasPrefix(name, c.prefix)
+	})
+	return w, err
+}
+
+// runs returns what each program that is not in old did meanwhile, with BPF statistics on.
+func runs(old map[ebpf.ProgramID]programRun, meanwhile func() error) (map[string]programRun, error) {
 	stats, err := ebpf.EnableStats(uint32(unix.BPF_STATS_RUN_TIME))
 	if err != nil {
-		return w, fmt.Errorf("enable BPF statistics: %w", err)
+		return nil, fmt.Errorf("enable BPF statistics: %w", err)
 	}
 	defer stats.Close()
 	begin, err := programs()
 	if err != nil {
-		return w, err
+		return nil, err
 	}
-	first, err := c.count()
-	if err != nil {
-		return w, err
-	}
-	time.Sleep(b.window)
-	last, err := c.count()
-	if err != nil {
-		return w, err
+	if err := meanwhile(); err != nil {
+		return nil, err
 	}
 	end, err := programs()
 	if err != nil {
-		return w, err
+		return nil, err
 	}
-	w = watched{events: last - first, programs: map[string]programRun{}}
+	grown := map[string]programRun{}
 	for id, e := range end {
-		if _, old := before[id]; old || strings.HasPrefix(t.name, "hostflame") && !strings.HasPrefix(e.name, c.prefix) {
+		if _, there := old[id]; there {
 			continue
 		}
-		p := w.programs[e.name]
+		p := grown[e.name]
 		p.name = e.name
 		p.runs += e.runs - begin[id].runs
 		p.nanos += e.nanos - begin[id].nanos
-		w.programs[e.name] = p
+		grown[e.name] = p
 	}
-	return w, nil
+	return grown, nil
 }
 
 // warm returns when the load has made its first thousand events, and the tool has been

@@ -61,3 +61,22 @@ func spreadOf(values []float64) spread {
 	s := slices.Sorted(slices.Values(values))
 	return spread{quantile(s, 0), quantile(s, 0.25), quantile(s, 0.5), quantile(s, 0.75), quantile(s, 1)}
 }
+
+// medianInterval formats the median of values and the interval that has the median of what
+// they are drawn from with a certainty of at least 95 %, whatever its distribution: between
+// two of the sorted values that are as far from the ends, the number of values below the
+// median being binomial. Fewer than six values have no such interval: then it is all of them.
+func medianInterval(values []float64, format string) (median, interval string) {
+	s := slices.Sorted(slices.Values(values))
+	outside := math.Pow(0.5, float64(len(s))) // P(no value is below the median)
+	below, skip := outside, 0
+	for i := 1; i < len(s)/2; i++ {
+		outside *= float64(len(s)-i+1) / float64(i)
+		if below += outside; below > 0.025 {
+			break
+		}
+		skip = i
+	}
+	return fmt.Sprintf(format, quantile(s, 0.5)),
+		fmt.Sprintf(format+" to "+format, quantile(s[skip:], 0), quantile(s[:len(s)-skip], 1))
+}

@@ -28,24 +28,39 @@ type tool struct {
 	start func() (stop func() error, err error)
 }
 
-func (b *bench) nothing() tool {
-	return tool{"nothing", func() (func() error, error) { return func() error { return nil }, nil }}
-}
-
 func (b *bench) agent() tool { return b.agentWith("hostflame") }
 
-// agentWith is the agent with flags.
+// agentWith is the agent with flags, when it has read what it reads once.
 func (b *bench) agentWith(name string, flags ...string) tool {
 	return tool{name, func() (func() error, error) {
 		a, err := agent.Start(agent.Config{Path: b.hostflame, Args: flags})
 		if err != nil {
 			return nil, err
 		}
-		return onStop(func() error {
+		stop := onStop(func() error {
 			_, err := a.Stop()
 			return err
-		}), nil
+		})
+		if err := awaitIdle(a.PID); err != nil {
+			return nil, errors.Join(err, stop())
+		}
+		return stop, nil
 	}}
+}
+
+// awaitIdle returns when a process has used less than 2 % of a CPU for a while, or after 10 s.
+func awaitIdle(pid int) error {
+	const while = 300 * time.Millisecond
+	last, err := processCPU(pid)
+	for end := time.Now().Add(10 * time.Second); err == nil && time.Now().Before(end); {
+		time.Sleep(while)
+		var now time.Duration
+		if now, err = processCPU(pid); now-last < while/50 {
+			break
+		}
+		last = now
+	}
+	return err
 }
 
 // emptyProgram is the least that any hook on the tracepoint costs.
@@ -96,7 +111,7 @@ func least(name string, instructions asm.Instructions, tracepoints ...string) to
 // peers are the programs of other projects that the bench starts, and their packages.
 var peers = map[string]string{
 	"runqlat": "libbpf-tools", "biolatency": "libbpf-tools", "offcputime": "libbpf-tools", "perf": "linux-perf",
-	"fio": "fio", "stdbuf": "coreutils", "bpftrace": "bpftrace", "taskset": "util-linux",
+	"fio": "fio", "stdbuf": "coreutils", "bpftrace": "bpftrace", "taskset": "util-linux", "stress-ng": "stress-ng",
 }
 
 func requirePeers() error {

@@ -59,6 +59,7 @@ func TestEndToEnd(t *testing.T) {
 		t.Run("Prometheus", parallel(s.testPrometheus))
 		t.Run("Collector", parallel(s.testCollector))
 	})
+	t.Run("Culprit", s.testCulprit)
 	t.Run("BlockIO", s.testBlockIO) // fio has ended then
 	t.Run("Dashboard", s.testDashboard)
 	t.Run("BadInput", func(t *testing.T) {

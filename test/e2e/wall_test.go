@@ -13,6 +13,8 @@ import (
 
 	"github.com/google/pprof/profile"
 
+	"github.com/hostflame/hostflame/internal/kerneltest"
+	"github.com/hostflame/hostflame/test/agent"
 	"github.com/hostflame/hostflame/test/workload"
 )
 
@@ -27,12 +29,37 @@ var phaseStates = map[string]struct{ function, state string }{
 	"fault":   {"touch_pages", "page_fault"},
 }
 
-// testWall holds the profile of all time of a thread against what the program itself has
-// measured in each of its functions.
+// testWall does so while others want the CPUs too.
 func (s *stack) testWall(t *testing.T) {
-	const seconds = 30
-	phases := workload.Start(t, s.programs[workload.Phases], strconv.Itoa(seconds+2), s.dir)
-	status, body, err := s.agent.Get(fmt.Sprintf("/pprof/wall?seconds=%d&pid=%d", seconds, phases.PID))
+	checkWall(t, s.agent, s.programs[workload.Phases], s.dir, 30)
+}
+
+// TestWallMinute does so with the CPUs to itself.
+func TestWallMinute(t *testing.T) {
+	kerneltest.Require(t)
+	dir := t.TempDir()
+	binary, err := agent.Build(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	program, err := workload.Compile(dir, workload.Phases)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kerneltest.MeasureLock(t)
+	a, err := agent.Start(agent.Config{Path: binary})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Stop()
+	checkWall(t, a, program, dir, 60)
+}
+
+// checkWall holds the profile of all time of a thread against what the program phases itself
+// has measured in each of its functions, in a folder on a real file system.
+func checkWall(t *testing.T, a *agent.Agent, program, dir string, seconds int) {
+	phases := workload.Start(t, program, strconv.Itoa(seconds+2), dir)
+	status, body, err := a.Get(fmt.Sprintf("/pprof/wall?seconds=%d&pid=%d", seconds, phases.PID))
 	if err != nil || status != http.StatusOK {
 		t.Fatalf("status %d, %v: %s", status, err, body)
 	}
