@@ -63,7 +63,7 @@ test-kernel: build ## Run the tests of the BPF programs, the command, OTLP, and 
 # Of the tests that tell kernels apart, what takes seconds where the CPU is emulated: all
 # objects load and attach, counts equal the kernel's books, known waits and stacks are found.
 # The rest says nothing more of a kernel (parsers, arithmetic), or measures for a minute.
-KERNELS_CI := TestProbeAsRoot|TestCPUSample|TestTables|TestUnwindKnown|TestRequestFlags|TestBlock(Equals|Counts|ByContainer)|TestSched(Counts|Known|CauseQuota|CauseOwn|Blocked)|TestWaits(AllTaken|Observe|Hook)
+KERNELS_CI := TestProbeAsRoot|TestCPUSample|TestTables|TestUnwindKnown|TestRequestFlags|TestBlock(Equals|Counts|ByContainer|Bio|Mapper|Mirror|ManyQueues|Detach)|TestSched(Counts|Known|CauseQuota|CauseOwn|Blocked)|TestWaits(AllTaken|Observe|Hook)
 
 .PHONY: test-kernels
 test-kernels: ## Run the kernel tests on Linux 6.1 and 6.12, amd64 and arm64, under QEMU
@@ -83,8 +83,8 @@ test-unwind: packages ## Compare the unwind tables of all files of this machine 
 
 # The ordinary tests do this for a corpus that they build, and the C library.
 .PHONY: test-symbols
-test-symbols: packages ## Compare 100,000 addresses of a kernel with debug information with llvm-symbolizer (300 MB to load)
-	$(GO) test ./symbolizer -run VmlinuxAgrees -vmlinux "$$(.ci/vmlinux)" -count 1 -v -timeout 30m
+test-symbols: packages ## Compare 100,000 addresses of a kernel, and of Go binaries of each release, with the judges (800 MB to load)
+	$(GO) test ./symbolizer -run 'VmlinuxAgrees|GoReleases' -vmlinux "$$(.ci/vmlinux)" -go-releases -count 1 -v -timeout 30m
 
 # Each fuzz target for a moment, from the corpus that is kept: a number of inputs, since go
 # test takes the end of a time for a failure now and then.

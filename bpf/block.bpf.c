@@ -19,6 +19,7 @@ enum {
 	HF_RAN_BACK = 6,
 	HF_RAN_FRONT = 7,
 	HF_RAN_SPLIT = 8,
+	HF_RAN_BIO = 9,
 };
 
 /* The kernel has no block_io_start: starts are the kernel's own stamps. */
@@ -68,7 +69,7 @@ static __always_inline bool at_device(struct hf_block_request *s)
 }
 
 /* The device gets the request. */
-static __always_inline void to_device(struct hf_block_places *e, struct hf_block_request *s, struct request *rq)
+static __always_inline void to_device(struct hf_block_places *e, struct hf_block_request *s, struct request *rq, __u64 now)
 {
 	struct hf_block_request *c = find_context(e, rq);
 
@@ -77,11 +78,11 @@ static __always_inline void to_device(struct hf_block_places *e, struct hf_block
 
 		s->depth = depth < HF_MAX_DEPTH ? depth : HF_MAX_DEPTH;
 	}
-	s->issue = bpf_ktime_get_ns();
+	s->issue = now;
 }
 
 /* The key of the sample that is to be taken, 0: none. */
-static __always_inline __u64 start(struct hf_block_places *e, struct hf_block_request *s, struct request *rq)
+static __always_inline __u64 start(struct hf_block_places *e, struct hf_block_request *s, struct request *rq, __u64 now)
 {
 	/* The tag is free again, so the request before has ended. Its end ran no program: some
 	 * virtual machines hide process 1 from BPF, and with it the interrupts that come while it
@@ -93,10 +94,8 @@ static __always_inline __u64 start(struct hf_block_places *e, struct hf_block_re
 	s->rq = (__u64)rq;
 	s->issue = 0;
 	s->bytes = rq->__data_len;
-	s->word = 0;
-	s->start = bpf_ktime_get_ns();
-	if (hf_by_container)
-		attribute(s, rq, true);
+	s->start = now;
+	s->word = hf_by_container ? attribute(rq, true) : 0;
 	if (!hf_stack_rate)
 		return 0;
 	draw(e, s, operation(rq->cmd_flags & REQ_OP_MASK));
@@ -118,11 +117,12 @@ static __noinline __u64 slow_start(struct request *rq)
 		s = find_state(e, rq);
 	}
 	/* What has no place is counted when it completes. */
-	return s ? start(e, s, rq) : 0;
+	return s ? start(e, s, rq, bpf_ktime_get_ns()) : 0;
 }
 
 static __always_inline __u64 handle_start(struct request *rq)
 {
+	__u64 now = bpf_ktime_get_ns();
 	struct hf_block_places *e = find_queue(rq->q);
 	struct hf_block_request *s = NULL;
 
@@ -131,7 +131,7 @@ static __always_inline __u64 handle_start(struct request *rq)
 		s = find_state(e, rq);
 	if (unlikely(!s))
 		return slow_start(rq);
-	return start(e, s, rq);
+	return start(e, s, rq, now);
 }
 
 /* True when what is stored is of an earlier use of the same request: its end and the
@@ -161,19 +161,20 @@ static __noinline int slow_issue(struct request *rq)
 		 * stamped, for each use. */
 		s->start = flush ? rq->start_time_ns : 0;
 		s->bytes = rq->__data_len;
-		s->word = 0;
-		if (hf_by_container && !flush)
-			attribute(s, rq, false);
+		s->word = hf_by_container && !flush ? attribute(rq, false) : 0;
+		if (!flush)
+			adopt(s, rq);
 	} else if (at_device(s)) {
 		/* It was sent back where no requeue was seen. */
 		give_back(e, rq);
 	}
-	to_device(e, s, rq);
+	to_device(e, s, rq, bpf_ktime_get_ns());
 	return 0;
 }
 
 static __always_inline int handle_issue(struct request *rq)
 {
+	__u64 now = bpf_ktime_get_ns();
 	struct hf_block_places *e = find_queue(rq->q);
 	struct hf_block_request *s = NULL;
 	__u32 bytes = rq->__data_len;
@@ -185,7 +186,7 @@ static __always_inline int handle_issue(struct request *rq)
 		return slow_issue(rq);
 	if (bytes > s->bytes)
 		s->bytes = bytes;
-	to_device(e, s, rq);
+	to_device(e, s, rq, now);
 	return 0;
 }
 
@@ -308,10 +309,18 @@ static __noinline int slow_done(struct request *rq, __u8 status, __u32 bytes)
 			failed = s->failed;
 		s->rq = 0;
 	}
+	if (hf_bio_start && !flush && !sampled && !issue) {
+		/* An empty flush, which is never issued. */
+		struct hf_block_request never = {};
+
+		adopt(&never, rq);
+		sampled = never.sampled;
+		key = sample_key(&never);
+	}
 	/* The kernel's stamp is of this use of the request only where it keeps the books.
 	 * It is later than ours by next to nothing, unless ours is missing, as in what was
 	 * in flight when the programs were attached, or is of an earlier use. */
-	if ((rq_flags & hf_io_stat) && rq->start_time_ns > start)
+	if ((rq_flags & hf_io_stat) && (hf_kernel_start || rq->start_time_ns > start))
 		start = rq->start_time_ns;
 	if (!start && hf_kernel_start)
 		start = issue;
@@ -491,6 +500,15 @@ static __always_inline int handle_absorb(struct request *rq)
 			send_end(&end);
 		}
 		s->rq = 0;
+	} else if (hf_bio_start) {
+		struct hf_block_request never = {};
+
+		adopt(&never, rq);
+		if (never.sampled) {
+			struct hf_block_end end = {.key = sample_key(&never), .absorbed = 1};
+
+			send_end(&end);
+		}
 	}
 	io = cells_of(e->device, operation(rq->cmd_flags & REQ_OP_MASK));
 	if (io)
@@ -533,10 +551,27 @@ static __always_inline int handle_split(struct bio *bio)
 	return 0;
 }
 
+/* A request was found for bio, which is not in it yet. */
+static __always_inline __u64 handle_bio(struct bio *bio)
+{
+	struct hf_block_places *e = learn_queue(bio->bi_bdev->bd_disk->queue);
+
+	hf_ran(HF_RAN_BIO);
+	return e ? draw_bio(e, bio) : 0;
+}
+
 SEC("tp_btf/block_io_start")
 int BPF_PROG(hf_block_start, struct request *rq)
 {
 	__u64 key = handle_start(rq);
+
+	return key ? take(ctx, key) : 0;
+}
+
+SEC("tp_btf/block_getrq")
+int BPF_PROG(hf_block_bio, struct bio *bio)
+{
+	__u64 key = handle_bio(bio);
 
 	return key ? take(ctx, key) : 0;
 }

@@ -99,12 +99,16 @@ func NewBlock(cfg BlockConfig) (*Block, error) {
 // blockHooks is what the kernel has of what the hooks use.
 type blockHooks struct {
 	ownStart bool // block_io_start
+	bioStart bool // block_getrq, at which stacks are taken where there is no block_io_start
 	diskSeen bool // writeback_bdi_register; else each request is asked whether its disk is still the same
 	flags    requestFlags
 }
 
 func findBlockHooks(kernel *btf.Spec) (k blockHooks, err error) {
 	if k.ownStart, err = hasTracepoint(kernel, "block_io_start"); err != nil {
+		return k, err
+	}
+	if k.bioStart, err = hasTracepoint(kernel, "block_getrq"); err != nil {
 		return k, err
 	}
 	if k.diskSeen, err = hasTracepoint(kernel, "writeback_bdi_register"); err != nil {
@@ -133,7 +137,7 @@ func newBlock(cfg BlockConfig, k blockHooks) (_ *Block, err error) {
 		return nil, err
 	}
 	rate := 0
-	if cfg.Tables != nil && k.ownStart {
+	if cfg.Tables != nil && (k.ownStart || k.bioStart) {
 		rate = cmp.Or(cfg.StackRate, DefaultStackRate)
 	}
 	// What a burst brings until the rate is held down, on some devices at once.
@@ -144,6 +148,7 @@ func newBlock(cfg BlockConfig, k blockHooks) (_ *Block, err error) {
 		blockVarHfTimeCuts:    index.Cuts,
 		blockVarHfStates:      uint64(sizes.states),
 		blockVarHfKernelStart: !k.ownStart,
+		blockVarHfBioStart:    !k.ownStart && k.bioStart,
 		blockVarHfDiskSeen:    k.diskSeen,
 		blockVarHfFlushSeq:    k.flags.flushSeq,
 		blockVarHfIoStat:      k.flags.ioStat,
@@ -179,6 +184,9 @@ func newBlock(cfg BlockConfig, k blockHooks) (_ *Block, err error) {
 	if !k.ownStart {
 		delete(spec.Programs, blockProgHfBlockStart)
 	}
+	if k.ownStart || rate == 0 {
+		delete(spec.Programs, blockProgHfBlockBio)
+	}
 	if !k.diskSeen {
 		delete(spec.Programs, blockProgHfBlockDisk)
 	}
@@ -193,6 +201,7 @@ func newBlock(cfg BlockConfig, k blockHooks) (_ *Block, err error) {
 			programs: []string{
 				blockProgHfBlockStart, blockProgHfBlockIssue, blockProgHfBlockDone, blockProgHfBlockDisk,
 				blockProgHfBlockRequeue, blockProgHfBlockAbsorb, blockProgHfBlockBack, blockProgHfBlockFront, blockProgHfBlockSplit,
+				blockProgHfBlockBio,
 			},
 			reasons: []DropReason{DropNegative, DropNoSlot, DropNoStart, DropNoEnd},
 		},
@@ -233,7 +242,7 @@ func newBlock(cfg BlockConfig, k blockHooks) (_ *Block, err error) {
 		b.tended.Go(func() { b.tend(ctx) })
 	}
 	// The books begin here.
-	if _, _, err := b.Accounting(); err != nil {
+	if _, err := b.Accounting(); err != nil {
 		return nil, err
 	}
 	return b, nil

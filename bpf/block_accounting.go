@@ -22,6 +22,8 @@ type diskstats struct {
 
 func (d diskstats) requests() uint64 { return d.reads + d.writes + d.discards + d.flushes }
 
+func (d diskstats) bytes() uint64 { return 512 * (d.readSectors + d.writeSectors + d.discardSectors) }
+
 // readDiskstats parses /proc/diskstats, by name of device or partition. Fields that a
 // kernel does not have are zero.
 func readDiskstats(r io.Reader) (map[string]diskstats, error) {
@@ -55,58 +57,79 @@ func readDiskstats(r io.Reader) (map[string]diskstats, error) {
 
 // accounts compare what was counted with the kernel's books, device by device.
 type accounts struct {
-	last            map[string]account
-	counted, kernel uint64
+	last map[string]account
+	BlockAccounts
 }
 
-// account is what a device's requests were at the last look.
-type account struct{ counted, kernel uint64 }
+// BlockAccounts are what was counted since NewBlock beside what the kernel keeps books of.
+type BlockAccounts struct {
+	Requests, KernelRequests uint64
+	Bytes, KernelBytes       uint64
+}
+
+// account is what a device had at the last look.
+type account struct {
+	BlockAccounts
+	unbooked uint64 // requests, by our count, that the kernel keeps no books of
+}
 
 // add takes the state of the devices that are there now, and of those that left and had
 // requests, their kernel side zero; the first is what all others are compared with. Where the kernel's count went back the device is
 // another one, and what it had since the last look is known to neither side.
 func (a *accounts) add(now map[string]account) {
 	for name, n := range now {
-		if last := a.last[name]; a.last != nil && n.kernel >= last.kernel {
-			a.counted += n.counted - last.counted
-			a.kernel += n.kernel - last.kernel
+		last := a.last[name]
+		if a.last == nil || n.KernelRequests < last.KernelRequests {
+			continue
+		}
+		a.Requests += n.Requests - last.Requests
+		a.KernelRequests += n.KernelRequests - last.KernelRequests
+		// How many bytes the requests had that are in no books is not known.
+		if n.unbooked == last.unbooked {
+			a.Bytes += n.Bytes - last.Bytes
+			a.KernelBytes += n.KernelBytes - last.KernelBytes
 		}
 	}
 	a.last = now
 }
 
-// Accounting returns the requests that were counted since NewBlock, of those that the
-// kernel keeps books of, and by how much the books (/proc/diskstats) grew in that time,
-// over the request-based devices. The requests that a device had between two calls do
-// not count, on either side, when it has left in the meantime.
-func (b *Block) Accounting() (counted, kernel uint64, err error) {
+// Accounting returns the requests and bytes that were counted since NewBlock, of those that
+// the kernel keeps books of, and by how much the books (/proc/diskstats) grew in that time,
+// over the request-based devices. What a device had between two calls does not count, on
+// either side, when it has left in the meantime, nor do its bytes when some of its requests
+// are not booked: passthrough, or where its queue/iostats is off.
+func (b *Block) Accounting() (BlockAccounts, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	f, err := os.Open("/proc/diskstats")
 	if err != nil {
-		return 0, 0, fmt.Errorf("open diskstats: %w", err)
+		return BlockAccounts{}, fmt.Errorf("open diskstats: %w", err)
 	}
 	defer f.Close()
 	stats, err := readDiskstats(f)
 	if err != nil {
-		return 0, 0, err
+		return BlockAccounts{}, err
 	}
 	// Empty ones as well: what they had before they get a size is not to be ours to count.
 	present, err := requestDevices(sysBlock)
 	if err != nil {
-		return 0, 0, err
+		return BlockAccounts{}, err
 	}
 	cells, err := b.read(present)
 	if err != nil {
-		return 0, 0, err
+		return BlockAccounts{}, err
 	}
 	now := map[string]account{}
 	for _, c := range cells {
 		n := now[c.Device]
-		n.kernel = stats[c.Device].requests()
-		n.counted += c.Total.Count() - c.unbooked
+		n.KernelRequests, n.KernelBytes = stats[c.Device].requests(), stats[c.Device].bytes()
+		n.Requests += c.Total.Count() - c.unbooked
+		n.unbooked += c.unbooked
+		if c.Operation != operationNames[blockHfOperationHF_OPERATION_OTHER] {
+			n.Bytes += c.Size.Sum
+		}
 		now[c.Device] = n
 	}
 	b.accounts.add(now)
-	return b.accounts.counted, b.accounts.kernel, nil
+	return b.accounts.BlockAccounts, nil
 }

@@ -38,9 +38,9 @@ struct {
 	__type(value, struct hf_block_io);
 } hf_slot_cells SEC(".maps");
 
-/* The cgroup and slot that a CPU looked for last: often it is the next one's too. */
+/* The slot of the blkcg or cgroup that a CPU looked for last: often it is the next one's too. */
 struct hf_last_slot {
-	__u64 cgroup;
+	__u64 whose;
 	__u32 slot;
 	__u32 epoch;
 };
@@ -51,6 +51,9 @@ struct {
 	__type(key, __u32);
 	__type(value, struct hf_last_slot);
 } hf_last_slot SEC(".maps");
+
+/* The blkcg of the root cgroup, 0 until it had I/O. It is static, and so never another one. */
+__u64 hf_blkcg_root = 0;
 
 /* What the request is charged to, NULL where there is no such thing. */
 static __always_inline struct blkcg *charge_of(struct request *rq)
@@ -77,56 +80,74 @@ static __always_inline __u64 charged_id(struct request *rq)
 	return cgroup ? cgroup->kn->id : 0;
 }
 
-/* The current task's, in the hierarchy of block I/O. */
-static __always_inline struct cgroup *submitter(void)
+static __always_inline struct css_set *cgroups_of_current(void)
 {
-	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
-
-	if (hf_blkio_v1) {
-		struct css_set___many *set = (struct css_set___many *)task->cgroups;
-
-		/* One of them is left when the program is loaded: a fixed offset needs no helper. */
-		switch (bpf_core_enum_value(enum cgroup_subsys_id, io_cgrp_id)) {
-		case 0: return set->subsys[0]->cgroup;
-		case 1: return set->subsys[1]->cgroup;
-		case 2: return set->subsys[2]->cgroup;
-		case 3: return set->subsys[3]->cgroup;
-		case 4: return set->subsys[4]->cgroup;
-		}
-	}
-	return task->cgroups->dfl_cgrp;
+	return ((struct task_struct *)bpf_get_current_task_btf())->cgroups;
 }
 
-/* Notes in s whose the request is. Where its start is not seen the current task is anybody:
- * then what is charged to the root is the root's. */
-static __always_inline void attribute(struct hf_block_request *s, struct request *rq, bool submitting)
+/* Of blkio, where that is on v1. */
+static __always_inline struct cgroup_subsys_state *submitter_v1(void)
 {
-	struct cgroup *cgroup = charged_to(rq);
-	struct hf_last_slot *last;
-	struct blkcg *blkcg;
-	__u32 zero = 0, slot;
+	struct css_set___many *set = (struct css_set___many *)cgroups_of_current();
 
-	s->charged = cgroup != NULL;
-	if (!cgroup && submitting) {
-		cgroup = submitter();
-	} else if (!cgroup) {
-		blkcg = charge_of(rq);
-		if (!blkcg)
-			return;
-		cgroup = blkcg->css.cgroup;
+	/* One of them is left when the program is loaded: a fixed offset needs no helper. */
+	switch (bpf_core_enum_value(enum cgroup_subsys_id, io_cgrp_id)) {
+	case 0: return set->subsys[0];
+	case 1: return set->subsys[1];
+	case 2: return set->subsys[2];
+	case 3: return set->subsys[3];
 	}
-	last = bpf_map_lookup_elem(&hf_last_slot, &zero);
-	if (!last)
-		return;
-	if (last->cgroup == (__u64)cgroup && last->epoch == hf_slot_epoch && last->slot != HF_SLOT_OTHER) {
-		s->slot = last->slot;
-		return;
+	return set->subsys[4];
+}
+
+/* attribute, for what is not the last one's, which it becomes. */
+static __noinline __u32 attribute_anew(struct hf_last_slot *last, struct request *rq, bool submitting)
+{
+	struct blkcg *blkcg = charge_of(rq);
+	bool charged = blkcg && blkcg->css.parent;
+	struct cgroup *cgroup;
+	__u64 whose = (__u64)blkcg;
+
+	if (blkcg && !charged)
+		hf_blkcg_root = (__u64)blkcg;
+	if (charged || !submitting) {
+		if (!blkcg)
+			return 0;
+		cgroup = blkcg->css.cgroup;
+	} else if (hf_blkio_v1) {
+		struct cgroup_subsys_state *css = submitter_v1();
+
+		cgroup = css->cgroup;
+		whose = (__u64)css;
+	} else {
+		cgroup = cgroups_of_current()->dfl_cgrp;
+		whose = (__u64)cgroup;
 	}
 	last->epoch = hf_slot_epoch;
-	slot = hf_slot_of(cgroup);
-	last->cgroup = (__u64)cgroup;
-	last->slot = slot;
-	s->slot = slot;
+	last->slot = hf_slot_of(cgroup);
+	last->whose = whose;
+	return last->slot << HF_SLOT_SHIFT | (charged ? HF_CHARGED : 0);
+}
+
+/* Whose the request is: the slot and charged of hf_block_request.word. Where its start is
+ * not seen the current task is anybody: then what is charged to the root is the root's. */
+static __always_inline __u32 attribute(struct request *rq, bool submitting)
+{
+	__u64 whose = (__u64)charge_of(rq), root = hf_blkcg_root;
+	struct hf_last_slot *last;
+	__u32 charged = HF_CHARGED, zero = 0;
+
+	last = bpf_map_lookup_elem(&hf_last_slot, &zero);
+	if (!last)
+		return 0;
+	if (!whose || whose == root) {
+		charged = 0;
+		if (submitting)
+			whose = hf_blkio_v1 ? (__u64)submitter_v1() : (__u64)cgroups_of_current()->dfl_cgrp;
+	}
+	if (unlikely(!root || last->whose != whose || last->epoch != hf_slot_epoch || last->slot == HF_SLOT_OTHER))
+		return attribute_anew(last, rq, submitting);
+	return last->slot << HF_SLOT_SHIFT | charged;
 }
 
 static __always_inline struct hf_block_io *cells_of_slot(__u32 slot, __u32 op)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
+	"github.com/hostflame/hostflame/internal/beat"
 	"github.com/hostflame/hostflame/internal/histogram"
 )
 
@@ -177,13 +178,11 @@ func (b *blockBooks) read() ([]BlockContainer, error) {
 
 // tend names the containers that come until ctx ends.
 func (b *Block) tend(ctx context.Context) {
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case now := <-tick.C:
+		case now := <-time.After(beat.Until(time.Second)):
 			b.mu.Lock()
 			b.tendErr = b.books.slots.tend(now)
 			b.mu.Unlock()

@@ -68,6 +68,12 @@ func ioCgroup(t *testing.T, name string) (dir string, id uint64) {
 // writeIn writes n blocks of 16 KiB directly to a file, as a process of a cgroup.
 func writeIn(t *testing.T, cgroup, file string, seek, n int) {
 	t.Helper()
+	writeWith(t, unix.O_DIRECT, cgroup, file, seek, n)
+}
+
+// writeWith is writeIn with other flags of open than O_DIRECT.
+func writeWith(t *testing.T, flag int, cgroup, file string, seek, n int) {
+	t.Helper()
 	mount, own := ioHierarchy(t)
 	move := func(dir string) {
 		t.Helper()
@@ -75,13 +81,14 @@ func writeIn(t *testing.T, cgroup, file string, seek, n int) {
 			t.Fatal(err)
 		}
 	}
-	f, err := os.OpenFile(file, os.O_WRONLY|unix.O_DIRECT, 0)
+	// An inode is whose who made it dirty first, its creator.
+	move(cgroup)
+	defer move(filepath.Join(mount, own))
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|flag, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	move(cgroup)
-	defer move(filepath.Join(mount, own))
 	buf := alignedBuffer(t, 16<<10)
 	for i := range n {
 		if _, err := f.WriteAt(buf, int64(seek+i)*16<<10); err != nil {
@@ -167,5 +174,72 @@ func TestBlockByContainer(t *testing.T) {
 	}
 	if len(got[OtherContainers].Operations) != slotOperations {
 		t.Errorf("no %s: %v", OtherContainers, slices.Collect(maps.Keys(got)))
+	}
+}
+
+// Two cgroups write at known rates, directly and through the page cache, which the kernel
+// writes back later: both are charged to who wrote, where it follows cgroups (v2 with the io
+// and memory controllers).
+func TestBlockByContainerWriteback(t *testing.T) {
+	kerneltest.Require(t)
+	mount, _ := ioHierarchy(t)
+	if err := os.WriteFile(filepath.Join(mount, "cgroup.subtree_control"), []byte("+io +memory"), 0); err != nil {
+		if kerneltest.InVM() && !ControllerV1("blkio") {
+			t.Fatal(err)
+		}
+		t.Skipf("no io and memory controllers: %v", err)
+	}
+	one, oneID := ioCgroup(t, "hostflame-back-one")
+	two, twoID := ioCgroup(t, "hostflame-back-two")
+	dir := t.TempDir()
+	names := map[uint64]string{oneID: "one", twoID: "two"}
+	b, err := NewBlock(BlockConfig{ContainerName: func(id uint64) string {
+		if name, ok := names[id]; ok {
+			return name
+		}
+		return fmt.Sprint("cgroup ", id)
+	}})
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	t.Cleanup(func() { b.Close() })
+	written := func() map[string]uint64 {
+		t.Helper()
+		list, err := b.Containers()
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := map[string]uint64{}
+		for _, c := range list {
+			for _, o := range c.Operations {
+				if o.Operation == "write" {
+					m[c.Name] = o.Size.Sum
+				}
+			}
+		}
+		return m
+	}
+	const rounds, block = 6, 16 << 10
+	shares := map[string]int{one: 96, two: 16} // blocks of each round
+	for _, how := range []struct {
+		name string
+		flag int
+	}{{"direct", unix.O_DIRECT}, {"buffered", 0}} {
+		before := written()
+		for round := range rounds {
+			for group, blocks := range shares {
+				writeWith(t, how.flag, group, filepath.Join(dir, how.name+filepath.Base(group)), round*blocks, blocks)
+			}
+		}
+		unix.Sync()
+		after := written()
+		for group, blocks := range shares {
+			name := names[map[string]uint64{one: oneID, two: twoID}[group]]
+			n, want := after[name]-before[name], uint64(rounds*blocks*block)
+			t.Logf("%s, %s: %d bytes, wrote %d", how.name, name, n, want)
+			if d := int64(n) - int64(want); max(d, -d) > int64(want/50) {
+				t.Errorf("%s, %s: %d bytes, wrote %d: more than 2 %% apart", how.name, name, n, want)
+			}
+		}
 	}
 }

@@ -52,6 +52,8 @@ struct hf_block_request {
 		};
 	};
 };
+#define HF_SLOT_SHIFT 13
+#define HF_CHARGED (1U << 20)
 #define HF_MAX_DEPTH 8191
 _Static_assert(HF_SLOTS <= 128 && HF_SLOT_OTHER == 0, "a slot has 7 bits, and word 0 says nothing");
 _Static_assert(sizeof(struct hf_block_request) == 32, "half a cache line");

@@ -18,14 +18,18 @@ const volatile __u32 hf_stack_rate = 0;
 #define HF_INTERVAL_NS 1000000000ULL
 #define HF_MAX_WEIGHT_LOG2 31
 
-/* Of one device and operation on one CPU. One in 2^period requests is taken, by a draw, and
- * has that weight: what the period is depends on earlier requests only, so the weights are
- * unbiased whatever it is. A device that is slow shares its budget with no fast one. */
+/* Of one device and operation on one CPU. Of each 2^period requests that follow each other
+ * one is taken, at a place that was drawn before, and has that weight: how many there are
+ * comes out exact, and what they have in common with their neighbours as well. When the period
+ * changes, and where a run is left, depends on earlier requests and the time only, not on the
+ * place, so the weights are unbiased. A device that is slow shares its budget with no fast one. */
 struct hf_block_rate {
 	__u64 since;  /* start of the interval */
 	__u64 random; /* state of the draws, Knuth's MMIX; a helper would cost more */
 	__u32 seen;   /* requests in it */
 	__u32 period; /* log2 */
+	__u32 left;   /* of the run */
+	__u32 take;   /* the one with so many left behind it */
 };
 
 /* By device slot * HF_OPERATIONS + operation. */
@@ -36,13 +40,59 @@ struct {
 	__type(value, struct hf_block_rate);
 } hf_block_rates SEC(".maps");
 
+/* Stacks are taken at block_getrq, where the kernel has no block_io_start: there only the bio
+ * is known, and which request it is the first of shows when that is issued, goes into another
+ * or ends. */
+const volatile bool hf_bio_start = false;
+
+/* A bio whose stack was taken. */
+struct hf_drawn {
+	__u64 start;
+	__u32 weight; /* log2 */
+	__u32 pad;
+};
+
+/* By bio; of those whose request did not show yet. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1024);
+	__type(key, __u64);
+	__type(value, struct hf_drawn);
+} hf_block_drawn SEC(".maps");
+
+/* How many there are in it: mostly none, and then nobody need look. */
+__u32 hf_drawn = 0;
+
 /* Names the use of a request for as long as it takes. */
 static __always_inline __u64 sample_key(struct hf_block_request *s)
 {
 	/* Read again: the pointer that is known to equal it may not be shifted. */
-	__u64 rq = *(volatile __u64 *)&s->rq;
+	__u64 rq = hf_bio_start ? 0 : *(volatile __u64 *)&s->rq;
 
 	return s->start << 25 | (rq >> 7 & 0xfffff) << 5 | s->weight;
+}
+
+static __always_inline void forget_drawn(__u64 bio)
+{
+	if (!bpf_map_delete_elem(&hf_block_drawn, &bio))
+		__sync_fetch_and_add(&hf_drawn, -1);
+}
+
+/* Notes in s the sample of the request's bio, if there is one. */
+static __always_inline void adopt(struct hf_block_request *s, struct request *rq)
+{
+	__u64 bio = (__u64)rq->bio;
+	struct hf_drawn *d;
+
+	if (!hf_bio_start || !hf_drawn)
+		return;
+	d = bpf_map_lookup_elem(&hf_block_drawn, &bio);
+	if (!d)
+		return;
+	s->start = d->start;
+	s->sampled = 1;
+	s->weight = d->weight;
+	forget_drawn(bio);
 }
 
 /* Draws whether the request's stack is taken, and if so notes it in s. */
@@ -53,7 +103,7 @@ static __always_inline void draw(struct hf_block_places *e, struct hf_block_requ
 
 	if (!r)
 		return;
-	if (s->start - r->since > HF_INTERVAL_NS) {
+	if (unlikely(s->start - r->since > HF_INTERVAL_NS)) {
 		/* As many as the last interval had would have been right; never more than twice as
 		 * many as at its end, for what comes in bursts. */
 		if (r->period && (__u64)r->seen < (__u64)hf_stack_rate << (r->period - 1))
@@ -61,15 +111,47 @@ static __always_inline void draw(struct hf_block_places *e, struct hf_block_requ
 		r->since = s->start;
 		r->random += s->start; /* so that no two CPUs draw alike */
 		r->seen = 0;
-	} else if (r->seen >= (__u64)hf_stack_rate << r->period && r->period < HF_MAX_WEIGHT_LOG2) {
+		r->left = 0;
+	} else if (unlikely(r->seen >= (__u64)hf_stack_rate << r->period && r->period < HF_MAX_WEIGHT_LOG2)) {
 		r->period++;
+		r->left = 0;
+	}
+	if (!r->left) {
+		r->random = r->random * 6364136223846793005ULL + 1442695040888963407ULL;
+		r->left = 1U << r->period;
+		r->take = r->random >> 33 & (r->left - 1);
 	}
 	r->seen++;
-	r->random = r->random * 6364136223846793005ULL + 1442695040888963407ULL;
-	if (!(r->random >> 33 & ((1ULL << r->period) - 1))) {
+	if (--r->left == r->take) {
 		s->sampled = 1;
 		s->weight = r->period;
 	}
+}
+
+/* Draws whether the stack of the bio's submitter is taken; its key then, else 0. */
+static __always_inline __u64 draw_bio(struct hf_block_places *e, struct bio *bio)
+{
+	struct hf_block_request s = {.start = bpf_ktime_get_ns()};
+	struct hf_drawn d = {};
+	__u64 key = (__u64)bio;
+
+	/* What was not met again is of an earlier use of the bio. */
+	if (unlikely(hf_drawn))
+		forget_drawn(key);
+	draw(e, &s, operation(bio->bi_opf & REQ_OP_MASK));
+	if (!s.sampled)
+		return 0;
+	d.start = s.start;
+	d.weight = s.weight;
+	if (bpf_map_update_elem(&hf_block_drawn, &key, &d, BPF_NOEXIST)) {
+		struct hf_counters *c = hf_counters();
+
+		if (c)
+			c->dropped[HF_DROP_RING_FULL] += 1U << s.weight;
+		return 0;
+	}
+	__sync_fetch_and_add(&hf_drawn, 1);
+	return sample_key(&s);
 }
 
 /* Takes the stack of the current task for a request that was drawn. */

@@ -169,18 +169,18 @@ func (b *Block) Wait(ctx context.Context, d time.Duration) error {
 var errNoStacks = errors.New("block I/O is not sampled")
 
 // HasStacks tells whether requests are sampled: BlockConfig asked for it, and the kernel
-// has block_io_start.
+// has block_io_start, or block_getrq, which is before it and does not see passthrough.
 func (b *Block) HasStacks() bool { return b.stacks != nil }
 
 // StackLosses is what is missing in the samples, by weight; an entry for each reason.
 func (b *Block) StackLosses() (map[DropReason]uint64, error) {
-	s, err := b.stats()
+	dropped, err := b.Dropped()
 	if err != nil || b.stacks == nil {
 		return nil, err
 	}
 	return map[DropReason]uint64{
-		DropRingFull: s.Dropped[DropRingFull],
-		DropNoRing:   s.Dropped[DropNoRing],
+		DropRingFull: dropped[DropRingFull],
+		DropNoRing:   dropped[DropNoRing],
 		DropNoEnd:    b.stacks.evicted.Load(),
 	}, nil
 }

@@ -137,6 +137,7 @@ const (
 const (
 	blockMapHfBlockCells          = "hf_block_cells"
 	blockMapHfBlockDev            = "hf_block_dev"
+	blockMapHfBlockDrawn          = "hf_block_drawn"
 	blockMapHfBlockQueue          = "hf_block_queue"
 	blockMapHfBlockRates          = "hf_block_rates"
 	blockMapHfBlockState          = "hf_block_state"
@@ -155,6 +156,7 @@ const (
 	blockMapHfWalks               = "hf_walks"
 	blockProgHfBlockAbsorb        = "hf_block_absorb"
 	blockProgHfBlockBack          = "hf_block_back"
+	blockProgHfBlockBio           = "hf_block_bio"
 	blockProgHfBlockDisk          = "hf_block_disk"
 	blockProgHfBlockDone          = "hf_block_done"
 	blockProgHfBlockFront         = "hf_block_front"
@@ -164,12 +166,15 @@ const (
 	blockProgHfBlockStart         = "hf_block_start"
 	blockProgHfCgroupRmdir        = "hf_cgroup_rmdir"
 	blockVarHfAddressMask         = "hf_address_mask"
+	blockVarHfBioStart            = "hf_bio_start"
+	blockVarHfBlkcgRoot           = "hf_blkcg_root"
 	blockVarHfBlkioV1             = "hf_blkio_v1"
 	blockVarHfByContainer         = "hf_by_container"
 	blockVarHfCgroupV1            = "hf_cgroup_v1"
 	blockVarHfCopyStacks          = "hf_copy_stacks"
 	blockVarHfDiskSeen            = "hf_disk_seen"
 	blockVarHfDisks               = "hf_disks"
+	blockVarHfDrawn               = "hf_drawn"
 	blockVarHfExportArea          = "hf_export_area"
 	blockVarHfExportCause         = "hf_export_cause"
 	blockVarHfExportDrop          = "hf_export_drop"
@@ -245,6 +250,7 @@ type blockSpecs struct {
 type blockProgramSpecs struct {
 	HfBlockAbsorb  *ebpf.ProgramSpec `ebpf:"hf_block_absorb"`
 	HfBlockBack    *ebpf.ProgramSpec `ebpf:"hf_block_back"`
+	HfBlockBio     *ebpf.ProgramSpec `ebpf:"hf_block_bio"`
 	HfBlockDisk    *ebpf.ProgramSpec `ebpf:"hf_block_disk"`
 	HfBlockDone    *ebpf.ProgramSpec `ebpf:"hf_block_done"`
 	HfBlockFront   *ebpf.ProgramSpec `ebpf:"hf_block_front"`
@@ -261,6 +267,7 @@ type blockProgramSpecs struct {
 type blockMapSpecs struct {
 	HfBlockCells *ebpf.MapSpec `ebpf:"hf_block_cells"`
 	HfBlockDev   *ebpf.MapSpec `ebpf:"hf_block_dev"`
+	HfBlockDrawn *ebpf.MapSpec `ebpf:"hf_block_drawn"`
 	HfBlockQueue *ebpf.MapSpec `ebpf:"hf_block_queue"`
 	HfBlockRates *ebpf.MapSpec `ebpf:"hf_block_rates"`
 	HfBlockState *ebpf.MapSpec `ebpf:"hf_block_state"`
@@ -284,12 +291,15 @@ type blockMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type blockVariableSpecs struct {
 	HfAddressMask         *ebpf.VariableSpec `ebpf:"hf_address_mask"`
+	HfBioStart            *ebpf.VariableSpec `ebpf:"hf_bio_start"`
+	HfBlkcgRoot           *ebpf.VariableSpec `ebpf:"hf_blkcg_root"`
 	HfBlkioV1             *ebpf.VariableSpec `ebpf:"hf_blkio_v1"`
 	HfByContainer         *ebpf.VariableSpec `ebpf:"hf_by_container"`
 	HfCgroupV1            *ebpf.VariableSpec `ebpf:"hf_cgroup_v1"`
 	HfCopyStacks          *ebpf.VariableSpec `ebpf:"hf_copy_stacks"`
 	HfDiskSeen            *ebpf.VariableSpec `ebpf:"hf_disk_seen"`
 	HfDisks               *ebpf.VariableSpec `ebpf:"hf_disks"`
+	HfDrawn               *ebpf.VariableSpec `ebpf:"hf_drawn"`
 	HfExportArea          *ebpf.VariableSpec `ebpf:"hf_export_area"`
 	HfExportCause         *ebpf.VariableSpec `ebpf:"hf_export_cause"`
 	HfExportDrop          *ebpf.VariableSpec `ebpf:"hf_export_drop"`
@@ -343,6 +353,7 @@ func (o *blockObjects) Close() error {
 type blockMaps struct {
 	HfBlockCells *ebpf.Map `ebpf:"hf_block_cells"`
 	HfBlockDev   *ebpf.Map `ebpf:"hf_block_dev"`
+	HfBlockDrawn *ebpf.Map `ebpf:"hf_block_drawn"`
 	HfBlockQueue *ebpf.Map `ebpf:"hf_block_queue"`
 	HfBlockRates *ebpf.Map `ebpf:"hf_block_rates"`
 	HfBlockState *ebpf.Map `ebpf:"hf_block_state"`
@@ -365,6 +376,7 @@ func (m *blockMaps) Close() error {
 	return _BlockClose(
 		m.HfBlockCells,
 		m.HfBlockDev,
+		m.HfBlockDrawn,
 		m.HfBlockQueue,
 		m.HfBlockRates,
 		m.HfBlockState,
@@ -389,12 +401,15 @@ func (m *blockMaps) Close() error {
 // It can be passed to loadBlockObjects or ebpf.CollectionSpec.LoadAndAssign.
 type blockVariables struct {
 	HfAddressMask         *ebpf.Variable `ebpf:"hf_address_mask"`
+	HfBioStart            *ebpf.Variable `ebpf:"hf_bio_start"`
+	HfBlkcgRoot           *ebpf.Variable `ebpf:"hf_blkcg_root"`
 	HfBlkioV1             *ebpf.Variable `ebpf:"hf_blkio_v1"`
 	HfByContainer         *ebpf.Variable `ebpf:"hf_by_container"`
 	HfCgroupV1            *ebpf.Variable `ebpf:"hf_cgroup_v1"`
 	HfCopyStacks          *ebpf.Variable `ebpf:"hf_copy_stacks"`
 	HfDiskSeen            *ebpf.Variable `ebpf:"hf_disk_seen"`
 	HfDisks               *ebpf.Variable `ebpf:"hf_disks"`
+	HfDrawn               *ebpf.Variable `ebpf:"hf_drawn"`
 	HfExportArea          *ebpf.Variable `ebpf:"hf_export_area"`
 	HfExportCause         *ebpf.Variable `ebpf:"hf_export_cause"`
 	HfExportDrop          *ebpf.Variable `ebpf:"hf_export_drop"`
@@ -432,6 +447,7 @@ type blockVariables struct {
 type blockPrograms struct {
 	HfBlockAbsorb  *ebpf.Program `ebpf:"hf_block_absorb"`
 	HfBlockBack    *ebpf.Program `ebpf:"hf_block_back"`
+	HfBlockBio     *ebpf.Program `ebpf:"hf_block_bio"`
 	HfBlockDisk    *ebpf.Program `ebpf:"hf_block_disk"`
 	HfBlockDone    *ebpf.Program `ebpf:"hf_block_done"`
 	HfBlockFront   *ebpf.Program `ebpf:"hf_block_front"`
@@ -446,6 +462,7 @@ func (p *blockPrograms) Close() error {
 	return _BlockClose(
 		p.HfBlockAbsorb,
 		p.HfBlockBack,
+		p.HfBlockBio,
 		p.HfBlockDisk,
 		p.HfBlockDone,
 		p.HfBlockFront,

@@ -79,20 +79,21 @@ type object struct {
 	reasons  []DropReason
 }
 
-func (o *object) stats() (Stats, error) {
+// counted reads the object's own counters: the runs of its programs, and the rest.
+func (o *object) counted() (runs []uint64, s Stats, err error) {
 	m := o.coll.Maps[cpuMapHfCount]
 	if m == nil {
-		return Stats{}, errors.New("read counters: no counter map")
+		return nil, s, errors.New("read counters: no counter map")
 	}
 	var perCPU []cpuHfCounters
 	if err := m.Lookup(uint32(0), &perCPU); err != nil {
-		return Stats{}, fmt.Errorf("read counters: %w", err)
+		return nil, s, fmt.Errorf("read counters: %w", err)
 	}
-	s := Stats{Dropped: make(map[DropReason]uint64, len(o.reasons))}
+	s.Dropped = make(map[DropReason]uint64, len(o.reasons))
 	for _, r := range o.reasons {
 		s.Dropped[r] = 0
 	}
-	runs := make([]uint64, len(o.programs))
+	runs = make([]uint64, len(o.programs))
 	for _, c := range perCPU {
 		s.Delivered += c.Delivered
 		for r, n := range c.Dropped {
@@ -103,6 +104,21 @@ func (o *object) stats() (Stats, error) {
 		for i := range runs {
 			runs[i] += c.Runs[i]
 		}
+	}
+	return runs, s, nil
+}
+
+// Dropped is what the object lost, an entry for each reason that there is. It costs far less
+// than all of the statistics.
+func (o *object) Dropped() (map[DropReason]uint64, error) {
+	_, s, err := o.counted()
+	return s.Dropped, err
+}
+
+func (o *object) stats() (Stats, error) {
+	runs, s, err := o.counted()
+	if err != nil {
+		return s, err
 	}
 	for i, name := range o.programs {
 		ps := ProgramStats{Name: name, Runs: runs[i]}

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -29,6 +30,15 @@ type tracepointCounter []int
 // at which a thread of process 1 is current if hidden is true.
 func countTracepoint(t *testing.T, name string, hidden bool) tracepointCounter {
 	t.Helper()
+	id := tracepointID(t, name)
+	if !hidden {
+		return openTracepoint(t, id, "")
+	}
+	return openTracepoint(t, id, ofProcess1(t))
+}
+
+func tracepointID(t *testing.T, name string) uint64 {
+	t.Helper()
 	const tracefs = "/sys/kernel/tracing"
 	file := filepath.Join(tracefs, "events", name, "id")
 	b, err := os.ReadFile(file)
@@ -45,16 +55,34 @@ func countTracepoint(t *testing.T, name string, hidden bool) tracepointCounter {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var filter []string
-	if hidden {
-		threads, err := os.ReadDir("/proc/1/task")
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, thread := range threads {
-			filter = append(filter, "common_pid=="+thread.Name())
-		}
+	return id
+}
+
+// hiddenCompletions counts the completions of a disk that run no program.
+func hiddenCompletions(t *testing.T, device string) tracepointCounter {
+	t.Helper()
+	major, minor := numberOf(t, device)
+	// The kernel's own encoding of a dev_t.
+	return openTracepoint(t, tracepointID(t, "block/block_rq_complete"),
+		fmt.Sprintf("dev==%d && (%s)", major<<20|minor, ofProcess1(t)))
+}
+
+// ofProcess1 is the filter of what happens while a thread of process 1 is current.
+func ofProcess1(t *testing.T) string {
+	t.Helper()
+	threads, err := os.ReadDir("/proc/1/task")
+	if err != nil {
+		t.Fatal(err)
 	}
+	var filter []string
+	for _, thread := range threads {
+		filter = append(filter, "common_pid=="+thread.Name())
+	}
+	return strings.Join(filter, "||")
+}
+
+func openTracepoint(t *testing.T, id uint64, filter string) tracepointCounter {
+	t.Helper()
 	cpus, err := OnlineCPUs()
 	if err != nil {
 		t.Fatal(err)
@@ -65,12 +93,12 @@ func countTracepoint(t *testing.T, name string, hidden bool) tracepointCounter {
 			Type: unix.PERF_TYPE_TRACEPOINT, Config: id, Size: uint32(unix.PERF_ATTR_SIZE_VER5),
 		}, -1, cpu, -1, unix.PERF_FLAG_FD_CLOEXEC)
 		if err != nil {
-			t.Fatalf("count %s: %v", name, err)
+			t.Fatalf("count tracepoint %d: %v", id, err)
 		}
 		t.Cleanup(func() { unix.Close(fd) })
-		if filter != nil {
-			if err := unix.IoctlSetString(fd, unix.PERF_EVENT_IOC_SET_FILTER, strings.Join(filter, "||")); err != nil {
-				t.Fatalf("count %s of process 1: %v", name, err)
+		if filter != "" {
+			if err := unix.IoctlSetString(fd, unix.PERF_EVENT_IOC_SET_FILTER, filter); err != nil {
+				t.Fatalf("count with filter %s: %v", filter, err)
 			}
 		}
 		c = append(c, fd)

@@ -105,6 +105,26 @@ func (c *cgroup) add(t *testing.T, l *workload) {
 	c.set(t, "cgroup.procs", strconv.Itoa(l.cmd.Process.Pid))
 }
 
+// settled returns when the threads of workloads have been switched in a few times, by the
+// kernel's books: an emulated CPU stands still for seconds now and then.
+func settled(t *testing.T, loads ...*workload) {
+	t.Helper()
+	for _, l := range loads {
+		arrivals := func() (n uint64) {
+			for _, tid := range threads(t, l.cmd.Process.Pid) {
+				n += readSchedstat(t, l.cmd.Process.Pid, tid).arrivals
+			}
+			return n
+		}
+		before := arrivals()
+		for end := time.Now().Add(20 * time.Second); arrivals() < before+3; time.Sleep(50 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("threads of %s were switched in %d times in 20 s", l.cmd, arrivals()-before)
+			}
+		}
+	}
+}
+
 // growth returns what containers counted while something was done.
 func growth(t *testing.T, s *Sched, what func(), names ...string) map[string]SchedContainer {
 	t.Helper()
@@ -124,7 +144,8 @@ func growth(t *testing.T, s *Sched, what func(), names ...string) map[string]Sch
 	for _, name := range names {
 		c, ok := grown[name]
 		if !ok {
-			t.Fatalf("no container %s", name)
+			entries, err := s.books.slots.all()
+			t.Fatalf("no container %s; known are %+v, %v", name, entries, err)
 		}
 		t.Logf("%s: %d waits, %v, by cause %v, by container %v; preempted %v", name, c.Latency.Count(),
 			time.Duration(c.Latency.Sum), durations(c.DelayNanos[:]), c.DelayedBy, c.Preempted)
@@ -239,7 +260,7 @@ func TestSchedCauseQuota(t *testing.T) {
 		g.quota(t, 20*time.Millisecond)
 		l := startWorkload(t, kerneltest.BuildProgram(t, "known"), lastCPU(t), "busy", "1")
 		g.add(t, l)
-		time.Sleep(300 * time.Millisecond)
+		settled(t, l)
 		throttled := g.throttled(t)
 		c := growth(t, s, forAWhile, g.name)[g.name]
 		throttled = g.throttled(t) - throttled
@@ -261,7 +282,7 @@ func TestSchedCauseOwn(t *testing.T) {
 		g := newCgroup(t, "own").heavy(t)
 		l := startWorkload(t, kerneltest.BuildProgram(t, "known"), lastCPU(t), "busy", "2")
 		g.add(t, l)
-		time.Sleep(300 * time.Millisecond)
+		settled(t, l)
 		c := growth(t, s, forAWhile, g.name)[g.name]
 		checkParts(t, c)
 		checkShare(t, c, CauseOwn, 0.9)
@@ -315,7 +336,7 @@ func TestSchedCauseSharedQuota(t *testing.T) {
 		g.quota(t, 30*time.Millisecond)
 		l := startWorkload(t, kerneltest.BuildProgram(t, "known"), lastCPU(t), "busy", "4")
 		g.add(t, l)
-		time.Sleep(300 * time.Millisecond)
+		settled(t, l)
 		throttled := g.throttled(t)
 		c := growth(t, s, func() { time.Sleep(2 * causesFor) }, g.name)[g.name]
 		throttled = g.throttled(t) - throttled
@@ -347,7 +368,7 @@ func TestSchedCauseOther(t *testing.T) {
 			loads[i] = startWorkload(t, known, lastCPU(t), "busy", "1")
 			groups[i].add(t, loads[i])
 		}
-		time.Sleep(300 * time.Millisecond)
+		settled(t, loads[:]...)
 		for i := range groups {
 			_, before[i] = switchOuts(t, loads[i])
 		}

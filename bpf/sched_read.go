@@ -13,6 +13,7 @@ import (
 
 	"github.com/cilium/ebpf"
 
+	"github.com/hostflame/hostflame/internal/beat"
 	"github.com/hostflame/hostflame/internal/histogram"
 )
 
@@ -258,13 +259,11 @@ func sum(cells []uint64) (n uint64) {
 
 // tend names the containers that come until ctx ends.
 func (s *Sched) tend(ctx context.Context) {
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case now := <-tick.C:
+		case now := <-time.After(beat.Until(time.Second)):
 			s.mu.Lock()
 			s.tendErr = s.books.slots.tend(now)
 			s.mu.Unlock()

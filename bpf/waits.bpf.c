@@ -178,8 +178,9 @@ int hf_wait_finish(struct pt_regs *ctx)
 static __always_inline __u32 hf_append_blocked(struct hf_walked *w, struct task_struct *task, __u32 used)
 {
 	struct hf_scratch *s = &w->scratch;
+	struct vm_area_struct *vma;
 	struct hf_frame *at;
-	__u64 start, size = HF_STACK_COPY;
+	__u64 start, end, size = HF_STACK_COPY;
 
 	s->head.user_outcome = HF_OUTCOME_BAD_STACK;
 	if (bpf_probe_read_kernel(&w->regs, sizeof(w->regs), (void *)bpf_task_pt_regs(task)))
@@ -193,7 +194,14 @@ static __always_inline __u32 hf_append_blocked(struct hf_walked *w, struct task_
 	if (used > sizeof(s->rest) - HF_STACK_COPY)
 		return used;
 	start = at->sp - HF_RED_ZONE;
-	/* The stack's end is not known here, and what lies behind it can not be read. */
+	/* What lies behind the end of the stack's mapping can not be read. The mapping can go
+	 * away, or its node be overwritten by a walk that interrupts this one. */
+	vma = (struct vm_area_struct *)hf_find_vma((__u64)BPF_CORE_READ(task, mm), at->sp);
+	if (vma && BPF_CORE_READ(vma, vm_start) <= at->sp) {
+		end = BPF_CORE_READ(vma, vm_end);
+		if (end > at->sp && end - start < size)
+			size = (end - start) & ~7ULL;
+	}
 	for (int i = 0; i < 4; i++) {
 		if (!bpf_copy_from_user_task(s->rest + used, size & (2 * HF_STACK_COPY - 1), (void *)start, task, 0)) {
 			s->head.user_outcome = HF_OUTCOME_NO_TABLE;

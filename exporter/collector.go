@@ -39,6 +39,7 @@ type Readers struct {
 	Runqueue RunqueueReader
 	Block    BlockReader
 	CPU      CPUReader
+	Symbols  SymbolsReader
 	Unwind   UnwindReader
 	Agent    AgentReader
 }
@@ -83,6 +84,9 @@ func NewCollector(r Readers, created time.Time, logger *slog.Logger) *Collector 
 	}
 	if r.Runqueue != nil {
 		add("runqueue", newRunqueueGroup(r.Runqueue, created))
+	}
+	if r.Symbols != nil {
+		add("symbols", newSymbolsGroup(r.Symbols, created))
 	}
 	if r.Unwind != nil {
 		add("unwind", newUnwindGroup(r.Unwind, created))

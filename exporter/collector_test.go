@@ -118,7 +118,7 @@ func TestFailingCollector(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want := map[string]float64{"agent": 1, "block": wantBlock, "cpu": 1, "runqueue": 1, "unwind": 1}
+		want := map[string]float64{"agent": 1, "block": wantBlock, "cpu": 1, "runqueue": 1, "symbols": 1, "unwind": 1}
 		if diff := cmp.Diff(want, success(families)); diff != "" {
 			t.Errorf("success (-want +got):\n%s", diff)
 		}

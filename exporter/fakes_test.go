@@ -92,6 +92,10 @@ type fakeUnwind Unwind
 
 func (f fakeUnwind) ReadUnwind() (Unwind, error) { return Unwind(f), nil }
 
+type fakeSymbols Symbols
+
+func (f fakeSymbols) ReadSymbols() Symbols { return Symbols(f) }
+
 type fakeAgent Agent
 
 func (f fakeAgent) ReadAgent() (Agent, error) { return Agent(f), nil }
@@ -150,6 +154,11 @@ func testReaders() Readers {
 		Unwind: fakeUnwind{
 			Tables: 101, Rows: 5_003, Memory: 1 << 20, MemoryLimit: 32 << 20, Evicted: 7, Made: 103,
 			CacheHits: 11, CacheErrors: 1, Finished: 13, Skipped: map[string]uint64{"register": 2},
+		},
+		Symbols: fakeSymbols{
+			Tables: 17, TableMemory: 3 << 20, TableLimit: 32 << 20, TablesEvicted: 5,
+			IndexesMade: 19, IndexesCached: 23, IndexesFailed: 2, IndexesWaiting: 3, UnitsSkipped: 29,
+			CacheBytes: 31 << 20, CacheLimit: 1 << 30, CacheEvicted: 37, CacheRefused: 1,
 		},
 		Agent: fakeAgent{
 			Samples: map[string]uint64{"cpu": 1009},

@@ -45,9 +45,6 @@ func (t *traces) hash(p *process, s *bpf.Sample) uint64 {
 	h.WriteByte(byte(len(s.Kernel)))
 	h.Write(addrBytes(s.Kernel))
 	h.Write(addrBytes(s.User))
-	for _, a := range s.Areas {
-		maphash.WriteComparable(&h, a)
-	}
 	return h.Sum64()
 }
 
@@ -101,10 +98,14 @@ func (t *traces) retain() {
 	}
 }
 
-// key is what samples must share to be one sample of a profile.
+// key is where to look for the samples that can be one sample of a profile.
 type key struct {
-	trace        *trace
-	tid          TID
+	trace *trace
+	tid   TID
+}
+
+// variant is what else samples must share for that.
+type variant struct {
 	comm, thread bpf.Comm
 	container    string
 	attributes   attributes
@@ -119,6 +120,7 @@ type row struct {
 	comm, thread string
 	container    string
 	labels       [maxLabels]string
+	last         uint64             // when the last of them was, boot clock, ns
 	count        uint64             // samples, by weight
 	values       [maxValues]uint64  // by the type's Values
 	numbers      [maxNumbers]uint64 // sums by weight, of the type's Numbers
@@ -127,18 +129,30 @@ type row struct {
 // aggregate merges the samples of one type, of a window or of a capture.
 type aggregate struct {
 	typ      *Type
-	limit    int // of rows
-	index    map[key]int
+	limit    int         // of rows
+	index    map[key]int // the last row of a key
 	rows     []row
-	traces   []*trace // of rows
+	sources  []source // of rows
 	samples  uint64
 	overflow row // what found no room
 }
 
-func newAggregate(t *Type, limit int) *aggregate {
-	a := &aggregate{typ: t, limit: limit, index: map[key]int{}, overflow: row{
-		stack: Stack{{Mapping: frameOverflow}}, comm: otherName, thread: otherName, container: otherName,
-	}}
+// source is what a row is made of.
+type source struct {
+	trace   *trace
+	variant variant
+	before  int // another row of the same key, or -1
+}
+
+// newAggregate makes an aggregate of at most limit rows, with room for some.
+func newAggregate(t *Type, limit, room int) *aggregate {
+	a := &aggregate{
+		typ: t, limit: limit,
+		index:    make(map[key]int, room),
+		rows:     make([]row, 0, room),
+		sources:  make([]source, 0, room),
+		overflow: row{stack: Stack{{Mapping: frameOverflow}}, comm: otherName, thread: otherName, container: otherName},
+	}
 	for i := range t.Labels {
 		a.overflow.labels[i] = otherName
 	}
@@ -152,20 +166,28 @@ func (a *aggregate) full() bool { return len(a.rows) >= a.limit }
 // sample was counted with its stack.
 func (a *aggregate) add(s *bpf.Sample, tr *trace, container string) bool {
 	a.samples += uint64(s.Weight)
-	k := key{tr, TID(s.TID), s.Comm, s.Thread, container, a.typ.attributes(s)}
-	i, ok := a.index[k]
-	if !ok && (tr == nil || a.full()) {
-		a.overflow.add(a.typ, s)
-		return false
-	}
+	k := key{tr, TID(s.TID)}
+	v := variant{s.Comm, s.Thread, container, a.typ.attributes(s)}
+	last, ok := a.index[k]
 	if !ok {
+		last = -1
+	}
+	i := last
+	for i >= 0 && a.sources[i].variant != v {
+		i = a.sources[i].before
+	}
+	if i < 0 {
+		if tr == nil || a.full() {
+			a.overflow.add(a.typ, s)
+			return false
+		}
 		i = len(a.rows)
 		a.index[k] = i
-		a.traces = append(a.traces, tr)
+		a.sources = append(a.sources, source{tr, v, last})
 		a.rows = append(a.rows, row{
 			pid: PID(s.PID), tid: k.tid,
 			comm: s.Comm.String(), thread: s.Thread.String(), container: container,
-			labels: k.attributes.labels,
+			labels: v.attributes.labels,
 		})
 	}
 	a.rows[i].add(a.typ, s)
@@ -173,6 +195,7 @@ func (a *aggregate) add(s *bpf.Sample, tr *trace, container string) bool {
 }
 
 func (r *row) add(t *Type, s *bpf.Sample) {
+	r.last = max(r.last, s.Time)
 	r.count += uint64(s.Weight)
 	for i := range t.Values {
 		r.values[i] += t.Values[i].Of(s)
@@ -184,20 +207,18 @@ func (r *row) add(t *Type, s *bpf.Sample) {
 
 // keepTraces marks the traces of a for traces.retain.
 func (a *aggregate) keepTraces() {
-	for _, tr := range a.traces {
-		tr.kept = true
+	for i := range a.sources {
+		a.sources[i].trace.kept = true
 	}
 }
 
-// snapshot returns the rows so far, in the order of their first samples.
-func (a *aggregate) snapshot() []row {
-	rows := make([]row, len(a.rows), len(a.rows)+1)
-	copy(rows, a.rows)
-	for i, tr := range a.traces {
-		rows[i].stack = tr.stack
+// result returns the rows so far, in the order of their first samples, until the next add.
+func (a *aggregate) result() []row {
+	for i := range a.sources {
+		a.rows[i].stack = a.sources[i].trace.stack
 	}
 	if a.overflow.count > 0 {
-		rows = append(rows, a.overflow)
+		return append(a.rows, a.overflow)
 	}
-	return rows
+	return a.rows
 }

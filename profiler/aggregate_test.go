@@ -40,7 +40,7 @@ var cpuType = CPU("", 99)
 
 // aggregated puts samples together as a window does. The memory of each is used again.
 func aggregated(table *processTable, limit int, samples ...bpf.Sample) *aggregate {
-	all, agg := newTraces(), newAggregate(&cpuType, limit)
+	all, agg := newTraces(), newAggregate(&cpuType, limit, 0)
 	for _, s := range samples {
 		s.Kernel, s.User = slices.Clone(s.Kernel), slices.Clone(s.User)
 		p := table.lookup(&s)
@@ -105,7 +105,7 @@ func testTable(t *testing.T) *processTable {
 func TestAggregate(t *testing.T) {
 	samples := testSamples()
 	agg := aggregated(testTable(t), 100, append(samples, samples...)...)
-	rows := agg.snapshot()
+	rows := agg.result()
 	if len(rows) != len(samples)-1 {
 		t.Errorf("%d rows for %d samples of which one is another's like", len(rows), len(samples))
 	}
@@ -126,7 +126,7 @@ func TestAggregate(t *testing.T) {
 func TestAggregateOverflow(t *testing.T) {
 	samples := testSamples()
 	agg := aggregated(testTable(t), 3, append(samples, samples...)...)
-	rows := agg.snapshot()
+	rows := agg.result()
 	if len(rows) != 4 {
 		t.Fatalf("%d rows, want 3 and the overflow", len(rows))
 	}

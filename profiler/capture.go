@@ -103,7 +103,7 @@ func newCapture(t *Type, r Request, limit int) (*capture, error) {
 		comms:      map[bpf.Comm]bool{},
 		containers: map[string]bool{},
 		duration:   r.Duration,
-		agg:        newAggregate(t, limit),
+		agg:        newAggregate(t, limit, 0),
 		done:       make(chan captured, 1),
 	}
 	for _, pid := range r.Filter.PIDs {
@@ -173,7 +173,7 @@ func (p *Profiler) endCaptures() {
 		}
 		p.completeLate(c.agg)
 		c.done <- captured{
-			rows: c.agg.snapshot(),
+			rows: c.agg.result(),
 			meta: p.meta(c.agg, c.start, now(), lossesSince(c.losses, p.losses()[c.typ])),
 		}
 		return true

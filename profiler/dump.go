@@ -16,7 +16,7 @@ func (p *Profiler) Dump(w io.Writer) error {
 	if err := p.do(func() {
 		p.processes.write(&b)
 		for _, agg := range p.window.aggs {
-			writeRows(&b, agg.typ, agg.snapshot())
+			writeRows(&b, agg.typ, agg.result())
 		}
 		close(done)
 	}); err != nil {

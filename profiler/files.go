@@ -4,6 +4,7 @@ package profiler
 
 import (
 	"os"
+	"strconv"
 	"strings"
 
 	"github.com/hostflame/hostflame/bpf"
@@ -62,6 +63,11 @@ func (t *fileTable) vdso() *program {
 	f := &program{path: "[vdso]", object: o}
 	t.put(bpf.VDSO, f)
 	return f
+}
+
+// rootsOf are the directories below which files that a process speaks of are looked for.
+func rootsOf(pid PID) []string {
+	return []string{"/proc/" + strconv.FormatUint(uint64(pid), 10) + "/root", "/"}
 }
 
 // openFile looks at the file of a mapping. The error is why it could not be opened, which may
@@ -139,16 +145,16 @@ func (t *processTable) resolveArea(p *process, id bpf.Area) *area {
 		}
 		t.files.put(id.File, f)
 	}
-	a.use(f, t.perfMap(p))
+	t.use(p, a, f)
 	return a
 }
 
-// use makes a a mapping of f.
-func (a *area) use(f *program, m *symbolizer.PerfMap) {
+// use makes an area of p a mapping of f.
+func (t *processTable) use(p *process, a *area, f *program) {
 	switch {
 	case f.object != nil && a.useObject(f.object, f.path):
 	case f.jit, f.object != nil:
-		a.usePerfMap(m, f.path)
+		a.usePerfMap(t.perfMap(p), f.path)
 	default:
 		a.useRaw(f.path)
 	}

@@ -29,7 +29,9 @@ type MappingEvents interface {
 // as well. /proc is read once for each process that was there before the events, and where
 // events were lost or do not tell everything. Its methods may be called from any goroutine.
 type eventMappings struct {
-	events MappingEvents
+	events    MappingEvents
+	following context.Context // ends with the events, or with run
+	interrupt context.CancelFunc
 
 	mu      sync.Mutex
 	procfs  *procfs
@@ -65,6 +67,7 @@ const (
 // goes on with it. The events must be told already. At most limit processes are known.
 func newEventMappings(events MappingEvents, procfs *procfs, limit int) (*eventMappings, error) {
 	m := &eventMappings{events: events, procfs: procfs}
+	m.following, m.interrupt = context.WithCancel(context.Background())
 	m.lives = newLives(limit, func(pid PID) (reading, error) { return procfs.readProcess(pid, 0) }, procfs.intern)
 	var err error
 	if m.initial, err = procfs.pids(); err != nil {
@@ -77,28 +80,40 @@ func newEventMappings(events MappingEvents, procfs *procfs, limit int) (*eventMa
 	return m, m.broken
 }
 
-// run drains the events on time until ctx ends, or they do.
+// run drains the events that can not wait for catchUp, and learns what is left of the initial
+// processes, until ctx ends or the events do.
 func (m *eventMappings) run(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, m.interrupt)
+	defer stop()
 	for {
-		d := drainInterval
+		d := asLongAsItTakes
 		m.mu.Lock()
 		if len(m.initial) > 0 {
 			d = initialBudget // the other half of the time
 		}
 		m.mu.Unlock()
-		err := m.events.Wait(ctx, d)
+		err := m.events.Wait(m.following, d)
 		if ctx.Err() != nil {
 			return nil
 		}
 		m.mu.Lock()
 		m.drain()
 		m.learnInitial()
-		err = errors.Join(err, m.broken)
+		if m.broken != nil {
+			err = m.broken
+		}
 		m.mu.Unlock()
 		if err != nil {
 			return fmt.Errorf("follow mappings: %w", err)
 		}
 	}
+}
+
+// catchUp takes in the events until now.
+func (m *eventMappings) catchUp() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.drain()
 }
 
 // drain takes in the events until now.
@@ -109,6 +124,7 @@ func (m *eventMappings) drain() {
 	until, err := m.events.Drain(m.lives.apply)
 	if err != nil {
 		m.broken = err
+		m.interrupt()
 		return
 	}
 	m.until = until

@@ -168,7 +168,7 @@ func (t *processTable) unfinished(s *bpf.Sample) *unfinished {
 	} else {
 		t.update(p, s)
 	}
-	u := &unfinished{sample: s, pid: p.id.pid, rest: p.areas}
+	u := &unfinished{sample: s, image: p.id, rest: p.areas}
 	for _, a := range s.Areas {
 		sa := sampledArea{Area: a}
 		if t.areaOf(p, a) != nil {
@@ -297,7 +297,7 @@ func (t *processTable) resolve(p *process, a *area) {
 		a.retry = t.now().Add(retryInterval)
 		return
 	}
-	a.use(f, t.perfMap(p))
+	t.use(p, a, f)
 }
 
 func (t *processTable) perfMap(p *process) *symbolizer.PerfMap {

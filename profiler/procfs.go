@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/hostflame/hostflame/bpf"
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 // vma is one executable mapping of a process.
@@ -326,19 +327,13 @@ func (p *procfs) rootOf(pid PID) string {
 // openMapped opens the file that a process has mapped from start to end, if it is that of v.
 func (p *procfs) openMapped(pid PID, start, end uint64, v vma) (*os.File, error) {
 	path := fmt.Sprintf("%s/%d/map_files/%x-%x", p.root, pid, start, end)
-	return openRegular(unix.AT_FDCWD, path, &unix.OpenHow{Flags: unix.O_PATH}, v.isMapped)
+	return elffile.OpenRegular(unix.AT_FDCWD, path, 0, v.isMapped)
 }
 
 // openIn opens the path of a mapping under a root directory, never outside of it, if the
 // file there is that of the mapping.
 func openIn(root string, v vma) (*os.File, error) {
-	dir, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", root, err)
-	}
-	defer unix.Close(dir)
-	path := strings.TrimSuffix(v.path, deletedSuffix)
-	return openRegular(dir, path, &unix.OpenHow{Flags: unix.O_PATH, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS}, v.isNamed)
+	return elffile.OpenBelow(root, strings.TrimSuffix(v.path, deletedSuffix), v.isNamed)
 }
 
 // isMapped tells whether a file that is mapped where v was can be that of v. A file system
@@ -361,30 +356,4 @@ func (v *vma) isNamed(st *unix.Stat_t) bool {
 	}
 	// Overlay can have the number of the layer in the high bits.
 	return uint32(st.Ino) == uint32(v.inode)
-}
-
-// openRegular opens a file that turns out to be regular, and to be the one that is meant.
-// Nothing but a regular file is opened for reading, as that can have effects.
-func openRegular(dir int, path string, how *unix.OpenHow, meant func(*unix.Stat_t) bool) (*os.File, error) {
-	how.Flags |= unix.O_CLOEXEC
-	fd, err := unix.Openat2(dir, path, how)
-	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", path, err)
-	}
-	defer unix.Close(fd)
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return nil, fmt.Errorf("stat %s: %w", path, err)
-	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return nil, fmt.Errorf("open %s: not a regular file", path)
-	}
-	if !meant(&st) {
-		return nil, fmt.Errorf("open %s: %w: another file is there now", path, fs.ErrNotExist)
-	}
-	f, err := os.OpenFile("/proc/self/fd/"+strconv.Itoa(fd), os.O_RDONLY, 0)
-	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", path, err)
-	}
-	return f, nil
 }

@@ -5,9 +5,10 @@
 // hands out pprof profiles by window and on demand.
 //
 // Processes are gone soon, so what only a living process can tell (its mappings, its
-// files, its cgroup) is asked when a sample of it is drained; names are looked up when a
-// window closes. A sample of which something could not be found out is delivered all the
-// same, with a frame that says what is missing, and counted by outcome.
+// files, its cgroup) is asked when a sample of it is drained, and the tables of names are
+// read soon after that; names are looked up when somebody asks for a profile. A sample of
+// which something could not be found out is delivered all the same, with a frame that says
+// what is missing, and counted by outcome.
 package profiler
 
 import (
@@ -24,11 +25,13 @@ import (
 	"github.com/google/pprof/profile"
 
 	"github.com/hostflame/hostflame/bpf"
+	"github.com/hostflame/hostflame/internal/beat"
 	"github.com/hostflame/hostflame/profiler/unwind"
 	"github.com/hostflame/hostflame/symbolizer"
 )
 
-// Source delivers kernel samples. *bpf.CPU is one. A profiler calls it from one goroutine.
+// Source delivers kernel samples. *bpf.CPU is one. A profiler calls each method from one
+// goroutine.
 type Source interface {
 	// Drain hands every sample that is there to fn. The sample is valid during the call only.
 	Drain(fn func(*bpf.Sample)) error
@@ -112,7 +115,9 @@ func (c *Config) setDefaults() error {
 const (
 	// drainInterval is the longest time that samples wait in the kernel.
 	drainInterval = 250 * time.Millisecond
-	firstSecond   = time.Second
+	// asLongAsItTakes is for waits that only a ring that fills up ends.
+	asLongAsItTakes = time.Hour
+	firstSecond     = time.Second
 	// lastSymbols bounds the symbolizing of the last window, so that the agent ends soon.
 	lastSymbols = 2 * time.Second
 	// settleWithin is what the end of a window or a capture waits for stacks that are
@@ -140,6 +145,8 @@ type Profiler struct {
 	fresh       []Stack    // made since they were last handed to warming
 	warming     chan []Stack
 	closing     chan closedWindow
+	urgent      chan error      // a source can not wait, or can not tell
+	poked       chan struct{}   // something is pending; takes one
 	drainErrors []atomic.Uint64 // by feed
 	newest      atomic.Pointer[Window]
 	ready       atomic.Bool
@@ -147,8 +154,7 @@ type Profiler struct {
 	mu          sync.Mutex
 	started     time.Duration // boot time of Run
 	state       runState
-	wake        context.CancelFunc // ends the wait under way
-	pending     []func()           // for the draining goroutine, after its next drain
+	pending     []func() // for the draining goroutine, after its next drain
 	subscribers []func(*Window)
 }
 
@@ -185,8 +191,8 @@ func NewProfile(typ string, pp *profile.Profile, samples uint64, lost map[string
 	return Profile{typ, samples, lost, func() (*profile.Profile, error) { return pp, nil }}
 }
 
-// Pprof returns the pprof profile, which is shared. It is made when it is first asked for:
-// nobody looks at most windows.
+// Pprof returns the pprof profile, which is shared. It is made when it is first asked for,
+// as nobody looks at most windows: the names are those that there are then.
 func (p *Profile) Pprof() (*profile.Profile, error) { return p.pprof() }
 
 // Of returns the profile of a type, by name, nil if w has none.
@@ -206,7 +212,7 @@ type window struct {
 	aggs   []*aggregate        // by type
 }
 
-// closedWindow is one that is to be symbolized and published.
+// closedWindow is one that is to be published.
 type closedWindow struct {
 	start, end instant
 	parts      []closedProfile
@@ -250,6 +256,8 @@ func New(cfg Config) (*Profiler, error) {
 		drainErrors: make([]atomic.Uint64, len(cfg.Feeds)),
 		warming:     make(chan []Stack, 1),
 		closing:     make(chan closedWindow, 1),
+		urgent:      make(chan error),
+		poked:       make(chan struct{}, 1),
 	}
 	if cfg.Tables != nil {
 		if p.unwinder, err = newUnwinder(&cfg, source); err != nil {
@@ -293,6 +301,9 @@ func (p *Profiler) Run(ctx context.Context) error {
 	}
 	follow, stop := context.WithCancel(ctx)
 	defer stop()
+	for _, f := range p.cfg.Feeds {
+		others.Go(func() { p.watch(follow, f.Source) })
+	}
 	if p.told != nil {
 		others.Go(func() {
 			if err := p.told.run(follow); err != nil {
@@ -394,6 +405,9 @@ func (p *Profiler) observe(last bool) {
 
 // drain takes what all sources have.
 func (p *Profiler) drain() error {
+	if p.told != nil {
+		p.told.catchUp()
+	}
 	var errs []error
 	for i := range p.cfg.Feeds {
 		if err := p.cfg.Feeds[i].Source.Drain(p.take); err != nil {
@@ -423,10 +437,11 @@ func (p *Profiler) settle() {
 
 // wait waits until a drain is due.
 func (p *Profiler) wait(ctx context.Context) error {
-	d := drainInterval
+	every := drainInterval
 	if bootTime() < p.started+firstSecond {
-		d /= 10 // whoever starts the agent wants to see that it works
+		every /= 10 // whoever starts the agent wants to see that it works
 	}
+	d := beat.Until(every)
 	// A window that is due already waits for the one before to be published.
 	if left := p.window.start.boot + p.cfg.Window - bootTime(); left > 0 {
 		d = min(d, left)
@@ -434,37 +449,31 @@ func (p *Profiler) wait(ctx context.Context) error {
 	for _, c := range p.captures {
 		d = min(d, c.end()-bootTime())
 	}
-	wait, cancel := context.WithCancel(ctx)
-	defer cancel()
-	p.mu.Lock()
-	p.wake = cancel
-	if len(p.pending) > 0 {
-		cancel()
-	}
-	p.mu.Unlock()
-	if err := p.waitForSource(wait, max(d, 0)); wait.Err() == nil {
+	t := time.NewTimer(max(d, 0))
+	defer t.Stop()
+	select {
+	case err := <-p.urgent:
 		return err
+	case <-p.poked:
+	case <-t.C:
+	case <-ctx.Done():
 	}
 	return nil
 }
 
-// waitForSource returns when a source can not wait any more, after d, or when ctx ends.
-func (p *Profiler) waitForSource(ctx context.Context, d time.Duration) error {
-	if len(p.cfg.Feeds) == 1 {
-		return p.cfg.Feeds[0].Source.Wait(ctx, d)
+// watch tells when a source can not wait for the next drain.
+func (p *Profiler) watch(ctx context.Context, s Source) {
+	for {
+		err := s.Wait(ctx, asLongAsItTakes)
+		if ctx.Err() != nil {
+			return
+		}
+		select {
+		case p.urgent <- err:
+		case <-ctx.Done():
+			return
+		}
 	}
-	all, cancel := context.WithCancel(ctx)
-	defer cancel()
-	woken := make(chan error)
-	for i := range p.cfg.Feeds {
-		go func() { woken <- p.cfg.Feeds[i].Source.Wait(all, d) }()
-	}
-	err := <-woken // that of the others is that they were called off
-	cancel()
-	for range len(p.cfg.Feeds) - 1 {
-		<-woken
-	}
-	return err
 }
 
 // pause keeps a source that fails at once from being asked all the time.
@@ -513,8 +522,9 @@ func (p *Profiler) do(fn func()) error {
 		return errEnded
 	}
 	p.pending = append(p.pending, fn)
-	if p.wake != nil {
-		p.wake()
+	select {
+	case p.poked <- struct{}{}:
+	default:
 	}
 	return nil
 }
@@ -585,9 +595,14 @@ func (p *Profiler) trace(s *bpf.Sample) *trace {
 
 // openWindow begins a window at the end of the one before.
 func (p *Profiler) openWindow(at instant) {
+	last := p.window
 	p.window = &window{start: at, losses: p.losses()}
 	for i := range p.types {
-		p.window.aggs = append(p.window.aggs, newAggregate(&p.types[i], p.cfg.MaxStacks))
+		room := 0 // for as much as the last window had
+		if last != nil {
+			room = len(last.aggs[i].rows)
+		}
+		p.window.aggs = append(p.window.aggs, newAggregate(&p.types[i], p.cfg.MaxStacks, room))
 	}
 }
 
@@ -602,13 +617,12 @@ func (p *Profiler) closeWindow(deadline time.Time) closedWindow {
 	c := closedWindow{start: w.start, end: at, deadline: deadline}
 	for i, agg := range w.aggs {
 		c.parts = append(c.parts, closedProfile{
-			rows: agg.snapshot(),
+			rows: agg.result(),
 			meta: p.meta(agg, w.start, at, lossesSince(w.losses[i], p.window.losses[i])),
 		})
 		// The next window will see most of these stacks again.
 		agg.keepTraces()
 	}
-	p.fresh = nil // these are looked up now
 	for _, running := range p.captures {
 		running.agg.keepTraces()
 	}
@@ -618,7 +632,8 @@ func (p *Profiler) closeWindow(deadline time.Time) closedWindow {
 
 // completeLate gives the stacks of a what was learned of their processes since.
 func (p *Profiler) completeLate(a *aggregate) {
-	for _, tr := range a.traces {
+	for i := range a.sources {
+		tr := a.sources[i].trace
 		if tr.whole {
 			continue
 		}
@@ -639,15 +654,13 @@ func (p *Profiler) meta(a *aggregate, start, end instant, lost map[string]uint64
 	}
 }
 
-// publish symbolizes a window and hands it out.
+// publish hands a window out.
 func (p *Profiler) publish(c closedWindow) {
 	w := &Window{Start: c.start.wall, End: c.start.wall.Add(c.end.boot - c.start.boot)}
 	for _, part := range c.parts {
-		found, late := p.symbols.lookup(part.rows, c.deadline) // the processes may be gone soon
-		part.meta.late = late
 		w.Profiles = append(w.Profiles, Profile{
 			Type: part.meta.typ.Name, Samples: part.meta.samples, Lost: part.meta.lost,
-			pprof: sync.OnceValues(func() (*profile.Profile, error) { return buildProfile(part.rows, found, part.meta) }),
+			pprof: sync.OnceValues(func() (*profile.Profile, error) { return p.profile(part.rows, part.meta, c.deadline) }),
 		})
 	}
 	p.newest.Store(w)

@@ -3,6 +3,7 @@
 package profiler
 
 import (
+	"slices"
 	"sync"
 	"time"
 
@@ -55,10 +56,18 @@ func newSymbols(s *symbolizer.Symbolizer) *symbols {
 	return &symbols{symbolizer: s, young: map[symbolKey]symbolizer.Result{}}
 }
 
+// jitCode is where JIT code was. Other code can come to its place: an address is called what
+// was there when the last of its samples was taken.
+type jitCode struct {
+	perfMap *symbolizer.PerfMap
+	addr    uint64
+}
+
 // job is the question to one resolver, and its answer.
 type job struct {
 	resolver any
 	addrs    []uint64
+	at       []uint64 // when, boot clock, ns; of JIT code
 	results  []symbolizer.Result
 }
 
@@ -67,6 +76,7 @@ type job struct {
 // none. The look-ups that are under way then end on their own, and serve later ones.
 func (s *symbols) lookup(rows []row, deadline time.Time) (found names, late int) {
 	found = names{}
+	last := map[jitCode]uint64{}
 	for _, r := range rows {
 		for _, l := range r.stack {
 			k := l.Mapping.resolver()
@@ -77,9 +87,20 @@ func (s *symbols) lookup(rows []row, deadline time.Time) (found names, late int)
 				found[k] = map[Addr]symbolizer.Result{}
 			}
 			found[k][l.Addr] = symbolizer.Result{}
+			if m, ok := k.(*symbolizer.PerfMap); ok {
+				c := jitCode{m, uint64(l.Addr)}
+				last[c] = max(last[c], r.last)
+			}
 		}
 	}
 	jobs := s.remembered(found)
+	for _, j := range jobs {
+		if m, ok := j.resolver.(*symbolizer.PerfMap); ok {
+			for _, addr := range j.addrs {
+				j.at = append(j.at, last[jitCode{m, addr}])
+			}
+		}
+	}
 	answers := make(chan *job, len(jobs))
 	work := make(chan *job, len(jobs))
 	for _, j := range jobs {
@@ -139,6 +160,7 @@ func (s *symbols) remembered(found names) []*job {
 			j.addrs = append(j.addrs, uint64(addr))
 		}
 		if len(j.addrs) > 0 {
+			slices.Sort(j.addrs) // what is near is read at once
 			jobs = append(jobs, j)
 		}
 	}
@@ -150,11 +172,17 @@ func (s *symbols) remembered(found names) []*job {
 // map of a process can be gone by then.
 func (s *symbols) warm(stacks []Stack) {
 	wanted := names{}
+	s.mu.Lock()
 	for _, stack := range stacks {
 		for _, l := range stack {
 			k := l.Mapping.resolver()
 			if k == nil || k == kernelMapping && s.kernelLoaded {
 				continue
+			}
+			if object := l.Mapping.object; object != nil {
+				if _, ok := s.get(symbolKey{object, uint64(l.Addr)}); ok {
+					continue
+				}
 			}
 			if wanted[k] == nil {
 				wanted[k] = map[Addr]symbolizer.Result{}
@@ -162,6 +190,7 @@ func (s *symbols) warm(stacks []Stack) {
 			wanted[k][l.Addr] = symbolizer.Result{}
 		}
 	}
+	s.mu.Unlock()
 	for _, j := range s.remembered(wanted) {
 		s.ask(j)
 		s.kernelLoaded = s.kernelLoaded || j.resolver == kernelMapping
@@ -174,7 +203,7 @@ func (s *symbols) ask(j *job) {
 		j.results = r.Symbolize(j.addrs)
 		s.remember(r, j)
 	case *symbolizer.PerfMap:
-		j.results = r.Symbolize(j.addrs)
+		j.results = r.SymbolizeAt(j.addrs, j.at)
 	default:
 		j.results = s.symbolizer.Kernel(j.addrs)
 	}

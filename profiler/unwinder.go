@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/hostflame/hostflame/bpf"
+	"github.com/hostflame/hostflame/internal/elffile"
 	"github.com/hostflame/hostflame/profiler/unwind"
 	"github.com/hostflame/hostflame/symbolizer"
 )
@@ -42,6 +43,7 @@ type unwinder struct {
 	walker *unwind.Walker
 	files  generations[*symbolizer.Object, *unwind.File]
 	made   generations[madeKey, *unwind.Region]
+	opened generations[openedKey, openedFile]
 	failed map[bpf.TableKey]failure
 
 	cacheFailing bool
@@ -63,10 +65,21 @@ type madeKey struct {
 	region uint32
 }
 
+type openedKey struct {
+	image imageID
+	vma   vma
+}
+
+// openedFile is what the file of a mapping is, or when to try again to open it.
+type openedFile struct {
+	program *program // nil: it did not open
+	retry   time.Time
+}
+
 // unfinished is a sample whose walk is to go on, and the code of its process.
 type unfinished struct {
 	sample *bpf.Sample
-	pid    PID
+	image  imageID
 	areas  []sampledArea // that the sample itself tells of
 	rest   []area        // by address; only what is read-only of them
 }
@@ -83,6 +96,8 @@ const (
 	// maxUnwindFiles and maxMadeRegions bound each of two generations; a region is some 30 KB.
 	maxUnwindFiles = 128
 	maxMadeRegions = 128
+	// maxOpenedFiles likewise.
+	maxOpenedFiles = 512
 	// smallFile is how many regions a file may have for all of them to be made at once.
 	smallFile = 16
 )
@@ -104,7 +119,7 @@ func newUnwinder(cfg *Config, source mappingSource) (*unwinder, error) {
 		failed: map[bpf.TableKey]failure{},
 		stats:  UnwindStats{Skipped: map[string]uint64{}},
 	}
-	u.files.limit, u.made.limit = maxUnwindFiles, maxMadeRegions
+	u.files.limit, u.made.limit, u.opened.limit = maxUnwindFiles, maxMadeRegions, maxOpenedFiles
 	return u, nil
 }
 
@@ -208,7 +223,7 @@ func (u *unwinder) lookup(job *unfinished, addr uint64) (r *unwind.Region, offse
 	for i := range job.areas {
 		if a := &job.areas[i]; addr >= a.Start && addr < a.End {
 			offset = addr - a.Start + a.Offset
-			return u.region(job.pid, a.program, a.File, bpf.RegionOf(offset)), offset, true
+			return u.region(job.image.pid, a.program, a.File, bpf.RegionOf(offset)), offset, true
 		}
 	}
 	i := sort.Search(len(job.rest), func(i int) bool { return job.rest[i].end > addr })
@@ -220,11 +235,26 @@ func (u *unwinder) lookup(job *unfinished, addr uint64) (r *unwind.Region, offse
 	if v.inode == 0 {
 		return nil, offset, true
 	}
-	p, err := openFile(u.symbols, u.source, job.pid, *v)
-	if err != nil {
+	p := u.open(job.image, v)
+	if p == nil {
 		return nil, offset, true
 	}
-	return u.region(job.pid, p, fileOf(p.object), bpf.RegionOf(offset)), offset, true
+	return u.region(job.image.pid, p, fileOf(p.object), bpf.RegionOf(offset)), offset, true
+}
+
+// open returns what a mapping of an image is of, nil where its file does not open.
+func (u *unwinder) open(image imageID, v *vma) *program {
+	key := openedKey{image, *v}
+	f, ok := u.opened.get(key)
+	if ok && (f.program != nil || time.Now().Before(f.retry)) {
+		return f.program
+	}
+	p, err := openFile(u.symbols, u.source, image.pid, *v)
+	if err != nil {
+		p = nil
+	}
+	u.opened.put(key, openedFile{p, time.Now().Add(retryInterval)})
+	return p
 }
 
 // fileOf is what the kernel calls the file of an object, on most file systems.
@@ -359,7 +389,7 @@ func (u *unwinder) file(pid PID, p *program) (*unwind.File, error) {
 	c := p.object.Content()
 	f, err := unwind.Open(c, c.Size(), func(buildID, link string, crc uint32) (io.ReaderAt, int64, error) {
 		// The file is closed when nothing refers to it any more.
-		return openDebugFile(pid, p.path, buildID, link, crc)
+		return elffile.OpenDebugFile(rootsOf(pid), p.path, buildID, link, crc)
 	})
 	if errors.Is(err, unwind.ErrNotELF) || errors.Is(err, unwind.ErrUnsupported) {
 		f, err = nil, nil

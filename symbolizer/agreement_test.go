@@ -16,6 +16,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 const judgeLLVM = "llvm-symbolizer-19"
@@ -378,7 +380,7 @@ func TestAgreesWithLLVM(t *testing.T) {
 func debianLibc(t testing.TB) compiled {
 	const path = "/lib/x86_64-linux-gnu/libc.so.6"
 	o := openObject(t, newSymbolizer(t, Config{}), path)
-	debug := buildIDPath(o.BuildID())
+	debug := elffile.BuildIDPath(o.BuildID())
 	if _, err := os.Stat(debug); err != nil {
 		t.Fatalf("Debian's libc6-dbg is needed: %v", err)
 	}

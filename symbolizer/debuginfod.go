@@ -83,7 +83,7 @@ func (f *fetcher) close() {
 // request starts to look for a debug file, or joins who does; nil where there is nobody to
 // ask. What was not there is not asked for again for an hour.
 func (f *fetcher) request(id string) *fetch {
-	if len(f.cfg.URLs) == 0 || f.cache == nil || buildIDPath(id) == "" {
+	if len(f.cfg.URLs) == 0 || f.cache == nil || elffile.BuildIDPath(id) == "" {
 		return nil
 	}
 	f.mu.Lock()

@@ -131,6 +131,35 @@ func sizeless(syms []nmSymbol, names map[string]bool) bool {
 	return true
 }
 
+// TestFoldedFunctions: what a linker has made one function of is told.
+func TestFoldedFunctions(t *testing.T) {
+	const folded = `
+__attribute__((noinline)) int second_of_two(int x) { return x * 77 + 3; }
+__attribute__((noinline)) int first_of_two(int x) { return x * 77 + 3; }
+__attribute__((noinline)) int another(int x) { return x * 78 + 3; }
+int main(int c, char **v) { return first_of_two(c) + second_of_two(c + 1) + another(c + 2); }
+`
+	path := buildC(t, folded, "-O2", "-g", "-fno-ipa-icf", "-ffunction-sections", "-fuse-ld=gold", "-Wl,--icf=all")
+	addrs := map[string]uint64{}
+	for _, s := range nmText(t, path) {
+		addrs[s.name] = s.addr
+	}
+	if addrs["first_of_two"] != addrs["second_of_two"] {
+		t.Fatal("the linker has not folded them")
+	}
+	o := openObject(t, newSymbolizer(t, Config{WaitForIndex: true}), path)
+	r := o.Symbolize([]uint64{addrs["first_of_two"], addrs["another"]})
+	if got := r[0].Lines[0].SystemName; got != "first_of_two" {
+		t.Errorf("%s, want first_of_two", got)
+	}
+	if got := o.Aliases(addrs["first_of_two"] + 1); !slices.Equal(got, []string{"second_of_two"}) {
+		t.Errorf("aliases %v, want second_of_two", got)
+	}
+	if got := o.Aliases(addrs["another"]); got != nil {
+		t.Errorf("aliases %v of a function that has none", got)
+	}
+}
+
 func TestChosenNames(t *testing.T) {
 	s := newSymbolizer(t, Config{})
 	o := openObject(t, s, buildC(t, cSource, "-O1"))

@@ -3,6 +3,8 @@
 package symbolizer
 
 import (
+	"cmp"
+	"slices"
 	"strings"
 
 	"github.com/hostflame/hostflame/internal/elffile"
@@ -11,15 +13,26 @@ import (
 
 const maxInlineDepth = 64
 
-// goTable finds functions, lines and inlined calls by a pclntab.
+// goTable finds functions, lines and inlined calls by a pclntab. What it has answered it
+// finds again without reading.
 type goTable struct {
 	*pclntab.Table
 
-	// What was asked for: by pc, and by offset.
-	lines        map[uint32][]Line
+	known        [][]goAnswer // by block of the table, sorted
 	names, files map[uint32]string
 	held         int64 // bytes of the three
 }
+
+// goAnswer is the answer for a piece of a function.
+type goAnswer struct {
+	goRange
+	lines []Line
+}
+
+// goRange is a range of offsets from the start of text.
+type goRange struct{ from, to uint64 }
+
+const goAnswerSize = 40 // bytes
 
 // loadGoTable finds the pclntab of a Go binary. Reason no_symbols: it is not one.
 func loadGoTable(m *elffile.Image, secs []elffile.Section) (*goTable, error) {
@@ -27,7 +40,15 @@ func loadGoTable(m *elffile.Image, secs []elffile.Section) (*goTable, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &goTable{Table: t, lines: map[uint32][]Line{}, names: map[uint32]string{}, files: map[uint32]string{}}, nil
+	g := &goTable{Table: t}
+	g.forget()
+	return g, nil
+}
+
+func (g *goTable) forget() {
+	g.known = make([][]goAnswer, g.Blocks())
+	g.names, g.files = map[uint32]string{}, map[uint32]string{}
+	g.held = int64(len(g.known)) * 24
 }
 
 // lookup returns the functions at addr: the calls that the compiler inlined there,
@@ -38,85 +59,95 @@ func (g *goTable) lookup(addr uint64) ([]Line, error) {
 		return nil, nil
 	}
 	pc := uint32(addr - g.Text)
-	if lines := g.lines[pc]; lines != nil {
-		return lines, nil
+	block := g.Block(pc)
+	if block < 0 {
+		return nil, errorf(ReasonNotFound, "before the first function")
 	}
-	lines, err := g.linesAt(pc)
+	i, _ := slices.BinarySearchFunc(g.known[block], uint64(pc), func(a goAnswer, pc uint64) int { return cmp.Compare(a.to, pc+1) })
+	if i < len(g.known[block]) && uint64(pc) >= g.known[block][i].from {
+		return g.known[block][i].lines, nil
+	}
+	a, err := g.read(pc)
 	if err != nil {
 		return nil, err
 	}
 	if g.held > maxHeldNames {
 		g.forget()
+		i = 0
 	}
-	g.lines[pc] = lines
-	g.held += 64 + int64(cap(lines))*lineBytes
-	return lines, nil
+	g.known[block] = slices.Insert(g.known[block], i, a)
+	g.held += goAnswerSize + int64(cap(a.lines))*lineBytes
+	return a.lines, nil
 }
 
-func (g *goTable) forget() {
-	clear(g.lines)
-	clear(g.names)
-	clear(g.files)
-	g.held = 0
-}
-
-func (g *goTable) linesAt(pc uint32) ([]Line, error) {
-	entry, record, err := g.Find(pc)
+// read reads the functions at pc, and how far around it the answer is the same.
+func (g *goTable) read(pc uint32) (a goAnswer, err error) {
+	entry, end, record, err := g.Find(pc)
 	if err != nil {
-		return nil, err
+		return a, err
 	}
+	a.goRange = goRange{uint64(entry), uint64(end)}
 	f, err := g.Func(entry, record)
 	if err != nil {
-		return nil, err
+		return a, err
 	}
 	if err := g.ReadInline(&f); err != nil {
-		return nil, err
+		return a, err
 	}
-	lines := make([]Line, 0, 1)
-	inlined := int32(-1)
+	a.lines = make([]Line, 0, 1)
+	inlined, same := int32(-1), &a.goRange
 	for f.InlineIndex != 0 {
-		inlined, err = g.Value(f.InlineIndex, f.Entry, pc)
+		inlined, err = g.value(f.InlineIndex, &f, pc, same)
 		if err != nil {
-			return nil, err
+			return a, err
 		}
-		if inlined < 0 || len(lines) == maxInlineDepth {
+		if inlined < 0 || len(a.lines) == maxInlineDepth {
 			break
 		}
 		call, err := g.InlinedCall(&f, inlined)
 		if err != nil {
 			break // the function itself is still right
 		}
-		line, err := g.line(&f, call.Name, pc)
+		line, err := g.line(&f, call.Name, pc, same)
 		if err != nil {
-			return nil, err
+			return a, err
 		}
 		line.StartLine = int64(max(call.StartLine, 0))
-		lines = append(lines, line)
-		pc = f.Entry + call.ParentPC
+		a.lines = append(a.lines, line)
+		// The callers are the same wherever the innermost is.
+		pc, same = f.Entry+call.ParentPC, new(goRange)
 	}
-	line, err := g.line(&f, f.Name, pc)
+	line, err := g.line(&f, f.Name, pc, same)
 	if err != nil {
-		return nil, err
+		return a, err
 	}
 	if inlined >= 0 {
 		line.File, line.Line = "", 0
 	}
 	line.StartLine = int64(max(f.StartLine, 0))
-	return append(lines, line), nil
+	a.lines = append(a.lines, line)
+	return a, nil
+}
+
+// value is the value of one of f's tables at pc; same is cut to where it is that.
+func (g *goTable) value(table uint32, f *pclntab.Func, pc uint32, same *goRange) (int32, error) {
+	v, from, to, err := g.Value(table, f.Entry, pc)
+	same.from, same.to = max(same.from, from), min(same.to, to)
+	return v, err
 }
 
 // line describes a function of which the instruction at pc is part, by name offset.
-func (g *goTable) line(f *pclntab.Func, name, pc uint32) (Line, error) {
+func (g *goTable) line(f *pclntab.Func, name, pc uint32, same *goRange) (Line, error) {
 	n, err := g.funcName(name)
 	if err != nil {
 		return Line{}, err
 	}
 	l := Line{Function: goDisplayName(n), SystemName: n}
-	line, err := g.Value(f.Line, f.Entry, pc)
+	line, err := g.value(f.Line, f, pc, same)
 	if err != nil {
 		return Line{}, err
 	}
-	file, err := g.Value(f.File, f.Entry, pc)
+	file, err := g.value(f.File, f, pc, same)
 	if err != nil {
 		return Line{}, err
 	}

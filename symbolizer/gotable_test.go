@@ -5,7 +5,6 @@ package symbolizer
 import (
 	"bufio"
 	"bytes"
-	"flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -13,7 +12,6 @@ import (
 	"path/filepath"
 	"reflect"
 	"regexp"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -258,47 +256,6 @@ func withoutSections(t testing.TB, path string) string {
 	return out
 }
 
-//go:noinline
-func outermost(pcs []uintptr) int { return middlemost(pcs) }
-
-func middlemost(pcs []uintptr) int { return innermost(pcs) + len(pcs)/1000 }
-
-func innermost(pcs []uintptr) int { return runtime.Callers(1, pcs) }
-
-// TestGoAgreesWithRuntime walks the test's own stack: the runtime expands the inlined
-// calls of a stack itself.
-func TestGoAgreesWithRuntime(t *testing.T) {
-	pcs := make([]uintptr, 64)
-	pcs = pcs[:outermost(pcs)]
-	var want []goFrame
-	for fs := runtime.CallersFrames(pcs); ; {
-		f, more := fs.Next()
-		want = append(want, goFrame{goName(f.Function), f.File, int64(f.Line)})
-		if !more {
-			break
-		}
-	}
-	o := openObject(t, newSymbolizer(t, Config{}), "/proc/self/exe")
-	// One physical frame for each function that is not inlined: the first pc is in the
-	// innermost function, and those after it are return addresses.
-	var got []goFrame
-	var physical []uint64
-	for i, pc := range pcs {
-		if i == 0 || runtime.FuncForPC(pcs[i-1]-1).Entry() != runtime.FuncForPC(pc-1).Entry() {
-			physical = append(physical, selfAddress(t, o, uint64(pc-1)))
-		}
-	}
-	for _, r := range o.Symbolize(physical) {
-		got = append(got, frames(r.Lines)...)
-	}
-	if !reflect.DeepEqual(got, want) {
-		t.Errorf("stack:\n%v\nruntime says\n%v", got, want)
-	}
-	if len(physical) >= len(want) {
-		t.Errorf("%d frames of %d functions: nothing was inlined", len(want), len(physical))
-	}
-}
-
 // selfAddress is the ELF address of an address in the test's own text.
 func selfAddress(t testing.TB, o *Object, addr uint64) uint64 {
 	t.Helper()
@@ -317,38 +274,4 @@ func selfAddress(t testing.TB, o *Object, addr uint64) uint64 {
 	}
 	t.Fatalf("no mapping of %#x", addr)
 	return 0
-}
-
-var goReleases = flag.Bool("go-releases", false, "build with each Go release in the module cache, and for arm64")
-
-// TestGoReleases builds with each Go release whose toolchain module is in the module
-// cache (GOTOOLCHAIN=go1.20.14 go version puts it there). It takes minutes.
-func TestGoReleases(t *testing.T) {
-	if !*goReleases {
-		t.Skip("without -go-releases; TestGoFormats has the formats")
-	}
-	cache := strings.TrimSpace(string(run(t, ".", nil, "go", "env", "GOMODCACHE")))
-	roots, err := filepath.Glob(filepath.Join(cache, "golang.org", "toolchain@v0.0.1-go1.*."+runtime.GOOS+"-"+runtime.GOARCH))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if len(roots) == 0 {
-		t.Fatal("no other Go releases in the module cache")
-	}
-	arm64 := build(t, "main.go", goSource, []string{"GO111MODULE=off", "GOFLAGS=", "GOARCH=arm64", "CGO_ENABLED=0"},
-		"go", "build", "-o", "OUT", "SRC")
-	t.Run("arm64", func(t *testing.T) { compareWithDWARF(t, arm64, arm64) })
-	for _, root := range roots {
-		t.Run(filepath.Base(root), func(t *testing.T) {
-			env := []string{"GOROOT=" + root, "GOTOOLCHAIN=local", "GO111MODULE=off", "GOFLAGS=", "CGO_ENABLED=0"}
-			at := func(flags ...string) string {
-				return build(t, "main.go", goSource, env,
-					slices.Concat([]string{root + "/bin/go", "build", "-o", "OUT"}, flags, []string{"SRC"})...)
-			}
-			plain, pie := at(), at("-buildmode=pie")
-			compareWithDWARF(t, plain, plain)
-			compareWithDWARF(t, at("-ldflags=-s -w"), plain)
-			compareWithDWARF(t, stripped(t, pie), pie)
-		})
-	}
 }

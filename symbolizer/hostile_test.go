@@ -3,14 +3,19 @@
 package symbolizer
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 	"unicode/utf8"
+
+	"github.com/klauspost/compress/zlib"
+	"github.com/klauspost/compress/zstd"
 
 	"github.com/hostflame/hostflame/internal/elffile"
 )
@@ -230,7 +235,7 @@ func TestHostileCounts(t *testing.T) {
 		"aliases":          symbolSpec(false, elffile.SHTSymtab, aliases...).bytes(),
 		"demangler's bomb": symbolSpec(false, elffile.SHTSymtab, specSymbol{"_Z1f" + bomb, 0x1100, 0x100, globalFunc, 1}).bytes(),
 		"demangler's depth": symbolSpec(false, elffile.SHTSymtab,
-			specSymbol{"_Z1f" + strings.Repeat("P", 2*maxName), 0x1000, 0x800, globalFunc, 1},
+			specSymbol{"_Z1f" + strings.Repeat("P", 1<<20), 0x1000, 0x800, globalFunc, 1},
 			specSymbol{"_Z1f" + strings.Repeat("P", maxName-20) + "i", 0x1800, 0x800, globalFunc, 1}).bytes(),
 	} {
 		within(t, 5*time.Second, name, func() {
@@ -238,6 +243,59 @@ func TestHostileCounts(t *testing.T) {
 			if heap > 8<<20 {
 				t.Errorf("%s: the heap grew by %d bytes", name, heap)
 			}
+		})
+	}
+}
+
+// TestHostileDebugInformation: what debug information holds costs no more than its lines. The
+// symbol table answers, the reason is kept, and neither memory nor disk is filled.
+func TestHostileDebugInformation(t *testing.T) {
+	compressed := func(typ uint32, size uint64, packed []byte) []byte {
+		w := words{}
+		w.u32(typ)
+		w.u32(0)
+		w.word(size)
+		w.word(1)
+		return append(w.Bytes(), packed...)
+	}
+	const size = 80 << 20
+	zeros := make([]byte, size)
+	var deflated bytes.Buffer
+	w := zlib.NewWriter(&deflated)
+	encoder, err := zstd.NewWriter(nil)
+	if _, err2 := w.Write(zeros); err != nil || err2 != nil || w.Close() != nil {
+		t.Fatal(err, err2)
+	}
+	zstandard := encoder.EncodeAll(zeros, nil)
+	for name, debug := range map[string]specSection{
+		"zlib bomb":            {data: compressed(1, size, deflated.Bytes()), flags: elffile.SHFCompressed},
+		"zstd bomb":            {data: compressed(2, size, zstandard), flags: elffile.SHFCompressed},
+		"bomb with a lie":      {data: compressed(2, 1<<20, zstandard), flags: elffile.SHFCompressed},
+		"more than there is":   {data: compressed(1, 1<<62, deflated.Bytes()), flags: elffile.SHFCompressed},
+		"a section of nothing": {size: 1 << 60},
+		"units of nothing":     {data: make([]byte, 8<<20)},
+		"all ones":             {data: bytes.Repeat([]byte{0xff}, 8<<20)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := symbolSpec(false, elffile.SHTSymtab, specSymbol{"f", 0x1100, 0x100, globalFunc, 1})
+			debug.name, debug.typ = ".debug_info", 1
+			e.sections = append(e.sections, debug, specSection{name: ".debug_abbrev", typ: 1, data: []byte{1, 0x11, 0, 0, 0, 0}})
+			path := filepath.Join(t.TempDir(), "out")
+			writeFile(t, path, string(e.bytes()))
+			temp := filepath.Join(t.TempDir(), "cache")
+			within(t, 20*time.Second, name, func() {
+				s := newSymbolizer(t, Config{Cache: openTestCache(t, temp, 64<<20), WaitForIndex: true})
+				heap := heapOf(func() {
+					if r := openObject(t, s, path).Symbolize([]uint64{0x1110})[0]; len(r.Lines) != 1 || r.Lines[0].Function != "f" {
+						t.Errorf("%+v, want f", r)
+					}
+				})
+				if st := s.Stats().Index; heap > 8<<20 || st.Failed != 1 && st.Bytes > 1<<20 {
+					t.Errorf("the heap grew by %d bytes; %+v", heap, st)
+				} else {
+					t.Logf("%+v", st)
+				}
+			})
 		})
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -45,9 +46,11 @@ func (c *Cache) indexes() *indexCache {
 }
 
 type indexCache struct {
-	path  string
-	quota int64
-	mu    sync.Mutex // of changes of the directory
+	path    string
+	quota   int64
+	bytes   atomic.Int64 // of the files, when they were last counted
+	evicted atomic.Int64 // files that made room for others
+	mu      sync.Mutex   // of changes of the directory
 }
 
 // OpenCache opens a directory of at most quota bytes, and makes it if there is none. It
@@ -172,13 +175,14 @@ func (c *indexCache) create() (*os.File, error) { return os.CreateTemp(c.path, n
 func (c *indexCache) discard(f *os.File) { _ = os.Remove(f.Name()) }
 
 // keep gives a file its name, and makes room for it.
-func (c *indexCache) keep(f *os.File, id index.Identity, version []byte) (evicted int, err error) {
+func (c *indexCache) keep(f *os.File, id index.Identity, version []byte) error {
 	if err := os.Rename(f.Name(), c.indexPath(id)); err != nil {
 		c.discard(f)
-		return 0, fmt.Errorf("keep index: %w", err)
+		return fmt.Errorf("keep index: %w", err)
 	}
 	c.link(id, version)
-	return c.trim()
+	_, err := c.trim()
+	return err
 }
 
 // trim removes the least recently used indexes over the quota, links that lead nowhere, and
@@ -223,6 +227,8 @@ func (c *indexCache) trim() (evicted int, err error) {
 		delete(kept, files[0].name)
 		files = files[1:]
 	}
+	c.bytes.Store(total)
+	c.evicted.Add(int64(evicted))
 	for _, e := range entries {
 		if !strings.HasSuffix(e.Name(), versionSuffix) {
 			continue

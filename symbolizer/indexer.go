@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -76,8 +77,10 @@ type IndexStats struct {
 	Input    int64         // bytes of debug sections that they were made of
 	Time     time.Duration // that making and loading took
 	Refused  int           // files in the cache directory that were damaged or of another binary
-	Evicted  int           // removed to stay within the quota
+	Evicted  int           // files of the cache directory removed to stay within the quota
 	LastFail error         // what was wrong with the last file that failed
+
+	CacheBytes, CacheLimit int64 // of the cache directory: bytes of its files, and its quota
 }
 
 func (x *indexer) init(cfg Config) {
@@ -97,8 +100,13 @@ func (x *indexer) close() {
 
 func (x *indexer) snapshot() IndexStats {
 	x.mu.Lock()
-	defer x.mu.Unlock()
-	return x.stats
+	st := x.stats
+	x.mu.Unlock()
+	if x.cache != nil {
+		st.Evicted = int(x.cache.evicted.Load())
+		st.CacheBytes, st.CacheLimit = x.cache.bytes.Load(), x.cache.quota
+	}
+	return st
 }
 
 // request queues an object. The result is settled later.
@@ -122,6 +130,10 @@ func (x *indexer) request(o *Object) *lineIndex {
 
 // run works the queue off.
 func (x *indexer) run() {
+	if x.background {
+		// What big units took is of no use until the next file.
+		defer debug.FreeOSMemory()
+	}
 	for {
 		x.mu.Lock()
 		if len(x.queue) == 0 {
@@ -141,7 +153,6 @@ func (x *indexer) run() {
 		s.Input += stats.input
 		s.Broken += stats.BrokenUnits
 		s.Refused += stats.refused
-		s.Evicted += stats.evicted
 		switch {
 		case err != nil:
 			s.Failed++
@@ -162,9 +173,9 @@ func (x *indexer) run() {
 
 type makeStats struct {
 	index.Stats
-	input            int64
-	loaded           bool
-	refused, evicted int
+	input   int64
+	loaded  bool
+	refused int
 }
 
 // make finds or builds the index of an object.
@@ -251,7 +262,7 @@ func (x *indexer) make(o *Object) (ix *index.Index, st makeStats, err error) {
 		return nil, st, err
 	}
 	if x.cache != nil {
-		if st.evicted, err = x.cache.keep(file, id, versions); err != nil {
+		if err = x.cache.keep(file, id, versions); err != nil {
 			return nil, st, err
 		}
 	}

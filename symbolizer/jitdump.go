@@ -4,30 +4,55 @@ package symbolizer
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"io"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/hostflame/hostflame/internal/elffile"
 	"github.com/hostflame/hostflame/internal/overlap"
 )
 
 // A jitdump (Linux, tools/perf/Documentation/jitdump-specification.txt) is what some JIT
-// compilers write instead of a perf map: records of code that was made, with its bytes, and
-// of code that moved. They map the file executable, which tells perf, and us, where it is.
+// compilers write instead of a perf map: records of code that was made, when, with its lines
+// and its bytes, and of code that moved. They map the file executable, which tells perf, and
+// us, where it is.
 const (
 	jitMagic      = 0x4a695444
 	jitHeader     = 40
+	jitFlags      = 32 // where in the header
+	jitOwnClock   = 1  // of the flags: times are of the CPU's counter
 	jitRecord     = 16 // header of a record
 	jitLoadSize   = jitRecord + 40
 	jitMoveSize   = jitRecord + 48
+	jitLinesSize  = jitRecord + 16
+	jitLineSize   = 16 // without the file's name
 	jitLoad       = 0
 	jitMove       = 1
+	jitLines      = 2
 	maxJITRecord  = 64 << 20
 	maxJITRecords = 1 << 20 // read in one call; the rest in the next
+	maxJITLines   = 1 << 20 // bytes of the lines of a piece of code
+	jitCodeBytes  = 40
+	jitLineBytes  = 12
 )
 
-// readJIT reads the records between what was read and size into t. As in a perf map the
-// later record wins: what is read is what was made up to now.
+// jitCode is code that was made, or came to a new place.
+type jitCode struct {
+	start      uint64
+	size, name uint32 // where the name starts in names
+	made       uint64 // ns of the dump's clock
+	line       uint32 // the first of its lines
+	lines      uint32
+}
+
+// jitLine says from which byte of a piece of code on a line holds.
+type jitLine struct{ off, file, line uint32 }
+
+// readJIT reads the records between what was read and size into t.
 func (t *perfTable) readJIT(r io.ReaderAt, size int64) error {
 	if t.full {
 		return nil
@@ -40,6 +65,7 @@ func (t *perfTable) readJIT(r io.ReaderAt, size int64) error {
 		got, err := r.ReadAt(b[:n], off)
 		return got == n && (err == nil || err == io.EOF)
 	}
+	word := func(i int) uint64 { return binary.LittleEndian.Uint64(b[i:]) }
 	if t.off == 0 {
 		if !read(0, jitHeader) {
 			return nil
@@ -53,14 +79,14 @@ func (t *perfTable) readJIT(r io.ReaderAt, size int64) error {
 			t.full = true
 			return errorf(ReasonMalformed, "jitdump with a header of %d bytes", header)
 		}
-		t.off = header
+		t.off, t.timeless = header, word(jitFlags)&jitOwnClock != 0
 	}
 	var spans []overlap.Span
 	for range maxJITRecords {
 		if !read(t.off, jitRecord) {
 			break
 		}
-		id, total := binary.LittleEndian.Uint32(b[:]), int64(binary.LittleEndian.Uint32(b[4:]))
+		id, total, made := binary.LittleEndian.Uint32(b[:]), int64(binary.LittleEndian.Uint32(b[4:])), word(8)
 		if total < jitRecord || total > maxJITRecord {
 			t.full = true // what comes after it can not be found
 			break
@@ -70,25 +96,188 @@ func (t *perfTable) readJIT(r io.ReaderAt, size int64) error {
 		}
 		switch {
 		case id == jitLoad && total >= jitLoadSize && read(t.off, jitLoadSize):
-			start, length := binary.LittleEndian.Uint64(b[jitRecord+16:]), binary.LittleEndian.Uint64(b[jitRecord+24:])
-			spans = t.addCode(spans, start, length, t.jitName(r, t.off+jitLoadSize, t.off+total))
+			c := jitCode{start: word(jitRecord + 16), made: made}
+			length := word(jitRecord + 24)
+			if at := t.linesOf; at == c.start {
+				c.line = t.nextLine
+				c.lines = uint32(len(t.jitLines)) - c.line
+			}
+			t.nextLine = uint32(len(t.jitLines))
+			if at, ok := t.addName(t.jitName(r, t.off+jitLoadSize, t.off+total)); ok {
+				c.name = at
+				spans = t.addJITCode(spans, c, length)
+			}
 		case id == jitMove && total >= jitMoveSize && read(t.off, jitMoveSize):
-			from, to := binary.LittleEndian.Uint64(b[jitRecord+16:]), binary.LittleEndian.Uint64(b[jitRecord+24:])
-			length := binary.LittleEndian.Uint64(b[jitRecord+32:])
+			from, to, length := word(jitRecord+16), word(jitRecord+24), word(jitRecord+32)
 			t.merge(spans)
 			spans = nil
-			if name, ok := t.nameAt(from); ok {
-				spans = t.addCode(spans, to, length, bytes.Clone(name))
+			if number, ok := t.rowAt(from); ok {
+				c := t.codes[number]
+				c.start, c.made = to, made
+				spans = t.addJITCode(spans, c, length)
 			}
+		case id == jitLines && total >= jitLinesSize && read(t.off, jitLinesSize):
+			t.readLines(r, word(jitRecord), t.off+jitLinesSize, t.off+total)
 		}
 		t.off += total
 		if t.bytes()+int64(len(spans))*24 > t.limit {
-			t.full = true
-			break
+			t.merge(spans)
+			spans = nil
+			if t.forgetReplaced(); t.bytes() > t.limit/2 {
+				t.full = true
+				break
+			}
 		}
 	}
 	t.merge(spans)
 	return nil
+}
+
+// addJITCode adds code by its number.
+func (t *perfTable) addJITCode(spans []overlap.Span, c jitCode, size uint64) []overlap.Span {
+	if size == 0 || size > 1<<32-1 || c.start+size < c.start || c.start+size > kernelHalf {
+		return spans
+	}
+	c.size = uint32(size)
+	t.codes = append(t.codes, c)
+	return append(spans, overlap.Span{Start: c.start, End: c.start + size, Name: uint32(len(t.codes) - 1)})
+}
+
+// readLines reads the lines of the code that the next record is to be of.
+func (t *perfTable) readLines(r io.ReaderAt, start uint64, off, end int64) {
+	t.jitLines = t.jitLines[:t.nextLine]
+	t.linesOf = start
+	b := make([]byte, min(end-off, maxJITLines))
+	if n, err := r.ReadAt(b, off); n < len(b) && err != io.EOF {
+		return
+	}
+	same := []byte{0xff} // the name before
+	file := uint32(0)
+	for len(b) > jitLineSize {
+		at, line := binary.LittleEndian.Uint64(b), binary.LittleEndian.Uint32(b[8:])
+		name, ended := elffile.CString(b[jitLineSize:])
+		if !ended {
+			break
+		}
+		if !bytes.Equal(name, same) && (file == 0 || !bytes.Equal(name, t.name(file))) {
+			var ok bool
+			if file, ok = t.addName(name); !ok {
+				break
+			}
+		}
+		b = b[jitLineSize+len(name)+1:]
+		if at >= start && at-start < 1<<32 {
+			t.jitLines = append(t.jitLines, jitLine{uint32(at - start), file, line})
+		}
+	}
+	slices.SortStableFunc(t.jitLines[t.nextLine:], func(a, b jitLine) int { return cmp.Compare(a.off, b.off) })
+}
+
+// rowAt is the name, or number of the code, of the newest row at an address.
+func (t *perfTable) rowAt(addr uint64) (uint32, bool) {
+	for _, rows := range [][]perfRow{t.newer, t.older} {
+		if i, ok := findRow(rows, addr); ok {
+			return rows[i].name, true
+		}
+	}
+	return 0, false
+}
+
+// codeAt is the code that was at an address at a time of the dump's clock; of code that was
+// only made later the first, as it is noted when it is ready. Time 0 is now.
+func (t *perfTable) codeAt(addr, at uint64) *jitCode {
+	number, ok := t.rowAt(addr)
+	if !ok {
+		return nil
+	}
+	found := &t.codes[number]
+	for i := int(number) - 1; i >= 0 && at != 0 && !t.timeless && found.made > at; i-- {
+		if c := &t.codes[i]; addr-c.start < uint64(c.size) {
+			found = c
+		}
+	}
+	return found
+}
+
+// lookupJIT answers from a jitdump.
+func (t *perfTable) lookupJIT(addr, at uint64) Result {
+	c := t.codeAt(addr, at)
+	if c == nil {
+		return t.unknown()
+	}
+	lines := t.linesOfName(c.name)
+	of := t.jitLines[c.line : c.line+c.lines]
+	i, found := slices.BinarySearchFunc(of, addr-c.start, func(l jitLine, off uint64) int { return cmp.Compare(uint64(l.off), off) })
+	if !found {
+		i--
+	}
+	if i < 0 {
+		return Result{Lines: lines}
+	}
+	for i+1 < len(of) && of[i+1].off == of[i].off {
+		i++ // the last one of an address counts
+	}
+	line := lines[0]
+	line.File, line.Line, line.StartLine = cleanName(string(t.name(of[i].file))), int64(of[i].line), int64(of[0].line)
+	return Result{Lines: []Line{line}}
+}
+
+// forgetReplaced drops code that other code has taken the place of, but for what samples that
+// are still to be named can have fallen into.
+func (t *perfTable) forgetReplaced() {
+	const kept = 2 * time.Minute
+	newest := uint64(0)
+	for _, c := range t.codes {
+		newest = max(newest, c.made)
+	}
+	live := make([]bool, len(t.codes))
+	for _, rows := range [][]perfRow{t.older, t.newer} {
+		for _, r := range rows {
+			live[r.name] = true
+		}
+	}
+	next := &perfTable{limit: t.limit}
+	renumbered := make([]uint32, len(t.codes))
+	moved := map[uint32]uint32{} // names
+	name := func(off uint32) uint32 {
+		to, ok := moved[off]
+		if !ok {
+			to, _ = next.addName(t.name(off))
+			moved[off] = to
+		}
+		return to
+	}
+	for i, c := range t.codes {
+		if !live[i] && newest-c.made > uint64(kept) {
+			continue
+		}
+		lines := t.jitLines[c.line : c.line+c.lines]
+		c.name, c.line = name(c.name), uint32(len(next.jitLines))
+		for _, l := range lines {
+			next.jitLines = append(next.jitLines, jitLine{l.off, name(l.file), l.line})
+		}
+		renumbered[i] = uint32(len(next.codes))
+		next.codes = append(next.codes, c)
+	}
+	for _, rows := range [][]perfRow{t.older, t.newer} {
+		for i := range rows {
+			rows[i].name = renumbered[rows[i].name]
+		}
+	}
+	t.codes, t.jitLines, t.names = next.codes, next.jitLines, next.names
+	t.nextLine, t.linesOf = uint32(len(t.jitLines)), 0
+	clear(t.lines)
+	t.held = 0
+}
+
+// suspended is by how much the clock of jitdumps (CLOCK_MONOTONIC) is behind the boot clock: it
+// stops in suspend. In ns.
+func suspended() uint64 {
+	var monotonic, boot unix.Timespec
+	// They fail for unknown clocks and bad pointers only.
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &monotonic)
+	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot)
+	return uint64(max(boot.Nano()-monotonic.Nano(), 0))
 }
 
 // jitName is the name of a record that begins at off.
@@ -104,14 +293,4 @@ func (t *perfTable) jitName(r io.ReaderAt, off, end int64) []byte {
 		}
 		b = make([]byte, min(end-off, maxName))
 	}
-}
-
-// nameAt is the name of the code at an address.
-func (t *perfTable) nameAt(addr uint64) ([]byte, bool) {
-	for _, rows := range [][]perfRow{t.newer, t.older} {
-		if i, ok := findRow(rows, addr); ok {
-			return t.name(rows[i].name), true
-		}
-	}
-	return nil, false
 }

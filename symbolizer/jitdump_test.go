@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -24,10 +25,12 @@ func newJITFile() jitFile {
 	return append(b, make([]byte, jitHeader-len(b))...)
 }
 
-func (f *jitFile) record(id uint32, body []byte) {
+func (f *jitFile) record(id uint32, body []byte) { f.recordAt(1, id, body) }
+
+func (f *jitFile) recordAt(time uint64, id uint32, body []byte) {
 	*f = binary.LittleEndian.AppendUint32(*f, id)
 	*f = binary.LittleEndian.AppendUint32(*f, uint32(jitRecord+len(body)))
-	*f = binary.LittleEndian.AppendUint64(*f, 1)
+	*f = binary.LittleEndian.AppendUint64(*f, time)
 	*f = append(*f, body...)
 }
 
@@ -39,8 +42,10 @@ func jitWords(values ...uint64) []byte {
 	return b
 }
 
-func (f *jitFile) load(addr, size uint64, name string) {
-	f.record(jitLoad, append(append(jitWords(addr, addr, size, 1), name+"\x00"...), make([]byte, size)...))
+func (f *jitFile) load(addr, size uint64, name string) { f.loadAt(1, addr, size, name) }
+
+func (f *jitFile) loadAt(time, addr, size uint64, name string) {
+	f.recordAt(time, jitLoad, append(append(jitWords(addr, addr, size, 1), name+"\x00"...), make([]byte, size)...))
 }
 
 func (f *jitFile) move(from, to, size uint64) { f.record(jitMove, jitWords(to, from, to, size, 1)) }
@@ -92,13 +97,109 @@ func TestJITDump(t *testing.T) {
 	check(0x7f0000004000, "last")
 }
 
+// lines notes the lines of the code that comes next: pairs of bytes from its start and a line.
+func (f *jitFile) lines(addr uint64, file string, pairs ...uint64) {
+	b := binary.LittleEndian.AppendUint64(nil, addr)
+	b = binary.LittleEndian.AppendUint64(b, uint64(len(pairs)/2))
+	for i := 0; i < len(pairs); i += 2 {
+		b = binary.LittleEndian.AppendUint64(b, addr+pairs[i])
+		b = binary.LittleEndian.AppendUint32(b, uint32(pairs[i+1]))
+		b = binary.LittleEndian.AppendUint32(b, 0)
+		b = append(append(b, file...), 0)
+		file = "\xff"
+	}
+	f.record(jitLines, b)
+}
+
+// readDump is the table of a jitdump of at most limit bytes.
+func readDump(t testing.TB, f jitFile, limit int64) *perfTable {
+	t.Helper()
+	p := newPerfTable(limit)
+	p.dump = true
+	if err := p.readJIT(bytes.NewReader(f), int64(len(f))); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// TestJITDumpTimes: what was where when, and on which line.
+func TestJITDumpTimes(t *testing.T) {
+	f := newJITFile()
+	f.lines(0x1000, "/app/add.js", 0, 3, 0x10, 4, 0x10, 5, 0x40, 9)
+	f.loadAt(100, 0x1000, 0x100, "add")
+	f.loadAt(100, 0x5000, 0x100, "other")
+	f.loadAt(200, 0x1000, 0x80, "sub")
+	f.lines(0x2000, "/app/mul.js", 0x20, 7)
+	f.loadAt(300, 0x1040, 0x100, "no lines of its own")
+	f.recordAt(400, jitMove, jitWords(0x6000, 0x1000, 0x6000, 0x40, 1))
+	f.lines(0x7000, "/app/moved.js", 8, 21)
+	f.loadAt(450, 0x7000, 0x20, "moves")
+	f.recordAt(500, jitMove, jitWords(0x8000, 0x7000, 0x8000, 0x20, 1))
+	p := readDump(t, f, 1<<20)
+	say := func(p *perfTable, addr, at uint64) string {
+		r := p.lookupJIT(addr, at)
+		checkResult(t, r)
+		if len(r.Lines) == 0 {
+			return string(r.Reason)
+		}
+		return fmt.Sprintf("%s %s:%d<%d", r.Lines[0].Function, r.Lines[0].File, r.Lines[0].Line, r.Lines[0].StartLine)
+	}
+	for _, tt := range []struct {
+		addr, at uint64
+		want     string
+	}{
+		{0x1000, 100, "add /app/add.js:3<3"}, {0x1000, 199, "add /app/add.js:3<3"}, {0x1010, 150, "add /app/add.js:5<3"}, {0x10ff, 150, "add /app/add.js:9<3"},
+		{0x1000, 200, "sub :0<0"}, {0x1000, 0, "sub :0<0"}, {0x1040, 250, "sub :0<0"}, {0x1090, 250, "add /app/add.js:9<3"},
+		{0x1040, 300, "no lines of its own :0<0"}, {0x1040, 0, "no lines of its own :0<0"},
+		{0x1000, 50, "add /app/add.js:3<3"}, // noted when it was ready
+		{0x6000, 0, "sub :0<0"}, {0x5000, 1, "other :0<0"}, {0x9000, 0, "not_found"},
+		{0x8008, 0, "moves /app/moved.js:21<21"}, {0x8007, 0, "moves :0<0"},
+	} {
+		if got := say(p, tt.addr, tt.at); got != tt.want {
+			t.Errorf("%#x at %d: %s, want %s", tt.addr, tt.at, got, tt.want)
+		}
+	}
+	// A counter of the CPU's own is no time.
+	f[jitFlags] = jitOwnClock
+	if got := say(readDump(t, f, 1<<20), 0x1000, 150); got != "sub :0<0" {
+		t.Errorf("%s, want what came last", got)
+	}
+}
+
+// TestJITDumpForever: a compiler that makes code anew and anew fills nothing, and what came
+// last has its name and line.
+func TestJITDumpForever(t *testing.T) {
+	f := newJITFile()
+	const second = uint64(time.Second)
+	for i := range uint64(20_000) {
+		f.lines(0x1000+i%7*64, fmt.Sprintf("/app/%d.js", i), 0, i+1)
+		f.loadAt(i*second, 0x1000+i%7*64, 64, fmt.Sprintf("function_%d", i))
+	}
+	p := readDump(t, f, 64<<10)
+	if p.full || p.bytes() > 64<<10 {
+		t.Errorf("full %v, %d bytes", p.full, p.bytes())
+	}
+	for i := uint64(20_000 - 7); i < 20_000; i++ {
+		r := p.lookupJIT(0x1000+i%7*64, 0)
+		if want := (Line{fmt.Sprintf("function_%d", i), fmt.Sprintf("function_%d", i), fmt.Sprintf("/app/%d.js", i), int64(i + 1), int64(i + 1)}); len(r.Lines) != 1 || r.Lines[0] != want {
+			t.Errorf("%+v, want %+v", r, want)
+		}
+	}
+	if r := p.lookupJIT(0x1000, 19_990*second); len(r.Lines) != 1 || r.Lines[0].Function != "function_19985" {
+		t.Errorf("%+v, want what was there ten seconds ago", r)
+	}
+}
+
 func FuzzJITDump(f *testing.F) {
 	seed := newJITFile()
 	seed.load(0x1000, 16, "a")
+	seed.lines(0x3000, "a.js", 0, 1, 4, 2)
+	seed.loadAt(7, 0x3000, 16, "b")
 	seed.move(0x1000, 0x2000, 16)
 	f.Add([]byte(seed), uint16(50))
 	f.Fuzz(func(t *testing.T, b []byte, split uint16) {
 		p := newPerfTable(64 << 10)
+		p.dump = true
 		r := bytes.NewReader(b)
 		for _, size := range []int64{min(int64(split), int64(len(b))), int64(len(b)), int64(len(b))} {
 			_ = p.readJIT(r, size)
@@ -107,7 +208,9 @@ func FuzzJITDump(f *testing.F) {
 					if i > 0 && row.start < rows[i-1].start+uint64(rows[i-1].size) {
 						t.Fatalf("rows overlap: %+v", rows)
 					}
-					checkResult(t, p.lookup(row.start))
+					for _, at := range []uint64{0, 1, 1 << 40} {
+						checkResult(t, p.lookupJIT(row.start, at))
+					}
 				}
 			}
 		}

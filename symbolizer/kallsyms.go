@@ -5,6 +5,7 @@ package symbolizer
 import (
 	"bytes"
 	"cmp"
+	"encoding/binary"
 	"io"
 	"slices"
 	"strings"
@@ -57,15 +58,17 @@ const (
 	expectName       = 16      // bytes a symbol
 )
 
-// kallsymsParser collects symbols. Lines that are none are skipped.
+// kallsymsParser collects symbols. Lines that are none are skipped. The kernel prints its own
+// symbols by address, which makes rows at once; then those of each module and of BPF
+// programs, which come by address too for the most part.
 type kallsymsParser struct {
-	symbols []kernelSymbol
-	names   []byte
-	lastAt  int // where in names the last one starts
-	modules []string
-	byName  map[string]uint16
-	hidden  int    // symbols with address zero
-	text    uint64 // of _stext
+	*kernelTable
+	last   kernelSymbol   // the best of the newest address, not yet a row; address 0: none
+	rest   []kernelSymbol // what came behind its turn
+	names  []byte
+	lastAt int // where in names the last one starts
+	byName map[string]uint16
+	hidden int // symbols with address zero
 }
 
 type kernelSymbol struct {
@@ -75,13 +78,13 @@ type kernelSymbol struct {
 	rank   uint8
 }
 
-// parseKallsyms reads kallsyms. expect is the number of rows to make room for. The error is ReasonNoPermission where the kernel hides its addresses.
+// parseKallsyms reads kallsyms. expect is the number of rows to make room for. The error is
+// ReasonNoPermission where the kernel hides its addresses.
 func parseKallsyms(r io.Reader, expect int) (*kernelTable, error) {
 	p := &kallsymsParser{
-		symbols: make([]kernelSymbol, 0, expect),
-		names:   make([]byte, 0, expect*expectName),
-		modules: []string{kernelFile},
-		byName:  map[string]uint16{},
+		kernelTable: &kernelTable{rows: make([]kernelRow, 0, expect), modules: []string{kernelFile}},
+		names:       make([]byte, 0, expect*expectName),
+		byName:      map[string]uint16{},
 	}
 	buf := make([]byte, 64<<10)
 	kept := 0 // bytes of an unfinished line at the start of buf
@@ -107,17 +110,18 @@ func parseKallsyms(r io.Reader, expect int) (*kernelTable, error) {
 			b = b[:0]
 		}
 		kept = copy(buf, b)
-		if len(p.symbols) >= maxKernelSymbols || len(p.names) >= maxKernelNames {
-			return nil, errorf(ReasonTooLarge, "more than %d kernel symbols", len(p.symbols))
+		if len(p.rows)+len(p.rest) >= maxKernelSymbols || len(p.names) >= maxKernelNames {
+			return nil, errorf(ReasonTooLarge, "more than %d kernel symbols", len(p.rows)+len(p.rest))
 		}
 	}
-	if len(p.symbols) == 0 {
+	t := p.table()
+	if t.symbols == 0 {
 		if p.hidden > 0 {
 			return nil, errorf(ReasonNoPermission, "kernel addresses are hidden: CAP_SYSLOG is missing, or kernel.kptr_restrict is 2")
 		}
 		return nil, errorf(ReasonNoSymbols, "kallsyms has no text symbols")
 	}
-	return p.table(), nil
+	return t, nil
 }
 
 // line takes "ffffffff81000000 T _stext" or "... t nf_hook\t[nf_tables]".
@@ -139,6 +143,12 @@ func (p *kallsymsParser) line(b []byte) {
 		name, module = name[:i], name[i+1:]
 	}
 	s := kernelSymbol{addr: addr, name: noName}
+	if len(module) > 0 {
+		var ok bool
+		if s.module, ok = p.module(module); !ok {
+			return
+		}
+	}
 	switch typ {
 	case 'T':
 		s.rank = rankGlobal
@@ -146,29 +156,23 @@ func (p *kallsymsParser) line(b []byte) {
 		s.rank = rankWeak
 	case 't':
 	default:
-		p.symbols = append(p.symbols, s) // the end of text
+		p.add(s) // the end of text
 		return
 	}
 	if notASymbol(name) {
 		return
 	}
-	if len(module) > 0 {
-		var ok bool
-		if s.module, ok = p.module(module); !ok {
-			return
-		}
-	}
-	if string(name) == "_stext" && len(module) == 0 {
+	if string(name) == "_stext" && s.module == 0 {
 		p.text = addr
 	}
-	s.name = p.name(name)
+	s.name = p.addName(name)
 	s.rank += rankFunc
-	p.symbols = append(p.symbols, s)
+	p.add(s)
 }
 
-// name adds a name to the arena.
-func (p *kallsymsParser) name(b []byte) uint32 {
-	if !isClean(b) {
+// addName adds a name to the arena.
+func (p *kallsymsParser) addName(b []byte) uint32 {
+	if !isCleanBytes(b) {
 		b = []byte(cleanName(string(b)))
 	}
 	if n := len(p.names); n > 0 && bytes.HasSuffix(p.names[p.lastAt:n-1], b) {
@@ -196,68 +200,99 @@ func (p *kallsymsParser) module(b []byte) (uint16, bool) {
 	return m, true
 }
 
-func (p *kallsymsParser) table() *kernelTable {
-	// Of what is written no more, so that it need not be copied.
-	t := &kernelTable{names: unsafe.String(unsafe.SliceData(p.names), len(p.names)), modules: p.modules, text: p.text}
-	t.sort(p.symbols)
-	// Keep the best of those that share an address, and of ends of text those after text.
-	kept := p.symbols[:0]
-	for _, s := range p.symbols {
-		n := len(kept)
-		if n > 0 && kept[n-1].addr == s.addr {
-			continue
-		}
-		if s.name == noName && (n == 0 || kept[n-1].name == noName) {
-			continue
-		}
-		kept = append(kept, s)
+// add takes a symbol, of those that share an address the best.
+func (p *kallsymsParser) add(s kernelSymbol) {
+	switch {
+	case s.addr > p.last.addr:
+		p.row(p.last)
+		p.last = s
+	case s.addr < p.last.addr:
+		p.rest = append(p.rest, s)
+	case p.compare(s, p.last) < 0:
+		p.last = s
 	}
-	t.rows = make([]kernelRow, 0, len(kept))
-	for i, s := range kept {
-		if n := len(t.parts); n == 0 || s.addr-t.parts[n-1].base > 1<<32-1 {
-			t.parts = append(t.parts, kernelPart{base: s.addr, row: i})
+}
+
+// compare orders symbols by address, and those of one address by which of them is to stay.
+func (p *kallsymsParser) compare(a, b kernelSymbol) int {
+	if c := cmp.Or(cmp.Compare(a.addr, b.addr), cmp.Compare(b.rank, a.rank)); c != 0 || a.name == b.name {
+		return c
+	}
+	names := unsafe.String(unsafe.SliceData(p.names), len(p.names))
+	return compareAliases(nameIn(names, a.name), nameIn(names, b.name))
+}
+
+// table ends the parsing.
+func (p *kallsymsParser) table() *kernelTable {
+	p.row(p.last)
+	t := p.kernelTable
+	if len(p.rest) > 0 {
+		t = p.merged()
+	}
+	// Of what is written no more, so that it need not be copied.
+	t.names = unsafe.String(unsafe.SliceData(p.names), len(p.names))
+	return t
+}
+
+// merged puts the rest in between what came in order.
+func (p *kallsymsParser) merged() *kernelTable {
+	slices.SortFunc(p.rest, p.compare)
+	from := p.kernelTable
+	t := &kernelTable{rows: make([]kernelRow, 0, len(from.rows)+len(p.rest)), modules: from.modules, text: from.text}
+	rest, part, run := p.rest, 0, 0
+	for i, r := range from.rows {
+		for part+1 < len(from.parts) && from.parts[part+1].row <= i {
+			part++
 		}
+		for run+1 < len(from.runs) && from.runs[run+1].row <= i {
+			run++
+		}
+		s := kernelSymbol{addr: from.parts[part].base + uint64(r.start), name: r.name}
 		if s.name != noName {
-			t.symbols++
-			if n := len(t.runs); n == 0 || t.runs[n-1].module != s.module {
-				t.runs = append(t.runs, kernelRun{row: i, module: s.module})
-			}
+			s.module = from.runs[run].module
 		}
-		t.rows = append(t.rows, kernelRow{start: uint32(s.addr - t.parts[len(t.parts)-1].base), name: s.name})
+		for len(rest) > 0 && rest[0].addr < s.addr {
+			t.row(rest[0])
+			rest = rest[1:]
+		}
+		t.row(s)
+	}
+	for _, s := range rest {
+		t.row(s)
 	}
 	return t
 }
 
-// sort sorts symbols by address, and those of one address by which of them is to stay. The
-// kernel prints them almost in order: its own by address, then each module's.
-func (t *kernelTable) sort(symbols []kernelSymbol) {
-	byAddr := func(a, b kernelSymbol) int { return cmp.Compare(a.addr, b.addr) }
-	if !slices.IsSortedFunc(symbols, byAddr) {
-		slices.SortFunc(symbols, byAddr)
+// row adds a symbol behind all others: of those at one address the first, and of ends of text
+// those after text, or of a module, as the text of another can come to lie before them.
+func (t *kernelTable) row(s kernelSymbol) {
+	n := len(t.rows)
+	if s.addr == 0 || s.name == noName && s.module == 0 && (n == 0 || t.rows[n-1].name == noName) {
+		return
 	}
-	for i := 0; i < len(symbols); {
-		end := i + 1
-		for end < len(symbols) && symbols[end].addr == symbols[i].addr {
-			end++
-		}
-		if end > i+1 {
-			slices.SortFunc(symbols[i:end], func(a, b kernelSymbol) int {
-				if c := cmp.Compare(b.rank, a.rank); c != 0 {
-					return c
-				}
-				return compareAliases(t.name(a.name), t.name(b.name))
-			})
-		}
-		i = end
+	if parts := len(t.parts); parts > 0 && n > 0 && t.parts[parts-1].base+uint64(t.rows[n-1].start) == s.addr {
+		return
 	}
+	if parts := len(t.parts); parts == 0 || s.addr-t.parts[parts-1].base > 1<<32-1 {
+		t.parts = append(t.parts, kernelPart{base: s.addr, row: n})
+	}
+	if s.name != noName {
+		t.symbols++
+		if runs := len(t.runs); runs == 0 || t.runs[runs-1].module != s.module {
+			t.runs = append(t.runs, kernelRun{row: n, module: s.module})
+		}
+	}
+	t.rows = append(t.rows, kernelRow{start: uint32(s.addr - t.parts[len(t.parts)-1].base), name: s.name})
 }
 
 // name is the name at an offset of names.
-func (t *kernelTable) name(off uint32) string {
+func (t *kernelTable) name(off uint32) string { return nameIn(t.names, off) }
+
+func nameIn(names string, off uint32) string {
 	if off == noName {
 		return ""
 	}
-	s := t.names[off:]
+	s := names[off:]
 	return s[:strings.IndexByte(s, 0)]
 }
 
@@ -304,6 +339,13 @@ func (t *kernelTable) bytes() int64 {
 
 // parseHex reads hex digits from the start of b, and how many there were, at most 16.
 func parseHex(b []byte) (v uint64, n int) {
+	if len(b) >= 16 {
+		high, ok1 := hex8(binary.LittleEndian.Uint64(b))
+		low, ok2 := hex8(binary.LittleEndian.Uint64(b[8:]))
+		if ok1 && ok2 {
+			return high<<32 | low, 16
+		}
+	}
 	for n < len(b) && n < 16 {
 		c := b[n]
 		switch {
@@ -320,4 +362,18 @@ func parseHex(b []byte) (v uint64, n int) {
 		n++
 	}
 	return v, n
+}
+
+// hex8 reads eight hex digits in lower case at once, the first from the lowest byte.
+func hex8(x uint64) (uint64, bool) {
+	const each = 0x0101010101010101
+	letters := x >> 6 & each
+	d := x - each*'0' - letters*('a'-'0') // 0 to 9, of letters 0 to 5
+	if (d|(d+0x76*each+letters*4))&(0x80*each) != 0 {
+		return 0, false
+	}
+	d += letters * 10
+	d = (d<<4 | d>>8) & 0x00ff00ff00ff00ff
+	d = (d<<8 | d>>16) & 0x0000ffff0000ffff
+	return (d<<16 | d>>32) & 0xffffffff, true
 }

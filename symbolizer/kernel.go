@@ -41,6 +41,7 @@ type kernel struct {
 	loaded     time.Time
 	loads      uint64
 	vmlinux    vmlinux
+	ko         kernelModules
 	bpf        bpfLines
 }
 
@@ -82,6 +83,7 @@ func (k *kernel) symbolize(addrs []uint64) []Result {
 	if k.table != nil && len(addrs) > 0 {
 		k.vmlinux.find(k.sym)
 		k.vmlinux.addLines(k.table, addrs, results)
+		k.ko.addLines(k.sym, k.loads, addrs, results)
 		k.bpf.addLines(k.loads, addrs, results)
 	}
 	return results

@@ -121,6 +121,43 @@ func TestKallsymsInSmallReads(t *testing.T) {
 	}
 }
 
+// TestKallsymsInAnyOrder: where modules lie says nothing of when they are printed.
+func TestKallsymsInAnyOrder(t *testing.T) {
+	var kernel, modules []string
+	var addrs []uint64
+	for i := range uint64(400) {
+		addr := 0xffffffff81000000 + i*16
+		kernel = append(kernel, fmt.Sprintf("%x %c core_%d\n", addr, "tTWd"[i%4], i))
+		module := 0xffffffffc0000000 + i*32
+		modules = append(modules, fmt.Sprintf("%x %c fn_%d\t[m%d]\n", module, "ttdt"[i%4], i, i/40))
+		addrs = append(addrs, addr, addr+15, module, module+31)
+	}
+	ordered, err := parseKallsyms(strings.NewReader(strings.Join(kernel, "")+strings.Join(modules, "")), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rand.New(rand.NewPCG(5, 6)).Shuffle(len(modules), func(i, j int) { modules[i], modules[j] = modules[j], modules[i] })
+	mixed, err := parseKallsyms(strings.NewReader(strings.Join(kernel, "")+strings.Join(modules, "")), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	say := func(k *kernelTable, addr uint64) string {
+		row, module, ok := k.find(addr)
+		if !ok {
+			return ""
+		}
+		return k.name(k.rows[row].name) + k.modules[module]
+	}
+	for _, addr := range addrs {
+		if want, got := say(ordered, addr), say(mixed, addr); got != want {
+			t.Errorf("%#x: %q, in order %q", addr, got, want)
+		}
+	}
+	if say(mixed, 0xffffffffc0000000+399*32) != "fn_399[m9]" || say(mixed, 0xffffffffc0000000+2*32) != "" || mixed.symbols != 600 {
+		t.Errorf("%d symbols, %d rows", mixed.symbols, len(mixed.rows))
+	}
+}
+
 func TestHiddenKernelAddresses(t *testing.T) {
 	hidden := "0000000000000000 T _text\n0000000000000000 t vfs_read\n"
 	s := newSymbolizer(t, Config{Proc: fakeProc(t, hidden, "")})

@@ -22,8 +22,8 @@ func (o *Object) findLines() {
 	if o.lines != nil {
 		return
 	}
-	if _, ok := o.image.Content.(*openFile); !ok {
-		o.lines = noIndex
+	if len(o.file.Roots) == 0 && o.file.Open == nil {
+		o.lines = noIndex // what is in memory only
 		return
 	}
 	if time.Now().Before(o.linesAfter) {

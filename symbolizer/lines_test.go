@@ -10,11 +10,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 // addressOf is the address of a symbol.
@@ -245,8 +248,8 @@ func TestCacheQuota(t *testing.T) {
 		}
 	}
 	evicted, err := c.trim()
-	if err != nil || evicted != 1 {
-		t.Errorf("%d evicted, %v", evicted, err)
+	if err != nil || evicted != 1 || c.bytes.Load() != c.quota {
+		t.Errorf("%d evicted, %d bytes of %d left, %v", evicted, c.bytes.Load(), c.quota, err)
 	}
 	if _, err := os.Stat(oldFile); err == nil {
 		t.Error("the older index is still there")
@@ -318,13 +321,59 @@ func TestVmlinux(t *testing.T) {
 	}
 }
 
+// TestVDSOLines: the vDSO's debug file is found by its build id, and no other is taken.
+func TestVDSOLines(t *testing.T) {
+	path := buildC(t, strings.ReplaceAll(strings.ReplaceAll(deepC, "abort()", "__builtin_trap()"), "main", "last"), "-g", "-O2", "-shared", "-fPIC", "-nostdlib", "-Wl,--build-id=sha1")
+	image, err := os.ReadFile(stripped(t, path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	proc, root := t.TempDir(), t.TempDir()
+	dir := filepath.Join(root, "lib/modules/6.1.0-test/vdso")
+	for _, d := range []string{dir, filepath.Join(proc, "self"), filepath.Join(proc, "sys/kernel")} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	writeFile(t, filepath.Join(proc, "self/maps"), fmt.Sprintf("1000-%x r-xp 00000000 00:00 0                          [vdso]\n", 0x1000+len(image)))
+	writeFile(t, filepath.Join(proc, "self/mem"), string(append(make([]byte, 0x1000), image...)))
+	writeFile(t, filepath.Join(proc, "sys/kernel/osrelease"), "6.1.0-test\n")
+	syms := nmText(t, path)
+	outer := syms[slices.IndexFunc(syms, func(s nmSymbol) bool { return s.name == "outer" })].addr
+	ask := func() string {
+		o, err := newSymbolizer(t, Config{Proc: proc, Root: root, WaitForIndex: true}).VDSO()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return describe(o.Symbolize([]uint64{outer})[0])
+	}
+	if got := ask(); got != "outer:0<0" {
+		t.Errorf("%s without a debug file", got)
+	}
+	run(t, dir, nil, "cp", buildC(t, deepC+"int more;", "-g", "-O2", "-shared", "-fPIC", "-Wl,--build-id=sha1"), "vdso64.so")
+	if got := ask(); got != "outer:0<0" {
+		t.Errorf("%s from a file with another build id", got)
+	}
+	run(t, dir, nil, "cp", path, "vdso64.so.dbg")
+	if got := ask(); got != "outer:5<5" {
+		t.Errorf("%s, want outer with its line", got)
+	}
+}
+
 // TestContainer: a process in namespaces of its own, whose binary was deleted and whose
-// debug file is only in its own root.
+// debug file, jitdump and perf map are only in its own root.
 func TestContainer(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("not root")
 	}
-	source := strings.Replace(deepC, "int main(int c, char **v) {", "int pause(void); int main(int c, char **v) { pause();", 1)
+	// The marker of a jitdump is a mapping of it that can be executed.
+	source := strings.Replace(deepC, "int main(int c, char **v) {", `
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+int main(int c, char **v) {
+	mmap(0, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE, open("/tmp/jit-1.dump", O_RDONLY), 0);
+	pause();`, 1)
 	path := buildC(t, source, "-g", "-O2", "-static", "-no-pie")
 	root := t.TempDir()
 	for _, d := range []string{"app/.debug", "proc", "tmp"} {
@@ -337,6 +386,9 @@ func TestContainer(t *testing.T) {
 	run(t, root, nil, "strip", "-R", ".note.gnu.build-id", "-o", bin, path)
 	run(t, filepath.Join(root, "app/.debug"), nil, "objcopy", "--remove-section=.note.gnu.build-id", "hostflame-test.debug")
 	run(t, filepath.Join(root, "app/.debug"), nil, "objcopy", "--add-gnu-debuglink=hostflame-test.debug", bin)
+	dump := newJITFile()
+	dump.load(0x7f0000001000, 0x100, "_ZN3jit4stubEv")
+	writeFile(t, filepath.Join(root, "tmp/jit-1.dump"), string(dump))
 	cmd := exec.Command("unshare", "--mount", "--pid", "--fork", "--kill-child", "chroot", root, "/app/hostflame-test")
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -375,6 +427,32 @@ func TestContainer(t *testing.T) {
 	if r := o.Symbolize([]uint64{addressOf(t, path, "outer")})[0]; describe(r) != "outer:5<5" {
 		t.Errorf("%s, want outer with its line; sources %v", describe(r), o.Sources())
 	}
+
+	number, err := strconv.ParseUint(pid, 10, 32)
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := func(want string) {
+		t.Helper()
+		var got string
+		for end := time.Now().Add(10 * time.Second); got != want && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+			got = nameAt(t, newSymbolizer(t, Config{}).PerfMap(uint32(number)), 0x7f0000001010)
+		}
+		if got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
+	named("jit::stub")
+	writeFile(t, filepath.Join(root, "tmp/perf-1.map"), "7f0000001000 100 by_perf_map\n")
+	named("by_perf_map")
+	if err := os.Remove(filepath.Join(root, "tmp/perf-1.map")); err != nil {
+		t.Fatal(err)
+	}
+	// A dump that is removed is read where it is mapped.
+	if err := os.Remove(filepath.Join(root, "tmp/jit-1.dump")); err != nil {
+		t.Fatal(err)
+	}
+	named("jit::stub")
 }
 
 // TestDebugFilesStayInRoot: links that lead out of a root, and what is no regular file, are
@@ -398,12 +476,12 @@ func TestDebugFilesStayInRoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"up", "absolute", "magic", "fifo", "."} {
-		if f, err := OpenBelow(root, name); err == nil {
+		if f, err := elffile.OpenBelow(root, name, nil); err == nil {
 			f.Close()
 			t.Errorf("%s was opened", name)
 		}
 	}
-	if f, err := OpenBelow("/", secret); err != nil {
+	if f, err := elffile.OpenBelow("/", secret, nil); err != nil {
 		t.Errorf("a plain file: %v", err)
 	} else {
 		f.Close()
@@ -421,7 +499,7 @@ func TestBuildIDPath(t *testing.T) {
 		"abcdef012345678/":       "",
 		strings.Repeat("ab", 65): "",
 	} {
-		if got := buildIDPath(id); got != want {
+		if got := elffile.BuildIDPath(id); got != want {
 			t.Errorf("%q: %q, want %q", id, got, want)
 		}
 	}

@@ -4,9 +4,11 @@ package symbolizer
 
 import (
 	"cmp"
+	"encoding/binary"
 	"strings"
 	"time"
 	"unicode/utf8"
+	"unsafe"
 
 	"github.com/ianlancetaylor/demangle"
 )
@@ -41,13 +43,20 @@ func cleanName(s string) string {
 }
 
 // isClean is whether s is printable ASCII.
-func isClean[T string | []byte](s T) bool {
-	for i := 0; i < len(s); i++ {
-		if s[i] < ' ' || s[i] >= 0x7f {
-			return false
-		}
+func isClean(s string) bool { return isCleanBytes(unsafe.Slice(unsafe.StringData(s), len(s))) }
+
+func isCleanBytes(b []byte) bool {
+	const each = 0x0101010101010101
+	bad := uint64(0)
+	for ; len(b) >= 8; b = b[8:] {
+		// The high bit is set of what is below ' ', above '~', or not ASCII.
+		x := binary.LittleEndian.Uint64(b)
+		bad |= (x - ' '*each) | (x + each) | x
 	}
-	return true
+	for _, c := range b {
+		bad |= uint64((c-' ')|(c+1)|c) & 0x80
+	}
+	return bad&(0x80*each) == 0
 }
 
 // demangler demangles the names of one table. The time that a name takes grows with the

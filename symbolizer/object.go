@@ -25,18 +25,21 @@ type Object struct {
 	failed [tableKinds]failure    // by kind; guarded by mu
 	lines  *lineIndex             // of the file's own debug information; nil before it was looked for
 	debug  *Object                // the separate debug file, or nil
-	fetch  *fetch                 // of it, from elsewhere; nil when that is done
+	// Where the debug file can be too, if it has the build id.
+	debugPaths []string
+	fetch      *fetch // of it, from elsewhere; nil when that is done
 
 	linesAfter time.Time // when to look for debug information again, after reading failed
 }
 
 // role is what an object is for. A file that is mapped and the debug file of another has
 // two objects, so that no two objects can wait for each other.
-type role bool
+type role int
 
 const (
-	roleMapped = role(false)
-	roleDebug  = role(true) // has no debug file of its own
+	roleMapped = role(iota)
+	roleDebug  // has no debug file of its own
+	roleModule // as roleDebug, and was not linked
 )
 
 // BuildID is the GNU build id in hex, else Go's build id, else empty.
@@ -96,12 +99,7 @@ func (o *Object) Symbolize(addrs []uint64) []Result {
 	results := make([]Result, len(addrs))
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	t := o.tables.Load()
-	if t == nil {
-		t = new(tables)
-		t.drop = func() { o.tables.CompareAndSwap(t, nil) }
-		o.tables.Store(t)
-	}
+	t := o.memory()
 	wanted := false // what the debug information says
 	for i, addr := range addrs {
 		results[i] = o.named(t, addr)
@@ -118,6 +116,28 @@ func (o *Object) Symbolize(addrs []uint64) []Result {
 	}
 	o.sym.memory.set(&t.resident, bytes)
 	return results
+}
+
+// debugLines answers by the debug information alone.
+func (o *Object) debugLines(addrs []uint64) []Result {
+	results := make([]Result, len(addrs))
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	t := o.memory()
+	o.addLines(t, addrs, results)
+	o.sym.memory.set(&t.resident, int64(256)+t.names.held)
+	return results
+}
+
+// memory is what is in memory of o.
+func (o *Object) memory() *tables {
+	t := o.tables.Load()
+	if t == nil {
+		t = new(tables)
+		t.drop = func() { o.tables.CompareAndSwap(t, nil) }
+		o.tables.Store(t)
+	}
+	return t
 }
 
 // named answers by the tables.
@@ -212,6 +232,32 @@ func (o *Object) readSymbols(secs []elffile.Section, tab, strtab elffile.Extent,
 		defer o.sym.bigTable.Unlock()
 	}
 	return loadSymTable(o.image, secs, tab, strtab, dynamic, int(o.sym.cfg.MaxTableBytes/symRowSize))
+}
+
+// Aliases are the other names, as in the symbol table, of the function at an address that
+// Symbolize has answered for: names that the source gave it, and functions that a linker has
+// folded into it as their code is equal. Nothing tells these apart.
+func (o *Object) Aliases(addr uint64) []string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if t := o.tables.Load(); t != nil {
+		for _, tab := range t.byKind {
+			st, ok := tab.(*symTable)
+			if !ok {
+				continue
+			}
+			if id, ok := st.find(addr); ok {
+				if names, err := st.namesOf(id); err == nil && len(names) > 1 {
+					return names[1:]
+				}
+				return nil
+			}
+		}
+	}
+	if o.debug != nil {
+		return o.debug.Aliases(addr)
+	}
+	return nil
 }
 
 // Sources says, for people, where what Symbolize has answered so far came from.

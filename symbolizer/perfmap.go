@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 const (
@@ -121,7 +123,11 @@ func (pm *PerfMap) retire(why Reason) {
 
 // Symbolize answers for addresses in the process's memory, one result each, in order. It
 // reads what the process has written since the last call.
-func (pm *PerfMap) Symbolize(addrs []uint64) []Result {
+func (pm *PerfMap) Symbolize(addrs []uint64) []Result { return pm.SymbolizeAt(addrs, nil) }
+
+// SymbolizeAt is Symbolize for addresses at moments of the boot clock (CLOCK_BOOTTIME), in ns;
+// 0 is now. Only a jitdump knows what was where before.
+func (pm *PerfMap) SymbolizeAt(addrs, at []uint64) []Result {
 	results := make([]Result, len(addrs))
 	pm.mu.Lock()
 	defer pm.mu.Unlock()
@@ -147,8 +153,17 @@ func (pm *PerfMap) Symbolize(addrs []uint64) []Result {
 		}
 		return results
 	}
+	asleep := suspended()
 	for i, addr := range addrs {
-		results[i] = t.lookup(addr)
+		when := uint64(0)
+		if at != nil && at[i] > asleep {
+			when = at[i] - asleep
+		}
+		if t.dump {
+			results[i] = t.lookupJIT(addr, when)
+		} else {
+			results[i] = t.lookup(addr)
+		}
 	}
 	pm.sym.memory.set(&t.resident, t.bytes())
 	return results
@@ -208,10 +223,11 @@ func (pm *PerfMap) readOn(t *perfTable) (*perfTable, error) {
 	}
 	if t == nil {
 		t = newPerfTable(pm.sym.cfg.MaxTableBytes / 2)
+		t.dump = pm.dump
 		t.drop = func() { pm.table.CompareAndSwap(t, nil) }
 		pm.table.Store(t)
 	}
-	if pm.dump {
+	if t.dump {
 		return t, t.readJIT(pm.file, fi.Size())
 	}
 	return t, t.readOn(pm.file, fi.Size())
@@ -241,7 +257,7 @@ func (pm *PerfMap) openDump() (*os.File, error) {
 		}
 		file, err := os.OpenFile(pm.sym.proc(pid, "map_files", f[0]), os.O_RDONLY|unix.O_NONBLOCK, 0)
 		if err != nil {
-			if file, err = OpenBelow(pm.sym.proc(pid, "root"), f[5]); err != nil {
+			if file, err = elffile.OpenBelow(pm.sym.proc(pid, "root"), f[5], nil); err != nil {
 				return nil, err
 			}
 		}

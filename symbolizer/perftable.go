@@ -32,6 +32,14 @@ type perfTable struct {
 	held         int64             // bytes of lines
 	demangle     demangler
 
+	// Of a jitdump; there rows have numbers of codes for names.
+	dump     bool
+	codes    []jitCode
+	jitLines []jitLine
+	nextLine uint32 // the first of jitLines that no code has yet
+	linesOf  uint64 // where the code starts that they are of
+	timeless bool   // the times of codes are of a clock that we do not know
+
 	off      int64 // what lies before is read
 	tail     []byte
 	skipping bool // inside of a line that is too long
@@ -126,19 +134,28 @@ func (t *perfTable) add(spans []overlap.Span, line []byte) []overlap.Span {
 
 // addCode adds code that was made.
 func (t *perfTable) addCode(spans []overlap.Span, start, size uint64, name []byte) []overlap.Span {
-	if size == 0 || len(name) == 0 || start+size < start || start+size > kernelHalf {
+	if size == 0 || size > 1<<32-1 || start+size < start || start+size > kernelHalf {
 		return spans
 	}
-	if size > 1<<32-1 || uint64(len(t.names)) > 1<<31 {
+	at, ok := t.addName(name)
+	if !ok {
 		return spans
+	}
+	return append(spans, overlap.Span{Start: start, End: start + size, Name: at})
+}
+
+// addName adds a name that is not empty to the arena.
+func (t *perfTable) addName(name []byte) (uint32, bool) {
+	if len(name) == 0 || uint64(len(t.names)) > 1<<31 {
+		return 0, false
 	}
 	name = name[:min(len(name), maxName)]
-	if !isClean(name) {
+	if !isCleanBytes(name) {
 		name = []byte(cleanName(string(name)))
 	}
 	at := uint32(len(t.names))
 	t.names = append(append(t.names, name...), 0)
-	return append(spans, overlap.Span{Start: start, End: start + size, Name: at})
+	return at, true
 }
 
 // cutHex cuts a hex number, with or without 0x, and the spaces after it off b.
@@ -167,7 +184,9 @@ func (t *perfTable) merge(entries []overlap.Span) {
 		entries = append(entries, overlap.Span{Start: r.start, End: r.start + uint64(r.size), Name: r.name})
 	}
 	t.older, t.newer = overlay(t.older, entries), nil
-	t.compact()
+	if !t.dump {
+		t.compact()
+	}
 }
 
 // overlay puts entries, the later over the earlier, over rows.
@@ -217,28 +236,34 @@ func (t *perfTable) name(off uint32) []byte {
 }
 
 func (t *perfTable) lookup(addr uint64) Result {
-	for _, rows := range [][]perfRow{t.newer, t.older} {
-		i, ok := findRow(rows, addr)
-		if !ok {
-			continue
-		}
-		lines := t.lines[rows[i].name]
-		if lines == nil {
-			name := string(t.name(rows[i].name))
-			lines = []Line{{Function: t.demangle.name(name), SystemName: name}}
-			if t.held > maxHeldNames {
-				clear(t.lines)
-				t.held = 0
-			}
-			t.lines[rows[i].name] = lines
-			t.held += lineSize + int64(2*len(name))
-		}
-		return Result{Lines: lines}
+	name, ok := t.rowAt(addr)
+	if !ok {
+		return t.unknown()
 	}
+	return Result{Lines: t.linesOfName(name)}
+}
+
+func (t *perfTable) unknown() Result {
 	if t.full {
 		return Result{Reason: ReasonTooLarge}
 	}
 	return Result{Reason: ReasonNotFound}
+}
+
+// linesOfName is the answer for a function by where its name is.
+func (t *perfTable) linesOfName(off uint32) []Line {
+	lines := t.lines[off]
+	if lines == nil {
+		name := string(t.name(off))
+		lines = []Line{{Function: t.demangle.name(name), SystemName: name}}
+		if t.held > maxHeldNames {
+			clear(t.lines)
+			t.held = 0
+		}
+		t.lines[off] = lines
+		t.held += lineSize + int64(2*len(name))
+	}
+	return lines
 }
 
 // findRow finds the row that covers an address.
@@ -251,5 +276,6 @@ func findRow(rows []perfRow, addr uint64) (int, bool) {
 }
 
 func (t *perfTable) bytes() int64 {
-	return int64(cap(t.older)+cap(t.newer))*perfMapRowSize + int64(cap(t.names)) + t.held + 512
+	return int64(cap(t.older)+cap(t.newer))*perfMapRowSize + int64(cap(t.names)) + t.held + 512 +
+		int64(cap(t.codes))*jitCodeBytes + int64(cap(t.jitLines))*jitLineBytes
 }

@@ -46,7 +46,7 @@ func (s *splitFinder) find(id uint64, path string) *dwarf.SplitUnit {
 		path = filepath.Join(filepath.Dir(s.object.file.Path), path)
 	}
 	for _, root := range s.object.file.Roots {
-		f, err := OpenBelow(root, path)
+		f, err := elffile.OpenBelow(root, path, nil)
 		if err != nil {
 			continue
 		}
@@ -80,7 +80,7 @@ func (s *splitFinder) open(f *os.File, id uint64) *dwarf.SplitUnit {
 
 func (s *splitFinder) openPackage() {
 	for _, root := range s.object.file.Roots {
-		f, err := OpenBelow(root, s.object.file.Path+".dwp")
+		f, err := elffile.OpenBelow(root, s.object.file.Path+".dwp", nil)
 		if err != nil {
 			continue
 		}

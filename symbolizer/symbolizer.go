@@ -66,7 +66,7 @@ const (
 	ReasonNoSymbols    = Reason("no_symbols")        // the file has no symbol table that we read
 	ReasonUnreadable   = Reason("unreadable")        // opening or reading failed; for a perf map: the process has gone
 	ReasonNoPermission = Reason("no_permission")     // as ReasonUnreadable, for want of a capability; kernel: no CAP_SYSLOG, or kptr_restrict
-	ReasonNotRegular   = Reason("not_regular_file")  // a device, FIFO, directory or socket
+	ReasonNotRegular   = elffile.NotRegular          // a device, FIFO, directory or socket
 	ReasonMalformed    = Reason("malformed")         // not ELF, or its headers contradict its size
 	ReasonUnsupported  = Reason("unsupported")       // an ELF file of a kind that cannot run here: big-endian, an object file
 	ReasonTooLarge     = Reason("too_large")         // over a limit of Config
@@ -271,7 +271,11 @@ func (s *Symbolizer) object(f File, r role) (*Object, error) {
 	content := &openFile{cache: &s.files, id: id, open: f.Open}
 	content.adopt(f.Open, file)
 	e := &entry{key: key}
-	if img, err := elffile.Parse(content); err != nil {
+	parse := elffile.Parse
+	if r == roleModule {
+		parse = elffile.ParseObject
+	}
+	if img, err := parse(content); err != nil {
 		e.err = fmt.Errorf("parse %s: %w", f.Path, err)
 	} else {
 		e.object = &Object{sym: s, image: img, file: f, role: r}
@@ -350,6 +354,7 @@ type Stats struct {
 	OpenFiles  int    // descriptors kept open
 	Tables     int    // files and perf maps with tables in memory
 	TableBytes int64  // of them
+	TableLimit int64  // MaxTableBytes
 	TableLoads uint64 // tables read, again after an eviction too
 	Evictions  uint64 // tables dropped to stay within MaxTableBytes
 	PerfMaps   int    // processes whose perf map is followed
@@ -366,6 +371,7 @@ func (s *Symbolizer) Stats() Stats {
 	st.OpenFiles = s.files.count()
 	st.Tables, st.TableBytes, st.TableLoads, st.Evictions = s.memory.stats()
 	st.Kernel = s.kernel.stats()
+	st.TableLimit = s.cfg.MaxTableBytes
 	st.Index = s.index.snapshot()
 	return st
 }

@@ -111,6 +111,8 @@ func (b *symBuilder) read(tab elffile.Extent) error {
 	size := b.image.SymSize()
 	const atOnce = 64 << 10
 	buf := make([]byte, min(tab.Size/size*size, atOnce/size*size))
+	const enough = 1 << 17 // half of a kernel's are functions
+	b.spans = make([]overlap.Span, 0, min(tab.Size/size/2, enough))
 	for n := tab.Size / size; n > 0; {
 		buf = buf[:min(uint64(len(buf)), n*size)]
 		if err := elffile.ReadAt(b.image, buf, tab.Off); err != nil {
@@ -261,18 +263,8 @@ func notASymbol[T string | []byte](name T) bool {
 // build sorts the symbols into rows.
 func (b *symBuilder) build() []symPart {
 	spans := b.spans
-	slices.SortFunc(spans, func(x, y overlap.Span) int {
-		// Most differ here, and big tables are sorted while somebody waits.
-		if x.Start != y.Start {
-			if x.Start < y.Start {
-				return -1
-			}
-			return 1
-		}
-		return cmp.Or(
-			cmp.Compare(x.Prio, y.Prio),
-			cmp.Compare(x.End, y.End), cmp.Compare(x.Name, y.Name),
-		)
+	overlap.Sort(spans, func(x, y *overlap.Span) int {
+		return cmp.Or(cmp.Compare(x.Prio, y.Prio), cmp.Compare(x.End, y.End), cmp.Compare(x.Name, y.Name))
 	})
 	n := uint32(len(spans))
 	for i := len(spans) - 1; i >= 0; i-- {
@@ -339,20 +331,11 @@ func (t *symTable) lookup(addr uint64) ([]Line, error) {
 	if lines := t.lines[id]; lines != nil {
 		return lines, nil
 	}
-	rows := t.parts[id.part].rows
-	best := ""
-	for i := int(id.row); i >= 0 && rows[i].start == rows[id.row].start; i-- {
-		name, err := t.name(rows[i].name)
-		if err != nil {
-			return nil, err
-		}
-		if name != "" && (best == "" || compareAliases(name, best) < 0) {
-			best = name
-		}
+	names, err := t.namesOf(id)
+	if len(names) == 0 || err != nil {
+		return nil, err
 	}
-	if best == "" {
-		return nil, nil
-	}
+	best := names[0]
 	lines := []Line{{Function: t.demangle.name(best), SystemName: best}}
 	if t.names > maxHeldNames {
 		clear(t.lines)
@@ -361,6 +344,22 @@ func (t *symTable) lookup(addr uint64) ([]Line, error) {
 	t.lines[id] = lines
 	t.names += lineSize + int64(len(best)+len(lines[0].Function))
 	return lines, nil
+}
+
+// namesOf are the names of the function of which id is the last row, by compareAliases.
+func (t *symTable) namesOf(id rowID) (names []string, err error) {
+	rows := t.parts[id.part].rows
+	for i := int(id.row); i >= 0 && rows[i].start == rows[id.row].start; i-- {
+		name, err := t.name(rows[i].name)
+		if err != nil {
+			return nil, err
+		}
+		if name != "" {
+			names = append(names, name)
+		}
+	}
+	slices.SortFunc(names, compareAliases)
+	return names, nil
 }
 
 // find returns the last row that covers addr.

@@ -15,7 +15,8 @@ import (
 const maxVDSO = 1 << 20 // bytes; it is two pages
 
 // VDSO returns the vDSO of the running kernel, read from the agent's own memory. It is
-// the same for all processes of the agent's own word size.
+// the same for all processes of the agent's own word size. Its lines come from a file with
+// its build id, where distributions and make vdso_install put one.
 func (s *Symbolizer) VDSO() (*Object, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -33,7 +34,13 @@ func (s *Symbolizer) VDSO() (*Object, error) {
 	if err != nil {
 		return nil, fmt.Errorf("parse vDSO: %w", err)
 	}
-	s.vdso = &Object{sym: s, image: img}
+	s.vdso = &Object{sym: s, image: img, file: File{Path: "[vdso]", Roots: []string{s.cfg.Root}}}
+	if release, err := os.ReadFile(s.proc("sys/kernel/osrelease")); err == nil {
+		dir := "/lib/modules/" + strings.TrimSpace(string(release)) + "/vdso/"
+		for _, p := range []string{"/usr/lib/debug" + dir + "vdso64.so", dir + "vdso64.so", "/usr/lib/debug" + dir + "vdso.so", dir + "vdso.so"} {
+			s.vdso.debugPaths = append(s.vdso.debugPaths, p, p+".debug", p+".dbg")
+		}
+	}
 	return s.vdso, nil
 }
 

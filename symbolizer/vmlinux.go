@@ -44,14 +44,14 @@ func (v *vmlinux) find(s *Symbolizer) {
 	if id == "" || err != nil {
 		return
 	}
-	paths := []string{buildIDPath(id)}
+	paths := []string{elffile.BuildIDPath(id)}
 	for _, p := range vmlinuxPaths {
 		paths = append(paths, strings.ReplaceAll(p, "RELEASE", strings.TrimSpace(string(release))))
 	}
 	for _, p := range paths {
 		o, err := s.object(File{
 			Path:  p,
-			Open:  func() (*os.File, error) { return OpenBelow(s.cfg.Root, p) },
+			Open:  func() (*os.File, error) { return elffile.OpenBelow(s.cfg.Root, p, nil) },
 			Roots: []string{s.cfg.Root},
 		}, roleDebug)
 		if err != nil || o.image.BuildID != id {
@@ -82,12 +82,6 @@ func (v *vmlinux) addLines(k *kernelTable, addrs []uint64, results []Result) {
 		}
 	}
 	for i, r := range v.object.Symbolize(ask) {
-		result := &results[at[i]]
-		result.Provisional = r.Provisional
-		if n := len(r.Lines); n > 0 && r.Lines[n-1].File != "" {
-			lines := append([]Line(nil), r.Lines...)
-			lines[n-1].Function, lines[n-1].SystemName = result.Lines[0].Function, result.Lines[0].SystemName
-			result.Lines = lines
-		}
+		results[at[i]].takeLines(r)
 	}
 }

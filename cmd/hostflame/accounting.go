@@ -90,7 +90,14 @@ func (a *accounting) check() {
 	}{
 		{"cpu", a.period > 0, a.cpu},
 		{"runqueue", a.kernel.sched != nil, func() (uint64, uint64, error) { return a.kernel.sched.Accounting() }},
-		{"block", a.kernel.block != nil, func() (uint64, uint64, error) { return a.kernel.block.Accounting() }},
+		{"block", a.kernel.block != nil, func() (uint64, uint64, error) {
+			b, err := a.kernel.block.Accounting()
+			return b.Requests, b.KernelRequests, err
+		}},
+		{"block_bytes", a.kernel.block != nil, func() (uint64, uint64, error) {
+			b, err := a.kernel.block.Accounting()
+			return b.Bytes, b.KernelBytes, err
+		}},
 	} {
 		if !s.on {
 			continue

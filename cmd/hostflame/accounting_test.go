@@ -33,7 +33,7 @@ func TestAccounting(t *testing.T) {
 	kerneltest.Require(t)
 	kerneltest.MeasureLock(t)
 	cfg := bpf.CPUConfig{Frequency: 99, CgroupV1: bpf.CPUControllerV1()}
-	k, err := attach(cfg, bpf.WaitSampling{}, slog.New(slog.DiscardHandler))
+	k, err := attach(cfg, bpf.WaitSampling{}, bpf.DefaultStackRate, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +67,7 @@ func TestAccounting(t *testing.T) {
 	a.check()
 	// Ticks of /proc/stat are coarse, and its few requests are not read at the same moment
 	// as ours. Over a minute the bounds are tighter: the tests of bpf hold those.
-	for subsystem, within := range map[string]float64{"cpu": 0.05, "runqueue": 0.01, "block": 0.05} {
+	for subsystem, within := range map[string]float64{"cpu": 0.05, "runqueue": 0.01, "block": 0.05, "block_bytes": 0.05} {
 		r, ok := a.ratios()[subsystem]
 		if !ok {
 			t.Errorf("no ratio of %s", subsystem)

@@ -14,6 +14,7 @@ import (
 	"github.com/hostflame/hostflame/exporter"
 	"github.com/hostflame/hostflame/internal/histogram"
 	"github.com/hostflame/hostflame/profiler"
+	"github.com/hostflame/hostflame/symbolizer"
 )
 
 // The exporter knows no BPF and declares what it reads; here bpf's and the profiler's
@@ -21,14 +22,14 @@ import (
 
 // readers hands every group of the exporter its reader. A part that could not be attached
 // reads as its error, so that its absence shows in the metrics.
-func readers(k *kernel, p *profiler.Profiler, a *accounting) exporter.Readers {
+func readers(k *kernel, p *profiler.Profiler, s *symbolizer.Symbolizer, a *accounting) exporter.Readers {
 	r := exporter.Readers{
 		Runqueue: runqueueReader{k.sched, k.schedErr, k.cpu},
 		Block:    blockReader{k.block, k.bio, k.blockErr},
 		Agent:    agentReader{k, p, a},
 	}
 	if p != nil {
-		r.CPU, r.Unwind = p, unwindReader{p}
+		r.CPU, r.Symbols, r.Unwind = p, symbolsReader{s}, unwindReader{p}
 	}
 	return r
 }
@@ -162,6 +163,19 @@ func (r unwindReader) ReadUnwind() (exporter.Unwind, error) {
 	}, nil
 }
 
+type symbolsReader struct{ symbolizer *symbolizer.Symbolizer }
+
+func (r symbolsReader) ReadSymbols() exporter.Symbols {
+	s := r.symbolizer.Stats()
+	return exporter.Symbols{
+		Tables: s.Tables, TableMemory: s.TableBytes, TableLimit: s.TableLimit, TablesEvicted: s.Evictions,
+		IndexesMade: s.Index.Built, IndexesCached: s.Index.Loaded, IndexesFailed: s.Index.Failed,
+		IndexesWaiting: s.Index.Waiting, UnitsSkipped: s.Index.Broken,
+		CacheBytes: s.Index.CacheBytes, CacheLimit: s.Index.CacheLimit,
+		CacheEvicted: s.Index.Evicted, CacheRefused: s.Index.Refused,
+	}
+}
+
 type agentReader struct {
 	kernel     *kernel
 	profiler   *profiler.Profiler
@@ -197,8 +211,8 @@ func (r agentReader) ReadAgent() (exporter.Agent, error) {
 			into = map[string]uint64{}
 			a.Lost["blockio"] = into
 		}
-		for reason, n := range byName(lost) {
-			into[reason] += n
+		for reason, n := range lost {
+			into[reason.String()] += n
 		}
 	}
 	for _, o := range r.kernel.objects() {

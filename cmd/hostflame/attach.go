@@ -29,12 +29,15 @@ type kernel struct {
 	waitsErr                   error
 }
 
-var errWaitsOff = errors.New("turned off by --sampling.wait-rate=0")
+var (
+	errWaitsOff = errors.New("turned off by --sampling.wait-rate=0")
+	errIOOff    = errors.New("turned off by --sampling.io-rate=0")
+)
 
 // attach loads and attaches each hook family on its own. What this kernel or these
 // privileges do not allow is logged with what is lost; it is an error only when nothing
-// is left.
-func attach(cfg bpf.CPUConfig, waits bpf.WaitSampling, log *slog.Logger) (*kernel, error) {
+// is left. ioRate is bpf.BlockConfig's StackRate, or 0 for no stacks.
+func attach(cfg bpf.CPUConfig, waits bpf.WaitSampling, ioRate int, log *slog.Logger) (*kernel, error) {
 	k := &kernel{containers: profiler.NewContainers("cpu"), charged: profiler.NewContainers("blkio")}
 	// Without them each part makes do or says itself what does not work.
 	var tablesErr error
@@ -51,7 +54,11 @@ func attach(cfg bpf.CPUConfig, waits bpf.WaitSampling, log *slog.Logger) (*kerne
 		}
 	})
 	loading.Go(func() {
-		k.block, k.blockErr = bpf.NewBlock(bpf.BlockConfig{Tables: k.tables, CgroupV1: cfg.CgroupV1, ContainerName: k.chargedName})
+		block := bpf.BlockConfig{Tables: k.tables, StackRate: ioRate, CgroupV1: cfg.CgroupV1, ContainerName: k.chargedName}
+		if ioRate == 0 {
+			block.Tables = nil
+		}
+		k.block, k.blockErr = bpf.NewBlock(block)
 	})
 	loading.Go(func() {
 		var err error

@@ -82,6 +82,19 @@ func (w waitFlags) waitSampling() bpf.WaitSampling {
 	return s
 }
 
+// ioFlag is how many requests of block I/O have their stacks taken.
+func ioFlag(c *kingpin.CmdClause) *int {
+	return c.Flag("sampling.io-rate", "Block requests a second that each CPU takes the stack of, of one device and operation, before it leaves some out; 0 takes none.").
+		Default(strconv.Itoa(bpf.DefaultStackRate)).Int()
+}
+
+func checkIO(rate int) error {
+	if rate < 0 || rate > maxFrequency {
+		return usagef("50 is a good rate for always; --sampling.io-rate takes 0 to 1000", "I/O rate %d Hz is out of range", rate)
+	}
+	return nil
+}
+
 func debuginfodFlag(c *kingpin.CmdClause) *bool {
 	return c.Flag("symbols.debuginfod", "Load debug files that are not on this host from the servers in DEBUGINFOD_URLS, by build id, into the cache directory.").Bool()
 }

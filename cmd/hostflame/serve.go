@@ -29,6 +29,7 @@ type serve struct {
 	debugPprof        *bool
 	sampling
 	waitFlags
+	ioRate       *int
 	interval     *time.Duration
 	otlpEndpoint *string
 }
@@ -44,13 +45,14 @@ func addServe(app *kingpin.Application) (string, command) {
 	}
 	s.sampling = samplingFlags(c)
 	s.waitFlags = newWaitFlags(c)
+	s.ioRate = ioFlag(c)
 	s.interval = c.Flag("profile.interval", "The window: the time that one published profile covers, 1s to 1h.").Default("10s").Duration()
 	s.otlpEndpoint = c.Flag("otlp.endpoint", "Push metrics and profiles over OTLP/gRPC to this endpoint: http://HOST:4317 without TLS, https://HOST:4317 with. Wins over OTEL_EXPORTER_OTLP_ENDPOINT; nothing is pushed unless one of them is set.").PlaceHolder("URL").String()
 	return "serve", s
 }
 
 func (s *serve) run(ctx context.Context, env environment) error {
-	if err := cmp.Or(s.check(), s.checkWaits()); err != nil {
+	if err := cmp.Or(s.check(), s.checkWaits(), checkIO(*s.ioRate)); err != nil {
 		return err
 	}
 	if *s.interval < time.Second || *s.interval > time.Hour {

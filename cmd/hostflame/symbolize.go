@@ -20,6 +20,7 @@ import (
 	"github.com/alecthomas/kingpin/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/hostflame/hostflame/internal/elffile"
 	"github.com/hostflame/hostflame/symbolizer"
 )
 
@@ -101,7 +102,7 @@ func (s *symbolize) file() symbolizer.File {
 	if *s.pid != 0 {
 		root := filepath.Join("/proc", strconv.FormatUint(uint64(*s.pid), 10), "root")
 		f.Roots = []string{root, "/"}
-		f.Open = func() (*os.File, error) { return symbolizer.OpenBelow(root, *s.exe) }
+		f.Open = func() (*os.File, error) { return elffile.OpenBelow(root, *s.exe, nil) }
 	}
 	return f
 }
@@ -228,11 +229,13 @@ func (p *symbolPrinter) text(_ question, r symbolizer.Result) {
 	p.w.WriteByte('\n')
 }
 
-// jsonAnswer is what llvm-symbolizer prints, and the reason why there is nothing.
+// jsonAnswer is what llvm-symbolizer prints, the reason why there is nothing, and what else the
+// function is called.
 type jsonAnswer struct {
 	Address    string
 	ModuleName string
-	Reason     string `json:",omitempty"`
+	Reason     string   `json:",omitempty"`
+	Aliases    []string `json:",omitempty"`
 	Symbol     []jsonSymbol
 }
 
@@ -250,6 +253,7 @@ func (p *symbolPrinter) json(q question, r symbolizer.Result) jsonAnswer {
 	a := jsonAnswer{Address: q.text, ModuleName: p.module, Reason: string(r.Reason), Symbol: []jsonSymbol{}}
 	if q.valid {
 		a.Address = fmt.Sprintf("%#x", q.addr)
+		a.Aliases = p.object.Aliases(q.addr)
 	}
 	for _, l := range r.Lines {
 		s := jsonSymbol{FileName: l.File, FunctionName: l.Function, Line: l.Line, StartLine: l.StartLine}

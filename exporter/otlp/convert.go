@@ -137,7 +137,7 @@ type change struct {
 // add adds s to every profile in which it has a value. It returns false when the message
 // would become larger than the limit; the message is then as it was, and begin must follow.
 func (c *converter) add(s *profile.Sample) bool {
-	if !slices.ContainsFunc(c.columns, func(col column) bool { return s.Value[col.index] != 0 }) {
+	if !slices.ContainsFunc(c.columns, func(col column) bool { return col.value(s) != 0 }) {
 		return true
 	}
 	before, size := c.dict.mark(), c.size
@@ -146,7 +146,7 @@ func (c *converter) add(s *profile.Sample) bool {
 	c.identity = appendIndices(binary.AppendUvarint(c.identity[:0], uint64(stack)), attributes)
 	c.changes = c.changes[:0]
 	for i, col := range c.columns {
-		value := s.Value[col.index]
+		value := col.value(s)
 		if value == 0 {
 			continue
 		}
@@ -288,7 +288,7 @@ func attributeName(label, value string) string {
 	case "thread":
 		return key(semconv.ThreadNameKey)
 	case "queue_ns", "device_ns":
-		return "" // nearly each sample has others
+		return "" // nearly each sample has others, and they are values of their own (shapes)
 	case "container":
 		if isContainerID(value) {
 			return key(semconv.ContainerIDKey)

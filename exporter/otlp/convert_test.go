@@ -137,6 +137,9 @@ func TestShapes(t *testing.T) {
 			[]sent{{valueType{"off_cpu", "nanoseconds"}, valueType{}, 0, 22}}},
 		{"blockio", []*profile.ValueType{{Type: "requests", Unit: "count"}, {Type: "latency", Unit: "nanoseconds"}, {Type: "bytes", Unit: "bytes"}},
 			[]sent{
+				// What one request waited, times the requests, 4 and 7.
+				{valueType{"blockio_queue", "nanoseconds"}, valueType{"blockio_queue", "count"}, 1, 4*30 + 7*50},
+				{valueType{"blockio_device", "nanoseconds"}, valueType{"blockio_device", "count"}, 1, 4*40 + 7*60},
 				{valueType{"blockio", "nanoseconds"}, valueType{"blockio", "count"}, 1, 22},
 				{valueType{"blockio_bytes", "bytes"}, valueType{"blockio_bytes", "count"}, 1, 33},
 			}},
@@ -150,6 +153,10 @@ func TestShapes(t *testing.T) {
 			p.Sample = p.Sample[:2]
 			for i, n := range []int64{4, 7} {
 				p.Sample[i].Value = []int64{n, 2 * n, 3 * n}[:len(test.types)]
+				if test.name == "blockio" {
+					p.Sample[i].NumLabel["queue_ns"] = []int64{int64(30 + 20*i)}
+					p.Sample[i].NumLabel["device_ns"] = []int64{int64(40 + 20*i)}
+				}
 			}
 			messages := mustConvert(t, p, maxMessage)
 			if problems := conform(messages[0]); problems != nil {

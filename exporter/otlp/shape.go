@@ -13,7 +13,10 @@ type valueType struct{ name, unit string }
 // sample, an OTLP profile one; each pprof sample type with a shape becomes a profile of
 // its own, and the others are not sent, because they follow from those that are.
 type shape struct {
-	pprof  valueType
+	pprof valueType
+	// number, if set, is a number label of the samples, whose value each observation had on
+	// average, as pprof counts them: what is sent is the sum.
+	number string
 	sample valueType
 	// period is the period type. It is sent even when it is empty: some backends
 	// dereference it. Others name the profile after it.
@@ -31,6 +34,8 @@ var shapes = []shape{
 	{pprof: valueType{"caused", "nanoseconds"}, sample: valueType{"culprit", "nanoseconds"}, period: valueType{"culprit", "count"}, each: 1},
 	{pprof: valueType{"blocked", "nanoseconds"}, sample: valueType{"off_cpu", "nanoseconds"}},
 	{pprof: valueType{"latency", "nanoseconds"}, sample: valueType{"blockio", "nanoseconds"}, period: valueType{"blockio", "count"}, each: 1},
+	{pprof: valueType{"requests", "count"}, number: "queue_ns", sample: valueType{"blockio_queue", "nanoseconds"}, period: valueType{"blockio_queue", "count"}, each: 1},
+	{pprof: valueType{"requests", "count"}, number: "device_ns", sample: valueType{"blockio_device", "nanoseconds"}, period: valueType{"blockio_device", "count"}, each: 1},
 	{pprof: valueType{"bytes", "bytes"}, sample: valueType{"blockio_bytes", "bytes"}, period: valueType{"blockio_bytes", "count"}, each: 1},
 	{pprof: valueType{"wall", "nanoseconds"}, sample: valueType{"wall", "nanoseconds"}, period: valueType{"wall", "count"}, each: 1},
 }
@@ -52,6 +57,17 @@ func columns(p *profile.Profile) []column {
 		}
 	}
 	return found
+}
+
+// value is what of s is sent.
+func (c column) value(s *profile.Sample) int64 {
+	if c.number == "" {
+		return s.Value[c.index]
+	}
+	if numbers := s.NumLabel[c.number]; len(numbers) > 0 {
+		return s.Value[c.index] * numbers[0]
+	}
+	return 0
 }
 
 // periodOf is the period of a column of p, in units of its period type.

@@ -244,7 +244,10 @@ func (r *Reader) entries(c *cursor, u *unitContext, c89 bool) error {
 // the parent where the linker removed it.
 func (r *Reader) function(u *unitContext, kind uint8, e *entry, top frame) uint32 {
 	if len(r.code.Nodes) >= maxNodes || len(r.code.Spans) >= maxSpans || r.work > maxWork {
-		r.info.fail("unit with more than %d functions, or ranges without end", maxNodes)
+		if r.info.err == nil {
+			r.info.err = elffile.Errorf(elffile.TooLarge, "dwarf: unit with more than %d functions, or ranges without end", maxNodes)
+		}
+		r.info.fail("") // nothing more is read
 		return 0
 	}
 	number := uint32(len(r.code.Nodes) + 1)

@@ -233,3 +233,31 @@ func FuzzPackageIndex(f *testing.F) {
 		}
 	})
 }
+
+// FuzzRelocate reads files that were not linked.
+func FuzzRelocate(f *testing.F) {
+	for _, flags := range [][]string{{"-g"}, {"-gdwarf-4"}, {"-g", "-gz=zlib"}} {
+		f.Add(compile(f, "gcc", append(flags, "-c")...))
+	}
+	dir := f.TempDir()
+	f.Fuzz(func(t *testing.T, b []byte) {
+		m, err := elffile.ParseObject(elffile.FromBytes(b))
+		if err != nil || !m.Relocatable {
+			return
+		}
+		secs, err := m.Sections()
+		if err != nil {
+			return
+		}
+		z := &elffile.Inflater{Dir: dir, Memory: 1 << 20, Disk: 1 << 20}
+		defer z.Close()
+		d, err := Open(m, secs, z)
+		if err != nil {
+			return
+		}
+		if d.Bytes() > 2<<20 {
+			t.Fatalf("%d bytes of sections", d.Bytes())
+		}
+		check(t, d)
+	})
+}

@@ -5,6 +5,7 @@ package dwarf
 import (
 	"bytes"
 	"encoding/binary"
+	"runtime"
 	"testing"
 	"time"
 
@@ -101,5 +102,48 @@ func TestLongName(t *testing.T) {
 	names := &counted{}
 	if _, err := d.NewReader(names).Code(0); err != nil || len(names.functions) != 1 || len(names.functions[0]) != maxString {
 		t.Errorf("%d names, %v", len(names.functions), err)
+	}
+}
+
+// TestGiantUnit: a unit with more functions, or more lines, than fit its budget of memory is
+// refused, and holds no more than the budget until it is.
+func TestGiantUnit(t *testing.T) {
+	const budget = 400 // MB, what is thrown away while slices grow included
+	var functions made
+	functions.spec(1, tagCompileUnit, 1, 0, 0)
+	functions.spec(2, tagSubprogram, 0, atLowPC, formAddr, atHighPC, formData1, 0, 0, 0)
+	entries := []byte{1}
+	for i := range uint64(maxNodes + 10) {
+		entries = append(binary.LittleEndian.AppendUint64(append(entries, 2), 0x1000+i%0xf000), 1)
+	}
+	functions.unit(entries)
+
+	// Each of the special opcodes at the end moves on by a byte and a line.
+	program := []byte{4, 0, 27, 0, 0, 0, 1, 1, 1, 0, 2, 13, 0, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 1, 0, 'f', 0, 0, 0, 0}
+	program = append(program, 0, 9, lneSetAddress, 0, 0x10, 0, 0, 0, 0, 0, 0)
+	program = append(program, bytes.Repeat([]byte{13 + 2 + 1}, 64<<20)...)
+	lines := &Data{Line: asSection(append(binary.LittleEndian.AppendUint32(nil, uint32(len(program))), program...)), Code: []Range{{0x1000, 1 << 40}}}
+	unit := &unitContext{data: lines, unit: unit{version: 4, addrSize: 8}}
+
+	for name, read := range map[string]func() error{
+		"functions": func() error {
+			d := functions.data()
+			if _, err := d.ReadUnits(); err != nil {
+				return err
+			}
+			_, err := d.NewReader(&counted{}).Code(0)
+			return err
+		},
+		"lines": func() error { return lines.NewReader(&counted{}).lines(unit, 0) },
+	} {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		err := read()
+		runtime.ReadMemStats(&after)
+		allocated := (after.TotalAlloc - before.TotalAlloc) >> 20
+		t.Logf("%s: %v, %d MB allocated", name, err, allocated)
+		if !elffile.ReasonIs(err, elffile.TooLarge) || allocated > budget {
+			t.Errorf("%s: %v, want too_large, and %d MB allocated", name, err, allocated)
+		}
 	}
 }

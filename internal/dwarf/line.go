@@ -254,6 +254,9 @@ func (r *Reader) lineProgram(t *lineTable) error {
 		r.rows = append(r.rows, Row{addr, file, line})
 	}
 	for c.i < len(c.b) && c.base+uint64(c.i) < c.end || c.left() > 0 {
+		if len(r.rows) > maxRows {
+			return elffile.Errorf(elffile.TooLarge, "dwarf: line table of more than %d rows", maxRows)
+		}
 		op := c.u8()
 		if op >= t.opcodeBase {
 			addr += advance[op].addr
@@ -310,9 +313,6 @@ func (r *Reader) lineProgram(t *lineTable) error {
 			for range t.opcodeLengths[op] {
 				c.uleb()
 			}
-		}
-		if len(r.rows) > maxRows {
-			return elffile.Errorf(elffile.TooLarge, "dwarf: line table of more than %d rows", maxRows)
 		}
 	}
 	r.rows = r.rows[:first] // a sequence without an end

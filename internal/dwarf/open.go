@@ -55,6 +55,11 @@ func open(m *elffile.Image, secs []elffile.Section, z *elffile.Inflater, suffix 
 					return nil, err
 				}
 				*part.of(d) = &Section{Content: c, Off: off, Size: size}
+				if m.Relocatable {
+					if err := relocate(m, secs, z, name, *part.of(d)); err != nil {
+						return nil, err
+					}
+				}
 			}
 		}
 	}

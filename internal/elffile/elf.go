@@ -60,6 +60,9 @@ type Image struct {
 	Notes   []Extent  // PT_NOTE
 	EHFrame Segment   // PT_GNU_EH_FRAME; Filesz is 0 where there is none
 
+	// Relocatable: the file was not linked. Sections lays its code out.
+	Relocatable bool
+
 	// BuildID is the GNU build id in hex, else Go's build id, else empty.
 	BuildID string
 
@@ -102,9 +105,11 @@ func parse(c Content, types ...uint16) (*Image, error) {
 	default:
 		return nil, Errorf(Malformed, "class %d", h[4])
 	}
-	if typ := binary.LittleEndian.Uint16(h[16:]); !slices.Contains(types, typ) {
+	typ := binary.LittleEndian.Uint16(h[16:])
+	if !slices.Contains(types, typ) {
 		return nil, Errorf(Unsupported, "file type %d", typ)
 	}
+	m.Relocatable = typ == TypeRel
 	m.Machine = binary.LittleEndian.Uint16(h[18:])
 
 	d := Decoder{B: h[24:], Is64: m.Is64}
@@ -253,7 +258,8 @@ type Section struct {
 
 func (s *Section) Executable() bool { return s.Flags&SHFExecInstr != 0 && s.Flags&SHFAlloc != 0 }
 
-// Sections reads the section headers; none is not an error.
+// Sections reads the section headers; none is not an error. Code of a file that was not
+// linked has no addresses: it gets some, section after section.
 func (m *Image) Sections() ([]Section, error) {
 	if m.shoff == 0 {
 		return nil, nil
@@ -282,8 +288,14 @@ func (m *Image) Sections() ([]Section, error) {
 		return nil, err
 	}
 	secs := make([]Section, n)
+	next := uint64(1 << 20)
 	for i := range secs {
-		secs[i] = m.decodeSection(b[uint64(i)*size:][:size])
+		s := &secs[i]
+		*s = m.decodeSection(b[uint64(i)*size:][:size])
+		if m.Relocatable && s.Executable() && s.Size < 1<<32 {
+			s.Addr = next
+			next += (s.Size | 1<<16 - 1) + 1 // with a hole, so that an end is no start
+		}
 	}
 	return secs, nil
 }

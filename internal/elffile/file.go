@@ -24,6 +24,7 @@ const (
 	Changed     = Reason("file_changed") // shorter than it was
 	Missing     = Reason("no_symbols")   // there is no such table
 	NotFound    = Reason("not_found")    // the table does not know the address
+	NotRegular  = Reason("not_regular_file")
 )
 
 // Error is why a file is of no use.

@@ -18,6 +18,8 @@ const (
 	zdebugMagic  = "ZLIB" // before a size in 64 bits, big-endian, and zlib's data
 
 	maxRatio      = 1040     // of deflate, which can do no better
+	honestRatio   = 64       // of debug sections, which come to a tenth
+	honestSize    = 64 << 20 // bytes that may come of fewer
 	maxZstdWindow = 64 << 20 // bytes of memory for decoding
 )
 
@@ -60,6 +62,9 @@ func (z *Inflater) Section(m *Image, s Section, name string) (c Content, off, si
 	packed := s.Size - h
 	if typ == compressZlib && size/maxRatio > packed {
 		return nil, 0, 0, Errorf(Malformed, "%d bytes can not decompress to %d", packed, size)
+	}
+	if size > honestSize && size/honestRatio > packed {
+		return nil, 0, 0, Errorf(TooLarge, "%d bytes that decompress to %d", packed, size)
 	}
 	r, err := decompressor(typ, io.NewSectionReader(m, int64(s.Off+h), int64(packed)))
 	if err != nil {
@@ -125,6 +130,19 @@ func (z *Inflater) inflate(r io.Reader, size int64) (Content, error) {
 		}
 		return FromBytes(b), nil
 	}
+	f, err := z.Create(size)
+	if err != nil {
+		return nil, err
+	}
+	n, err := io.CopyBuffer(struct{ io.Writer }{f}, io.LimitReader(r, size), make([]byte, 256<<10))
+	if err != nil || n < size {
+		return nil, Errorf(Malformed, "decompress: %d bytes of %d: %w", n, size, err)
+	}
+	return sizedFile{f, size}, nil
+}
+
+// Create makes a file for size bytes of the budget, which Close closes.
+func (z *Inflater) Create(size int64) (*os.File, error) {
 	if size > z.Disk || z.Dir == "" {
 		return nil, Errorf(TooLarge, "%d bytes decompressed", size)
 	}
@@ -134,11 +152,7 @@ func (z *Inflater) inflate(r io.Reader, size int64) (Content, error) {
 		return nil, err
 	}
 	z.files = append(z.files, f)
-	n, err := io.CopyBuffer(struct{ io.Writer }{f}, io.LimitReader(r, size), make([]byte, 256<<10))
-	if err != nil || n < size {
-		return nil, Errorf(Malformed, "decompress: %d bytes of %d: %w", n, size, err)
-	}
-	return sizedFile{f, size}, nil
+	return f, nil
 }
 
 // TempFile makes a file without a name in a directory.

@@ -63,6 +63,7 @@ func TestInflate(t *testing.T) {
 		{name: "old", section: ".zdebug_info", data: old, memory: 1 << 20},
 		{name: "no room", data: chdr(compressZlib, size, zlibOf(t, text)), memory: 100, disk: 100, reason: TooLarge},
 		{name: "bomb", data: chdr(compressZlib, uint64(len(zeros)), zlibOf(t, zeros)), memory: 1 << 20, disk: 1 << 20, reason: TooLarge},
+		{name: "bomb for which there is room", data: chdr(compressZstd, 80<<20, zstdOf(t, make([]byte, 80<<20))), disk: 1 << 30, reason: TooLarge},
 		{name: "bomb that says it is small", data: chdr(compressZstd, 100, zstdOf(t, zeros)), memory: 1 << 20},
 		{name: "less than it says", data: chdr(compressZlib, size+1, zlibOf(t, text)), memory: 1 << 20, reason: Malformed},
 		{name: "more than can be", data: chdr(compressZlib, 1<<50, zlibOf(t, text)), memory: 1 << 60, disk: 1 << 60, reason: Malformed},

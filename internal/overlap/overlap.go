@@ -3,6 +3,11 @@
 // Package overlap sorts out address ranges that overlap.
 package overlap
 
+import (
+	"cmp"
+	"slices"
+)
+
 // Span is an address range that something claims. Where spans overlap, the highest
 // priority wins.
 type Span struct {
@@ -45,6 +50,14 @@ func Flatten(sorted []Span, emit func(s *Span, start, end uint64)) {
 			continue
 		}
 		advance(s.Start)
+		if (len(active) == 0 || active[0].Prio < s.Prio) && (i+1 == len(sorted) || sorted[i+1].Start >= s.End) {
+			// Most spans hide nothing that begins in them.
+			if last != nil {
+				emit(last, lastStart, lastEnd)
+			}
+			last, lastStart, lastEnd, pos = s, s.Start, s.End, s.End
+			continue
+		}
 		active.push(s)
 	}
 	advance(^uint64(0))
@@ -89,5 +102,54 @@ func (h *spanHeap) pop() {
 		}
 		a[i], a[child] = a[child], a[i]
 		i = child
+	}
+}
+
+// Sort sorts spans by start, and those that start together by before.
+func Sort(spans []Span, before func(a, b *Span) int) {
+	byStart(spans)
+	for i := 0; i < len(spans); {
+		end := i + 1
+		for end < len(spans) && spans[end].Start == spans[i].Start {
+			end++
+		}
+		if end > i+1 {
+			slices.SortFunc(spans[i:end], func(a, b Span) int { return before(&a, &b) })
+		}
+		i = end
+	}
+}
+
+// byStart sorts by start, by digits of 11 bits where there are many: somebody waits for
+// the names of a big file.
+func byStart(spans []Span) {
+	const bits, few = 11, 1 << 12
+	if len(spans) < few {
+		slices.SortFunc(spans, func(a, b Span) int { return cmp.Compare(a.Start, b.Start) })
+		return
+	}
+	low, high := spans[0].Start, spans[0].Start
+	for _, s := range spans {
+		low, high = min(low, s.Start), max(high, s.Start)
+	}
+	from, to := spans, make([]Span, len(spans))
+	for shift := 0; shift < 64 && (high-low)>>shift > 0; shift += bits {
+		var at [1 << bits]int // where the next one of a digit goes
+		for i := range from {
+			at[(from[i].Start-low)>>shift&(1<<bits-1)]++
+		}
+		sum := 0
+		for i, n := range at {
+			at[i], sum = sum, sum+n
+		}
+		for i := range from {
+			digit := (from[i].Start - low) >> shift & (1<<bits - 1)
+			to[at[digit]] = from[i]
+			at[digit]++
+		}
+		from, to = to, from
+	}
+	if &from[0] != &spans[0] {
+		copy(spans, from)
 	}
 }

@@ -4,6 +4,7 @@ package pclntab
 
 import (
 	"encoding/binary"
+	"math"
 
 	"github.com/hostflame/hostflame/internal/elffile"
 )
@@ -169,17 +170,19 @@ func (g *Table) inlineTreesMakeSense() bool {
 	return true
 }
 
-// Value is the value of a pc-value table at pc. It is -1 where the table has none.
-func (g *Table) Value(table, entry, pc uint32) (int32, error) {
-	value := int32(-1)
-	err := g.EachValue(table, entry, func(_, end uint64, v int32) bool {
+// Value is the value of a pc-value table at pc, and the offsets from and to which it holds.
+// It is -1 where the table has none.
+func (g *Table) Value(table, entry, pc uint32) (value int32, from, to uint64, err error) {
+	value, from, to = -1, uint64(entry), math.MaxUint64
+	err = g.EachValue(table, entry, func(start, end uint64, v int32) bool {
 		if uint64(pc) >= end {
+			from = end
 			return true
 		}
-		value = v
+		value, from, to = v, start, end
 		return false
 	})
-	return value, err
+	return value, from, to, err
 }
 
 // EachValue calls f for the values of a pc-value table, in order of pc, until f returns

@@ -23,7 +23,7 @@ const (
 
 	headerWords     = 8       // after the 8 bytes of magic, padding, quantum, pointer size
 	ftabEntry       = 8       // bytes
-	ftabBlock       = 512     // entries of ftab for which one index entry is kept
+	ftabBlock       = 64      // entries of ftab for which one index entry is kept
 	maxFunctions    = 1 << 23 // per file
 	maxDataScan     = 256 << 20
 	ModuleWords     = 42 // of moduledata, as far as we read
@@ -34,7 +34,7 @@ const (
 	ModuleGofunc120 = 40 // two words more: covctrs, ecovctrs
 )
 
-// Table is a pclntab. It keeps one word for each 512 functions; the rest is read by pages
+// Table is a pclntab. It keeps one word for each 64 functions; the rest is read by pages
 // as it is needed. It is for one goroutine.
 type Table struct {
 	Image   *elffile.Image
@@ -358,25 +358,36 @@ func (g *Table) buildIndex() error {
 	return nil
 }
 
-// Find returns the function at an offset from text: its entry, and the offset of its record.
-func (g *Table) Find(off uint32) (entry, record uint32, err error) {
+// Block is the number of the block of functions that the one at an offset from text is in,
+// of Blocks, or negative before the first.
+func (g *Table) Block(off uint32) int {
 	block, found := slices.BinarySearch(g.index, off)
 	if !found {
-		block--
-	}
-	if block < 0 {
-		return 0, 0, elffile.Errorf(elffile.NotFound, "before the first function")
+		return block - 1
 	}
 	// Of several functions with one entry (empty ones) the last counts, as in the runtime.
 	for block+1 < len(g.index) && g.index[block+1] == off {
 		block++
+	}
+	return block
+}
+
+// Blocks is the number of blocks.
+func (g *Table) Blocks() int { return len(g.index) }
+
+// Find returns the function at an offset from text: its entry, the next function's, and the
+// offset of its record.
+func (g *Table) Find(off uint32) (entry, end, record uint32, err error) {
+	block := g.Block(off)
+	if block < 0 {
+		return 0, 0, 0, elffile.Errorf(elffile.NotFound, "before the first function")
 	}
 	lo, hi := uint64(block)*ftabBlock, min(uint64(block+1)*ftabBlock, g.Len)
 	for lo < hi {
 		mid := (lo + hi) / 2
 		e, err := g.Pager.U32(g.Functions + mid*ftabEntry)
 		if err != nil {
-			return 0, 0, err
+			return 0, 0, 0, err
 		}
 		if e <= off {
 			lo = mid + 1
@@ -385,13 +396,19 @@ func (g *Table) Find(off uint32) (entry, record uint32, err error) {
 		}
 	}
 	if lo == uint64(block)*ftabBlock {
-		return 0, 0, elffile.Errorf(elffile.Changed, "pclntab: functions have changed")
+		return 0, 0, 0, elffile.Errorf(elffile.Changed, "pclntab: functions have changed")
 	}
-	b, err := g.Pager.Slice(g.Functions+(lo-1)*ftabEntry, ftabEntry)
+	// What ends the table has an entry too.
+	b, err := g.Pager.Slice(g.Functions+(lo-1)*ftabEntry, ftabEntry+4)
 	if err != nil {
-		return 0, 0, err
+		return 0, 0, 0, err
 	}
-	return binary.LittleEndian.Uint32(b), binary.LittleEndian.Uint32(b[4:]), nil
+	d := elffile.Decoder{B: b}
+	entry, record, end = d.U32(), d.U32(), d.U32()
+	if entry > off || end <= off {
+		return 0, 0, 0, elffile.Errorf(elffile.Changed, "pclntab: functions have changed")
+	}
+	return entry, end, record, nil
 }
 
 // Bytes is the memory that the table holds.

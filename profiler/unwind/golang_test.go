@@ -165,7 +165,7 @@ func compareGo(t *testing.T, path string) {
 
 func goFunction(t testing.TB, g *pclntab.Table, addr uint64) (string, pclntab.Func) {
 	t.Helper()
-	entry, record, err := g.Find(uint32(addr - g.Text))
+	entry, _, record, err := g.Find(uint32(addr - g.Text))
 	if err != nil {
 		t.Fatal(err)
 	}

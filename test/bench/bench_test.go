@@ -28,16 +28,18 @@ func TestShort(t *testing.T) {
 	t.Logf("\n%s", out.String())
 	number := `[0-9.]+`
 	for _, row := range []string{
-		`\| an empty program on sched_switch +\| .empty. +\| ` + number,
+		`\| an empty program on sched_switch +\| .least. +\| ` + number,
 		`\| runqlat +\| .[a-z_]*sched_switch. +\| ` + number,
 		`\| runqlat +\| all, ns a switch +\| ` + number,
 		`\| hostflame +\| .hf_sched_switch. +\| ` + number,
 		`\| hostflame +\| all, ns a switch +\| ` + number,
 		`\| biolatency +\| all, ns a request +\| ` + number,
 		`\| hostflame +\| .hf_block_[a-z_]+. +\| ` + number,
+		`\| hostflame, no stacks of I/O +\| all, ns a request +\| ` + number,
 		`\| nothing +\| ` + number,
 		`\| hostflame +\| ` + number + ` +\| [0-9-]+ +\| [+-][0-9]+ .*\| 50 % +\|`,
 		`\| hostflame, histograms only +\| [0-9]+ +\| [0-9-]+ +\| 230 +\|`,
+		`\| hostflame, histograms and CPU samples +\| ` + number + `.* % +\|`,
 		`\| CPU of the process, BPF apart +\| ` + number + ` ms a second`,
 		`\| - .hf_cpu. +\| ` + number + ` ns a run`,
 		`\| kernel maps +\| ` + number + ` MB in [1-9][0-9]* maps`,

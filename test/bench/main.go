@@ -33,7 +33,7 @@ type config struct {
 	windows int           // rounds of the programs' cost
 	window  time.Duration // how long a tool is watched in each
 	settle  time.Duration // from the start of a tool to its measurement
-	rounds  int           // rounds of the switching benchmarks
+	rounds  int           // rounds of the switching benchmarks and of fio
 	loops   int           // operations in each run
 	tries   int           // runs of each in a round
 	busy    time.Duration // the busy minute
@@ -54,9 +54,9 @@ var (
 func main() {
 	cfg := full
 	shortRun := flag.Bool("short", false, "run once through everything, in seconds, to see that it works")
-	rounds := flag.Int("rounds", full.rounds, "interleaved `rounds` of the switching benchmarks")
+	rounds := flag.Int("rounds", full.rounds, "interleaved `rounds` of the switching and fio benchmarks")
 	busy := flag.Duration("busy", full.busy, "how long the busy minute is")
-	only := flag.String("only", "", "one `section`: stacks, programs, pipe, busy or symbols")
+	only := flag.String("only", "", "one `section`: stacks, programs, pipe, fio, busy or symbols")
 	vmlinux := flag.String("vmlinux", "", "`path` of a kernel with debug information, for symbols")
 	child := flag.String("debug-dwarf", "", "")
 	hostflame := flag.String("agent", "", "`path` of the agent binary; built when not given")
@@ -124,7 +124,7 @@ func run(w io.Writer, cfg config, hostflame string) error {
 	for _, section := range []struct {
 		name string
 		run  func(io.Writer) error
-	}{{"stacks", b.stacks}, {"programs", b.programCosts}, {"pipe", b.pipe}, {"busy", b.busyMinute}, {"symbols", b.symbols}} {
+	}{{"stacks", b.stacks}, {"programs", b.programCosts}, {"pipe", b.pipe}, {"fio", b.fio}, {"busy", b.busyMinute}, {"symbols", b.symbols}} {
 		if cfg.only != "" && cfg.only != section.name || section.name == "symbols" && cfg.vmlinux == "" {
 			continue
 		}

@@ -105,7 +105,7 @@ func (b *bench) watch(c comparison, t tool) (w watched, err error) {
 		return err
 	})
 	maps.DeleteFunc(w.programs, func(name string, _ programRun) bool {
-		return t.name == "hostflame" && !strings.HasPrefix(name, c.prefix)
+		return strings.HasPrefix(t.name, "hostflame") && !strings.HasPrefix(name, c.prefix)
 	})
 	return w, err
 }
@@ -182,10 +182,10 @@ func (b *bench) programCosts(w io.Writer) error {
 		event:  "request",
 		count:  blockIOs,
 		prefix: "hf_block",
-		tools:  []tool{b.emptyProgram("block_rq_issue"), peer("biolatency"), peer("biolatency", "-Q"), b.agent()},
+		tools: []tool{b.clocks("block_io_start", "block_rq_issue", "block_rq_complete"), peer("biolatency"), peer("biolatency", "-Q"),
+			b.agentWith("hostflame, no stacks of I/O", "--sampling.io-rate=0"), b.agent()},
 		load: func() (func() error, error) {
-			return startLoad("fio", "--name=bench", "--filename="+data, "--size=64M", "--rw=randread", "--bs=4k",
-				"--direct=1", "--ioengine=libaio", "--iodepth=32", "--time_based", "--runtime=600", "--output=/dev/null")
+			return startLoad("fio", append(randomReads(data), "--runtime=600", "--output=/dev/null")...)
 		},
 	}} {
 		if err := b.compare(w, c); err != nil {

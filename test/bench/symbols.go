@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -124,8 +125,111 @@ func (b *bench) indexCosts(w io.Writer, addrs []uint64, debugBytes int64) error 
 		return err
 	}
 	t.add("look-up of a random address, all frames", fmt.Sprintf("%d ns, %d allocations", r.NsPerOp(), r.AllocsPerOp()))
+	if err := goCosts(&t, b.hostflame); err != nil {
+		return err
+	}
+	if err := kallsymsCosts(&t, b.dir); err != nil {
+		return err
+	}
 	t.print(w)
 	return nil
+}
+
+// goCosts measures what names and lines by a Go binary's pclntab cost.
+func goCosts(t *table, path string) error {
+	addrs, err := goAddresses(path, manyAddresses)
+	if err != nil {
+		return err
+	}
+	known := symbolizer.New(symbolizer.Config{})
+	defer known.Close()
+	open := func(s *symbolizer.Symbolizer) (*symbolizer.Object, error) {
+		return s.Object(symbolizer.File{Path: path, Open: func() (*os.File, error) { return os.Open(path) }})
+	}
+	o, err := open(known)
+	if err != nil {
+		return err
+	}
+	o.Symbolize(addrs)
+	r := testing.Benchmark(func(tb *testing.B) {
+		tb.ReportAllocs()
+		for tb.Loop() {
+			o.Symbolize(addrs)
+		}
+	})
+	each := func(n int64) float64 { return float64(n) / float64(len(addrs)) }
+	t.add("pclntab, a random address of a line that was asked for", fmt.Sprintf("%.0f ns, %.4f allocations", each(r.NsPerOp()), each(r.AllocsPerOp())))
+	for _, order := range []string{"random", "ascending"} {
+		if order == "ascending" {
+			slices.Sort(addrs)
+		}
+		s := symbolizer.New(symbolizer.Config{})
+		o, err := open(s)
+		if err != nil {
+			return err
+		}
+		o.Symbolize(addrs[:1])
+		start := time.Now()
+		o.Symbolize(addrs)
+		t.add("pclntab, the first time, in "+order+" order", fmt.Sprintf("%.0f ns", each(int64(time.Since(start)))))
+		s.Close()
+	}
+	return nil
+}
+
+// goAddresses are random addresses of a Go binary's text.
+func goAddresses(path string, n int) ([]uint64, error) {
+	f, err := elf.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	text := f.Section(".text")
+	if text == nil {
+		return nil, fmt.Errorf("%s has no .text", path)
+	}
+	rnd := rand.New(rand.NewPCG(13, 14))
+	addrs := make([]uint64, n)
+	for i := range addrs {
+		addrs[i] = text.Addr + rnd.Uint64N(text.Size)
+	}
+	return addrs, nil
+}
+
+// kallsymsCosts measures the reading of the kernel's own symbols: from a copy, which is our
+// part (what user time the kernel accounts depends on its ticks), and from the kernel.
+func kallsymsCosts(t *table, dir string) error {
+	b, err := os.ReadFile("/proc/kallsyms")
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "kallsyms"), b, 0o600); err != nil {
+		return err
+	}
+	read := func(proc string) (took time.Duration, kept *symbolizer.Symbolizer) {
+		took = time.Hour
+		for range 5 {
+			s := symbolizer.New(symbolizer.Config{Proc: proc, Root: os.DevNull}) // without a vmlinux
+			start := time.Now()
+			s.Kernel([]uint64{1 << 63})
+			took = min(took, time.Since(start))
+			s.Close()
+			kept = s
+		}
+		return took, kept
+	}
+	ours, _ := read(dir)
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	whole, kept := read("/proc")
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	st := kept.Stats().Kernel
+	t.add(fmt.Sprintf("kallsyms, %d symbols", st.Symbols), fmt.Sprintf("%.1f ms from a copy, %.0f ms from the kernel, %.1f MB kept",
+		1e3*ours.Seconds(), 1e3*whole.Seconds(), float64(after.HeapAlloc-before.HeapAlloc)/1e6))
+	runtime.KeepAlive(kept)
+	return st.Err
 }
 
 func buildIndex(dir, path string, workers int) (*os.File, index.Stats, error) {

@@ -28,6 +28,10 @@ type tool struct {
 	start func() (stop func() error, err error)
 }
 
+func (b *bench) nothing() tool {
+	return tool{"nothing", func() (func() error, error) { return func() error { return nil }, nil }}
+}
+
 func (b *bench) agent() tool { return b.agentWith("hostflame") }
 
 // agentWith is the agent with flags, when it has read what it reads once.
@@ -65,24 +69,46 @@ func awaitIdle(pid int) error {
 
 // emptyProgram is the least that any hook on the tracepoint costs.
 func (b *bench) emptyProgram(tracepoint string) tool {
-	return tool{"an empty program on " + tracepoint, func() (func() error, error) {
-		prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-			Name:         "empty",
-			Type:         ebpf.Tracing,
-			AttachType:   ebpf.AttachTraceRawTp,
-			AttachTo:     tracepoint,
-			Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},
-			License:      "Dual BSD/GPL",
-		})
-		if err != nil {
-			return nil, fmt.Errorf("load an empty program: %w", err)
+	return least("an empty program on "+tracepoint, asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()}, tracepoint)
+}
+
+// clocks is the least that stamps cost which are taken on each of the tracepoints.
+func (b *bench) clocks(tracepoints ...string) tool {
+	return least(fmt.Sprintf("%d programs that read the clock", len(tracepoints)),
+		asm.Instructions{asm.FnKtimeGetNs.Call(), asm.Mov.Imm(asm.R0, 0), asm.Return()}, tracepoints...)
+}
+
+// least is a program on each of the tracepoints that has no more than these instructions.
+func least(name string, instructions asm.Instructions, tracepoints ...string) tool {
+	return tool{name, func() (func() error, error) {
+		var open []io.Closer
+		end := func() error {
+			var errs []error
+			for _, c := range open {
+				errs = append(errs, c.Close())
+			}
+			return errors.Join(errs...)
 		}
-		l, err := link.AttachTracing(link.TracingOptions{Program: prog})
-		if err != nil {
-			prog.Close()
-			return nil, fmt.Errorf("attach an empty program to %s: %w", tracepoint, err)
+		for _, tracepoint := range tracepoints {
+			prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+				Name:         "least",
+				Type:         ebpf.Tracing,
+				AttachType:   ebpf.AttachTraceRawTp,
+				AttachTo:     tracepoint,
+				Instructions: instructions,
+				License:      "Dual BSD/GPL",
+			})
+			if err != nil {
+				return nil, errors.Join(fmt.Errorf("load a program for %s: %w", tracepoint, err), end())
+			}
+			open = append(open, prog)
+			l, err := link.AttachTracing(link.TracingOptions{Program: prog})
+			if err != nil {
+				return nil, errors.Join(fmt.Errorf("attach a program to %s: %w", tracepoint, err), end())
+			}
+			open = append(open, l)
 		}
-		return onStop(func() error { return errors.Join(l.Close(), prog.Close()) }), nil
+		return onStop(end), nil
 	}}
 }
 

@@ -22,7 +22,7 @@ import (
 )
 
 // modules are what the tests need of what Debian does not build in.
-var modules = []string{"virtio_pci", "virtio_blk", "ext4", "loop", "null_blk"}
+var modules = []string{"virtio_pci", "virtio_blk", "ext4", "loop", "null_blk", "dm_mod", "raid1", "lzo_rle", "lzo", "zram"}
 
 // programsDir is where the workloads of kerneltest.Programs are in the machine.
 const programsDir = "/programs"

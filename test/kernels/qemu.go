@@ -51,7 +51,9 @@ func boot(ctx context.Context, m machine, kernel, initrd, disk, parameters strin
 	cmdline := "console=" + m.console + " loglevel=4 oops=panic panic=-1 tsc=reliable rdinit=/init " + parameters
 	args := append([]string{"-smp", "2", "-m", "2G", "-display", "none", "-nodefaults",
 		"-no-reboot", "-serial", "stdio", "-kernel", kernel, "-initrd", initrd, "-append", cmdline,
-		"-drive", "if=virtio,format=raw,snapshot=on,file=" + disk}, m.args...)
+		"-drive", "if=virtio,format=raw,snapshot=on,file=" + disk,
+		// A second one, which has a queue for each CPU and can be taken away.
+		"-drive", "if=none,id=nvme,format=raw,snapshot=on,file=" + disk, "-device", "nvme,serial=hostflame,drive=nvme"}, m.args...)
 	cmd := exec.CommandContext(ctx, m.qemu, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var stderr strings.Builder
