@@ -28,6 +28,10 @@ type tool struct {
 	start func() (stop func() error, err error)
 }
 
+func (b *bench) nothing() tool {
+	return tool{"nothing", func() (func() error, error) { return func() error { return nil }, nil }}
+}
+
 func (b *bench) agent() tool { return b.agentWith("hostflame") }
 
 // agentWith is the agent with flags, when it has read what it reads once.
