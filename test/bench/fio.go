@@ -18,16 +18,13 @@ func randomReads(file string) []string {
 		"--direct=1", "--ioengine=libaio", "--iodepth=32", "--time_based"}
 }
 
-// nothing is no tool, as a tool.
-var nothing = tool{"nothing", func() (func() error, error) { return func() error { return nil }, nil }}
-
 // fio prints how many reads a second fio makes while tools watch block I/O.
 func (b *bench) fio(w io.Writer) error {
 	data := filepath.Join(b.dir, "fio.data")
 	if err := prepareFile(data, 64<<20); err != nil {
 		return err
 	}
-	tools := []tool{nothing, peer("biolatency"), peer("biolatency", "-Q"),
+	tools := []tool{b.nothing(), peer("biolatency"), peer("biolatency", "-Q"),
 		b.agentWith("hostflame, histograms and CPU samples", "--sampling.io-rate=0", "--sampling.wait-rate=0"), b.agent()}
 	perSecond := make([][]float64, len(tools))
 	for round := range b.rounds {
