@@ -83,7 +83,7 @@ func (k *kernel) symbolize(addrs []uint64) []Result {
 	if k.table != nil && len(addrs) > 0 {
 		k.vmlinux.find(k.sym)
 		k.vmlinux.addLines(k.table, addrs, results)
-		k.ko.addLines(k.sym, k.loads, addrs, results)
+		k.ko.addLines(k.sym, k.table.modules, k.loads, addrs, results)
 		k.bpf.addLines(k.loads, addrs, results)
 	}
 	return results

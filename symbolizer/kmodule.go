@@ -3,7 +3,9 @@
 package symbolizer
 
 import (
+	"bufio"
 	"bytes"
+	"io"
 	"os"
 	"path"
 	"path/filepath"
@@ -20,6 +22,7 @@ import (
 type kernelModules struct {
 	loads  uint64 // of kallsyms, that byName is of
 	byName map[string]*kernelModule
+	files  map[string]string // paths of those that are loaded, from the host's root
 }
 
 type kernelModule struct {
@@ -30,20 +33,22 @@ type kernelModule struct {
 // loadedSection is a section of code: where the kernel has it, and where the file.
 type loadedSection struct{ loaded, addr, size uint64 }
 
-// find looks for the file of a module, once for each reading of kallsyms.
-func (k *kernelModules) find(s *Symbolizer, loads uint64, name string) *kernelModule {
+// find looks for the file of one of the modules that are loaded, once for each reading of
+// kallsyms.
+func (k *kernelModules) find(s *Symbolizer, loaded []string, loads uint64, name string) *kernelModule {
 	if k.byName == nil || k.loads != loads {
 		k.byName, k.loads = map[string]*kernelModule{}, loads
+		k.files = moduleFiles(s, loaded)
 	}
 	m := k.byName[name]
 	if m == nil {
-		m = openModule(s, name)
+		m = openModule(s, name, k.files[name])
 		k.byName[name] = m
 	}
 	return m
 }
 
-func openModule(s *Symbolizer, name string) *kernelModule {
+func openModule(s *Symbolizer, name, file string) *kernelModule {
 	m := &kernelModule{}
 	if strings.Contains(name, "/") {
 		return m
@@ -54,7 +59,7 @@ func openModule(s *Symbolizer, name string) *kernelModule {
 		return m
 	}
 	id, _ := elffile.ParseBuildIDs(notes)
-	for _, p := range modulePaths(s, name, id) {
+	for _, p := range modulePaths(file, id) {
 		o, err := s.object(File{
 			Path:  p,
 			Open:  func() (*os.File, error) { return elffile.OpenBelow(s.cfg.Root, p, nil) },
@@ -73,35 +78,45 @@ func openModule(s *Symbolizer, name string) *kernelModule {
 	return m
 }
 
-// modulePaths are where a module's debug file can be.
-func modulePaths(s *Symbolizer, name, id string) (paths []string) {
+// modulePaths are where the debug file of a module can be that is in file.
+func modulePaths(file, id string) (paths []string) {
 	if p := elffile.BuildIDPath(id); p != "" {
 		paths = append(paths, p)
 	}
+	if file != "" {
+		paths = append(paths, "/usr/lib/debug"+file, "/usr/lib/debug"+file+".debug", file)
+	}
+	return paths
+}
+
+// moduleFiles are the files of modules by name, without what they are compressed with.
+func moduleFiles(s *Symbolizer, loaded []string) map[string]string {
+	files := map[string]string{}
 	release, err := os.ReadFile(s.proc("sys/kernel/osrelease"))
 	if err != nil {
-		return paths
+		return files
 	}
 	modules := path.Join("/lib/modules", strings.TrimSpace(string(release)))
 	f, err := elffile.OpenBelow(s.cfg.Root, path.Join(modules, "modules.dep"), nil)
 	if err != nil {
-		return paths
+		return files
 	}
 	defer f.Close()
-	const most = 16 << 20 // bytes
-	b := make([]byte, most)
-	n, _ := f.ReadAt(b, 0)
-	for line := range bytes.Lines(b[:n]) {
-		// "kernel/fs/ext4/ext4.ko.xz: kernel/fs/jbd2/jbd2.ko.xz ..."
-		file, _, ok := strings.Cut(string(line), ":")
-		stem, _, isModule := strings.Cut(path.Base(file), ".ko")
-		if !ok || !isModule || strings.ReplaceAll(stem, "-", "_") != name {
-			continue
-		}
-		plain := path.Join(modules, path.Dir(file), stem+".ko")
-		return append(paths, "/usr/lib/debug"+plain, "/usr/lib/debug"+plain+".debug", plain)
+	wanted := map[string]bool{}
+	for _, m := range loaded {
+		wanted[strings.Trim(m, "[]")] = true
 	}
-	return paths
+	const most = 16 << 20 // bytes
+	for sc := bufio.NewScanner(io.LimitReader(f, most)); sc.Scan(); {
+		// "kernel/fs/ext4/ext4.ko.xz: kernel/fs/jbd2/jbd2.ko.xz ..."
+		file, _, ok := strings.Cut(sc.Text(), ":")
+		stem, _, isModule := strings.Cut(path.Base(file), ".ko")
+		name := strings.ReplaceAll(stem, "-", "_")
+		if ok && isModule && wanted[name] && files[name] == "" {
+			files[name] = path.Join(modules, path.Dir(file), stem+".ko")
+		}
+	}
+	return files
 }
 
 // loadedCode reads where the kernel has a module's sections.
@@ -129,7 +144,7 @@ func loadedCode(m *elffile.Image, secs []elffile.Section, dir string) (code []lo
 }
 
 // addLines adds inlined functions and lines to what kallsyms says of modules.
-func (k *kernelModules) addLines(s *Symbolizer, loads uint64, addrs []uint64, results []Result) {
+func (k *kernelModules) addLines(s *Symbolizer, loaded []string, loads uint64, addrs []uint64, results []Result) {
 	type question struct {
 		addrs []uint64
 		at    []int
@@ -140,7 +155,7 @@ func (k *kernelModules) addLines(s *Symbolizer, loads uint64, addrs []uint64, re
 		if name == "" || results[i].Module == kernelFile || name == "bpf" {
 			continue
 		}
-		m := k.find(s, loads, name)
+		m := k.find(s, loaded, loads, name)
 		if m.object == nil {
 			continue
 		}

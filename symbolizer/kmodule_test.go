@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -114,5 +115,34 @@ func TestKernelModule(t *testing.T) {
 				t.Errorf("%s from a file with another build id", describe(r))
 			}
 		})
+	}
+}
+
+// TestKernelModuleFiles: the list of all modules is read once, however many are asked for, and
+// in pieces.
+func TestKernelModuleFiles(t *testing.T) {
+	const text, init = 0xffffffffc0200000, 0xffffffffc0100000
+	cfg := fakeModule(t, buildModule(t, "-g"), text, init)
+	other := filepath.Join(cfg.Sys, "module/other/notes")
+	if err := os.MkdirAll(other, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, filepath.Join(other, ".note.gnu.build-id"), "\x04\x00\x00\x00\x08\x00\x00\x00\x03\x00\x00\x00GNU\x00abcdefgh")
+	appendFile(t, filepath.Join(cfg.Proc, "kallsyms"), "ffffffffc0300000 t other_start\t[other]\n")
+	s := newSymbolizer(t, cfg)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	if r := s.Kernel([]uint64{0xffffffffc0300000})[0]; r.Module != "[other]" {
+		t.Fatal(describe(r))
+	}
+	runtime.ReadMemStats(&after)
+	if n := after.TotalAlloc - before.TotalAlloc; n > 8<<20 {
+		t.Errorf("%d bytes allocated", n)
+	}
+	if err := os.Remove(filepath.Join(cfg.Root, "lib/modules/6.1.0-test/modules.dep")); err != nil {
+		t.Fatal(err)
+	}
+	if got := describe(s.Kernel([]uint64{init + 1})[0]); !strings.Contains(got, "start:") || !strings.HasSuffix(got, "<9") {
+		t.Errorf("%s, want start with a line", got)
 	}
 }
