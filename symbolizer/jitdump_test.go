@@ -216,3 +216,23 @@ func FuzzJITDump(f *testing.F) {
 		}
 	})
 }
+
+// TestSuspended: a wait for the CPU between two clocks is no sleep.
+func TestSuspended(t *testing.T) {
+	for _, slept := range []int64{0, int64(time.Hour)} {
+		now, calls := int64(1e12), 0
+		read := func(clock int32) int64 {
+			calls++
+			if now += 50; calls%3 == 2 && calls < 9 {
+				now += int64(10 * time.Millisecond)
+			}
+			if clock == unix.CLOCK_BOOTTIME {
+				return now + slept
+			}
+			return now
+		}
+		if got := int64(suspended(read)); got < slept-100 || got > slept {
+			t.Errorf("%d ns, want %d", got, slept)
+		}
+	}
+}

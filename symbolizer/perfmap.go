@@ -153,7 +153,7 @@ func (pm *PerfMap) SymbolizeAt(addrs, at []uint64) []Result {
 		}
 		return results
 	}
-	asleep := suspended()
+	asleep := suspended(readClock)
 	for i, addr := range addrs {
 		when := uint64(0)
 		if at != nil && at[i] > asleep {
