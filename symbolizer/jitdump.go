@@ -9,6 +9,7 @@ import (
 	"io"
 	"math"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,6 +25,9 @@ import (
 const (
 	jitMagic      = 0x4a695444
 	jitHeader     = 40
+	jitPad        = 16 // where in the header
+	jitV8         = 0xdeadbeef
+	jitELFHeader  = 64 // what V8 adds to the addresses of lines
 	jitFlags      = 32 // where in the header
 	jitOwnClock   = 1  // of the flags: times are of the CPU's counter
 	jitRecord     = 16 // header of a record
@@ -39,6 +43,7 @@ const (
 	maxJITLines   = 1 << 20 // bytes of the lines of a piece of code
 	jitCodeBytes  = 40
 	jitLineBytes  = 12
+	noJITFile     = 1<<32 - 1
 )
 
 // jitCode is code that was made, or came to a new place.
@@ -50,7 +55,8 @@ type jitCode struct {
 	lines      uint32
 }
 
-// jitLine says from which byte of a piece of code on a line holds.
+// jitLine says from which byte of a piece of code on a line holds. Its file is where the name
+// starts in names, or noJITFile: it is in the name of the code.
 type jitLine struct{ off, file, line uint32 }
 
 // readJIT reads the records between what was read and size into t.
@@ -81,6 +87,7 @@ func (t *perfTable) readJIT(r io.ReaderAt, size int64) error {
 			return errorf(ReasonMalformed, "jitdump with a header of %d bytes", header)
 		}
 		t.off, t.timeless = header, word(jitFlags)&jitOwnClock != 0
+		t.v8 = binary.LittleEndian.Uint32(b[jitPad:]) == jitV8
 	}
 	var spans []overlap.Span
 	for range maxJITRecords {
@@ -118,7 +125,7 @@ func (t *perfTable) readJIT(r io.ReaderAt, size int64) error {
 				spans = t.addJITCode(spans, c, length)
 			}
 		case id == jitLines && total >= jitLinesSize && read(t.off, jitLinesSize):
-			t.readLines(r, word(jitRecord), t.off+jitLinesSize, t.off+total)
+			t.readLines(r, word(jitRecord), word(jitRecord+8), t.off+jitLinesSize, t.off+total)
 		}
 		t.off += total
 		if t.bytes()+int64(len(spans))*24 > t.limit {
@@ -145,33 +152,108 @@ func (t *perfTable) addJITCode(spans []overlap.Span, c jitCode, size uint64) []o
 }
 
 // readLines reads the lines of the code that the next record is to be of.
-func (t *perfTable) readLines(r io.ReaderAt, start uint64, off, end int64) {
+func (t *perfTable) readLines(r io.ReaderAt, start, count uint64, off, end int64) {
 	t.jitLines = t.jitLines[:t.nextLine]
 	t.linesOf = start
 	b := make([]byte, min(end-off, maxJITLines))
 	if n, err := r.ReadAt(b, off); n < len(b) && err != io.EOF {
 		return
 	}
+	if t.v8 {
+		t.addV8Lines(b, start, count)
+	} else {
+		t.addLines(b, start, count)
+	}
+	slices.SortStableFunc(t.jitLines[t.nextLine:], func(a, b jitLine) int { return cmp.Compare(a.off, b.off) })
+}
+
+// addLines adds count lines and returns what follows them, and whether there were so many.
+func (t *perfTable) addLines(b []byte, start, count uint64) ([]byte, bool) {
 	same := []byte{0xff} // the name before
+	var before []byte    // nil: there was none
 	file := uint32(0)
-	for len(b) > jitLineSize {
+	for ; count > 0; count-- {
+		if len(b) <= jitLineSize {
+			return b, false
+		}
 		at, line := binary.LittleEndian.Uint64(b), binary.LittleEndian.Uint32(b[8:])
 		name, ended := elffile.CString(b[jitLineSize:])
 		if !ended {
-			break
+			return b, false
 		}
-		if !bytes.Equal(name, same) && (file == 0 || !bytes.Equal(name, t.name(file))) {
+		switch {
+		case bytes.Equal(name, same):
+			if before == nil {
+				return b, false
+			}
+		case before == nil || !bytes.Equal(name, before):
 			var ok bool
 			if file, ok = t.addName(name); !ok {
-				break
+				return b, false
 			}
+			before = name
 		}
 		b = b[jitLineSize+len(name)+1:]
 		if at >= start && at-start < 1<<32 {
 			t.jitLines = append(t.jitLines, jitLine{uint32(at - start), file, line})
 		}
 	}
-	slices.SortStableFunc(t.jitLines[t.nextLine:], func(a, b jitLine) int { return cmp.Compare(a.off, b.off) })
+	return b, true
+}
+
+// addV8Lines adds lines that V8 wrote (src/diagnostics/perf-jit.cc): for perf inject, which
+// puts an ELF header before the code, it adds the header's size to their addresses. At the
+// end are up to seven bytes that fill up to eight. V8 of Node.js 20 writes memory that was
+// freed for names of files, as long as the names are, so that what looks like the end of a
+// name is none; where all are as long, the lines are found nonetheless.
+func (t *perfTable) addV8Lines(b []byte, start, count uint64) {
+	const fill = 8
+	start += jitELFHeader
+	names := len(t.names)
+	rest, ok := t.addLines(b, start, count)
+	if ok && len(rest) < fill && uint64(len(t.jitLines))-uint64(t.nextLine) == count {
+		return
+	}
+	t.jitLines, t.names = t.jitLines[:t.nextLine], t.names[:names]
+	if count == 0 || count > uint64(len(b)/jitLineSize) {
+		return
+	}
+	n := int(count)
+	for stride := len(b) / n; stride > jitLineSize && len(b)-n*stride < fill; stride-- {
+		before := uint64(0)
+		for i := range n {
+			e := b[i*stride:][:stride]
+			off, line := binary.LittleEndian.Uint64(e)-start, binary.LittleEndian.Uint32(e[8:])
+			if off < before || off >= 1<<32 || e[stride-1] != 0 {
+				break
+			}
+			t.jitLines, before = append(t.jitLines, jitLine{uint32(off), noJITFile, line}), off
+		}
+		if len(t.jitLines)-int(t.nextLine) == n {
+			return
+		}
+		t.jitLines = t.jitLines[:t.nextLine]
+	}
+}
+
+// v8Script is the file in a name that V8 gives to code: "JS:*get name /app/file.js:3:14".
+func v8Script(name string) string {
+	at := strings.Index(name, " /")
+	if at < 0 {
+		at = strings.Index(name, " file:")
+	}
+	if at < 0 {
+		at = strings.IndexByte(name, ' ')
+	}
+	file := name[at+1:]
+	for range 2 {
+		i := strings.LastIndexByte(file, ':')
+		if i < 0 {
+			return ""
+		}
+		file = file[:i]
+	}
+	return file
 }
 
 // rowAt is the name, or number of the code, of the newest row at an address.
@@ -219,7 +301,13 @@ func (t *perfTable) lookupJIT(addr, at uint64) Result {
 		i++ // the last one of an address counts
 	}
 	line := lines[0]
-	line.File, line.Line, line.StartLine = cleanName(string(t.name(of[i].file))), int64(of[i].line), int64(of[0].line)
+	file := ""
+	if of[i].file == noJITFile {
+		file = v8Script(line.SystemName)
+	} else {
+		file = string(t.name(of[i].file))
+	}
+	line.File, line.Line, line.StartLine = cleanName(file), int64(of[i].line), int64(of[0].line)
 	return Result{Lines: []Line{line}}
 }
 
@@ -255,7 +343,10 @@ func (t *perfTable) forgetReplaced() {
 		lines := t.jitLines[c.line : c.line+c.lines]
 		c.name, c.line = name(c.name), uint32(len(next.jitLines))
 		for _, l := range lines {
-			next.jitLines = append(next.jitLines, jitLine{l.off, name(l.file), l.line})
+			if l.file != noJITFile {
+				l.file = name(l.file)
+			}
+			next.jitLines = append(next.jitLines, l)
 		}
 		renumbered[i] = uint32(len(next.codes))
 		next.codes = append(next.codes, c)

@@ -217,6 +217,57 @@ func FuzzJITDump(f *testing.F) {
 	})
 }
 
+// v8Lines notes lines as V8 does: the name with each one, and the addresses behind an ELF header.
+func (f *jitFile) v8Lines(addr uint64, file string, pairs ...uint64) {
+	b := binary.LittleEndian.AppendUint64(nil, addr)
+	b = binary.LittleEndian.AppendUint64(b, uint64(len(pairs)/2))
+	for i := 0; i < len(pairs); i += 2 {
+		b = binary.LittleEndian.AppendUint64(b, addr+pairs[i]+0x40)
+		b = binary.LittleEndian.AppendUint32(b, uint32(pairs[i+1]))
+		b = binary.LittleEndian.AppendUint32(b, 0)
+		b = append(append(b, file...), 0)
+	}
+	f.record(jitLines, append(b, make([]byte, -len(b)&7)...))
+}
+
+// TestJITDumpV8: its addresses, and names of files that are none. A name is held once.
+func TestJITDumpV8(t *testing.T) {
+	f := newJITFile()
+	binary.LittleEndian.PutUint32(f[jitPad:], jitV8)
+	var pairs []uint64
+	for i := range uint64(100) {
+		pairs = append(pairs, i, i+1)
+	}
+	f.v8Lines(0x1000, "/app/a.js", pairs...)
+	f.load(0x1000, 0x100, "JS:*a /app/a.js:1:10")
+	f.v8Lines(0x2000, "\x9c\xb7\x02\x00\x00\x00\x9a\x7f!", 0, 5, 0x13, 6, 0x15, 7)
+	f.load(0x2000, 0x100, "JS:^get b /app/b c.js:5:1")
+	f.v8Lines(0x3000, "\x00\x00\x02\x00\x00\x00\x9a\x7f!", pairs...)
+	f.load(0x3000, 0x100, "Builtin:none")
+	for i, name := range []string{"get b file:///app/b.mjs:5:1", "b node:b:5:1"} {
+		f.v8Lines(0x4000+uint64(i)*0x1000, "\x00\x00\x02\x00\x00\x00\x9a\x7f!", pairs...)
+		f.load(0x4000+uint64(i)*0x1000, 0x100, "JS:*"+name)
+	}
+	p := readDump(t, f, 1<<20)
+	if n := bytes.Count(p.names, []byte{0}); n != 6 {
+		t.Errorf("%d names, want 6: %q", n, p.names)
+	}
+	for _, tt := range []struct {
+		addr uint64
+		want string
+	}{
+		{0x1000, "/app/a.js:1<1"}, {0x1042, "/app/a.js:67<1"}, {0x10ff, "/app/a.js:100<1"},
+		{0x2012, "/app/b c.js:5<5"}, {0x2013, "/app/b c.js:6<5"}, {0x20ff, "/app/b c.js:7<5"}, {0x3063, ":100<1"},
+		{0x4000, "file:///app/b.mjs:1<1"}, {0x5000, "node:b:1<1"},
+	} {
+		r := p.lookupJIT(tt.addr, 0)
+		checkResult(t, r)
+		if got := fmt.Sprintf("%s:%d<%d", r.Lines[0].File, r.Lines[0].Line, r.Lines[0].StartLine); got != tt.want {
+			t.Errorf("%#x: %s, want %s", tt.addr, got, tt.want)
+		}
+	}
+}
+
 // TestSuspended: a wait for the CPU between two clocks is no sleep.
 func TestSuspended(t *testing.T) {
 	for _, slept := range []int64{0, int64(time.Hour)} {
