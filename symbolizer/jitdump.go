@@ -336,17 +336,28 @@ func (t *perfTable) forgetReplaced() {
 		}
 		return to
 	}
-	for i, c := range t.codes {
-		if !live[i] && newest-c.made > uint64(kept) {
-			continue
-		}
-		lines := t.jitLines[c.line : c.line+c.lines]
-		c.name, c.line = name(c.name), uint32(len(next.jitLines))
-		for _, l := range lines {
+	copyLines := func(from []jitLine) {
+		for _, l := range from {
 			if l.file != noJITFile {
 				l.file = name(l.file)
 			}
 			next.jitLines = append(next.jitLines, l)
+		}
+	}
+	movedLines := map[uint32]uint32{} // first lines: code that has moved shares them
+	for i, c := range t.codes {
+		if !live[i] && newest-c.made > uint64(kept) {
+			continue
+		}
+		c.name = name(c.name)
+		if c.lines > 0 {
+			to, ok := movedLines[c.line]
+			if !ok {
+				to = uint32(len(next.jitLines))
+				movedLines[c.line] = to
+				copyLines(t.jitLines[c.line : c.line+c.lines])
+			}
+			c.line = to
 		}
 		renumbered[i] = uint32(len(next.codes))
 		next.codes = append(next.codes, c)
@@ -356,8 +367,9 @@ func (t *perfTable) forgetReplaced() {
 			rows[i].name = renumbered[rows[i].name]
 		}
 	}
-	t.codes, t.jitLines, t.names = next.codes, next.jitLines, next.names
-	t.nextLine, t.linesOf = uint32(len(t.jitLines)), 0
+	next.nextLine = uint32(len(next.jitLines))
+	copyLines(t.jitLines[t.nextLine:]) // of the code that comes next
+	t.codes, t.jitLines, t.names, t.nextLine = next.codes, next.jitLines, next.names, next.nextLine
 	clear(t.lines)
 	t.held = 0
 }

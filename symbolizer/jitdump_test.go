@@ -217,6 +217,48 @@ func FuzzJITDump(f *testing.F) {
 	})
 }
 
+// TestJITDumpSharedLines: code that moves on and on keeps one copy of its lines.
+func TestJITDumpSharedLines(t *testing.T) {
+	f := newJITFile()
+	var pairs []uint64
+	for i := range uint64(200) {
+		pairs = append(pairs, i, i+1)
+	}
+	f.lines(0x1000, "/app/a.js", pairs...)
+	f.load(0x1000, 0x100, "a")
+	at, to := uint64(0x1000), uint64(0x2000)
+	for i := range uint64(30_000) {
+		f.recordAt(i*uint64(time.Second), jitMove, jitWords(to, at, to, 0x100, 1))
+		at, to = to, at
+	}
+	const limit = 1 << 20
+	p := readDump(t, f, limit)
+	if len(p.jitLines) != 200 || p.full || p.bytes() > limit {
+		t.Errorf("%d lines, %d bytes, full: %v", len(p.jitLines), p.bytes(), p.full)
+	}
+	r := p.lookupJIT(at+77, 0)
+	if want := (Line{"a", "a", "/app/a.js", 78, 1}); len(r.Lines) != 1 || r.Lines[0] != want {
+		t.Errorf("%+v, want %+v", r, want)
+	}
+}
+
+// TestJITDumpNextLines: room that is made between lines and their code leaves them.
+func TestJITDumpNextLines(t *testing.T) {
+	f := newJITFile()
+	f.load(0x5000, 0x100, "before")
+	f.lines(0x1000, "/app/a.js", 0, 1, 4, 2)
+	p, half := readDump(t, f, 1<<20), int64(len(f))
+	p.forgetReplaced()
+	f.load(0x1000, 0x100, "a")
+	if err := p.readJIT(bytes.NewReader(f), int64(len(f))); err != nil || p.off <= half {
+		t.Fatal(p.off, err)
+	}
+	r := p.lookupJIT(0x1004, 0)
+	if want := (Line{"a", "a", "/app/a.js", 2, 1}); len(r.Lines) != 1 || r.Lines[0] != want {
+		t.Errorf("%+v, want %+v", r, want)
+	}
+}
+
 // v8Lines notes lines as V8 does: the name with each one, and the addresses behind an ELF header.
 func (f *jitFile) v8Lines(addr uint64, file string, pairs ...uint64) {
 	b := binary.LittleEndian.AppendUint64(nil, addr)
