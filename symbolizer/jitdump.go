@@ -39,10 +39,13 @@ const (
 	jitMove       = 1
 	jitLines      = 2
 	maxJITRecord  = 64 << 20
-	maxJITRecords = 1 << 20 // read in one call; the rest in the next
-	maxJITLines   = 1 << 20 // bytes of the lines of a piece of code
+	jitAtOnce     = 64 << 20 // bytes read in one call, with jitReadCost; the rest in the next
+	jitReadCost   = 64       // that a read is counted for beside its bytes
+	maxJITLines   = 1 << 20  // bytes of the lines of a piece of code
+	maxJITSteps   = 1 << 14  // back in time, in pieces of code
 	jitCodeBytes  = 40
 	jitLineBytes  = 12
+	jitBatchBytes = 24 + 48 // of code that is not merged yet
 	noJITFile     = 1<<32 - 1
 )
 
@@ -59,11 +62,29 @@ type jitCode struct {
 // starts in names, or noJITFile: it is in the name of the code.
 type jitLine struct{ off, file, line uint32 }
 
-// readJIT reads the records between what was read and size into t.
-func (t *perfTable) readJIT(r io.ReaderAt, size int64) error {
+// jitBatch is code that was read and is not merged yet. Moves name code by its start.
+type jitBatch struct {
+	spans  []overlap.Span
+	starts map[uint64]uint32 // numbers of the newest code
+}
+
+// budget is a file of which left bytes may still be read.
+type budget struct {
+	io.ReaderAt
+	left int64
+}
+
+func (b *budget) ReadAt(p []byte, off int64) (int, error) {
+	b.left -= int64(len(p)) + jitReadCost
+	return b.ReaderAt.ReadAt(p, off)
+}
+
+// readJIT reads the records between what was read and size into t, as far as one call may.
+func (t *perfTable) readJIT(file io.ReaderAt, size int64) error {
 	if t.full {
 		return nil
 	}
+	r := &budget{file, jitAtOnce}
 	var b [jitMoveSize]byte
 	read := func(off int64, n int) bool {
 		if off > size || int64(n) > size-off {
@@ -89,8 +110,8 @@ func (t *perfTable) readJIT(r io.ReaderAt, size int64) error {
 		t.off, t.timeless = header, word(jitFlags)&jitOwnClock != 0
 		t.v8 = binary.LittleEndian.Uint32(b[jitPad:]) == jitV8
 	}
-	var spans []overlap.Span
-	for range maxJITRecords {
+	batch := jitBatch{starts: map[uint64]uint32{}}
+	for r.left > 0 {
 		if !read(t.off, jitRecord) {
 			break
 		}
@@ -113,42 +134,47 @@ func (t *perfTable) readJIT(r io.ReaderAt, size int64) error {
 			t.nextLine = uint32(len(t.jitLines))
 			if at, ok := t.addName(t.jitName(r, t.off+jitLoadSize, t.off+total)); ok {
 				c.name = at
-				spans = t.addJITCode(spans, c, length)
+				t.addJITCode(&batch, c, length)
 			}
 		case id == jitMove && total >= jitMoveSize && read(t.off, jitMoveSize):
 			from, to, length := word(jitRecord+16), word(jitRecord+24), word(jitRecord+32)
-			t.merge(spans)
-			spans = nil
-			if number, ok := t.rowAt(from); ok {
+			number, ok := batch.starts[from]
+			if !ok {
+				number, ok = t.rowAt(from)
+			}
+			if ok {
 				c := t.codes[number]
 				c.start, c.made = to, made
-				spans = t.addJITCode(spans, c, length)
+				t.addJITCode(&batch, c, length)
 			}
 		case id == jitLines && total >= jitLinesSize && read(t.off, jitLinesSize):
 			t.readLines(r, word(jitRecord), word(jitRecord+8), t.off+jitLinesSize, t.off+total)
 		}
 		t.off += total
-		if t.bytes()+int64(len(spans))*24 > t.limit {
-			t.merge(spans)
-			spans = nil
-			if t.forgetReplaced(); t.bytes() > t.limit/2 {
-				t.full = true
+		t.last = max(t.last, made)
+		if t.bytes()+int64(len(batch.spans))*jitBatchBytes > t.limit {
+			t.merge(batch.spans)
+			batch = jitBatch{starts: map[uint64]uint32{}}
+			if t.relieve(); t.full {
 				break
 			}
 		}
 	}
-	t.merge(spans)
+	t.merge(batch.spans)
+	t.behind = r.left <= 0
 	return nil
 }
 
 // addJITCode adds code by its number.
-func (t *perfTable) addJITCode(spans []overlap.Span, c jitCode, size uint64) []overlap.Span {
+func (t *perfTable) addJITCode(batch *jitBatch, c jitCode, size uint64) {
 	if size == 0 || size > 1<<32-1 || c.start+size < c.start || c.start+size > kernelHalf {
-		return spans
+		return
 	}
 	c.size = uint32(size)
+	number := uint32(len(t.codes))
 	t.codes = append(t.codes, c)
-	return append(spans, overlap.Span{Start: c.start, End: c.start + size, Name: uint32(len(t.codes) - 1)})
+	batch.starts[c.start] = number
+	batch.spans = append(batch.spans, overlap.Span{Start: c.start, End: c.start + size, Name: number})
 }
 
 // readLines reads the lines of the code that the next record is to be of.
@@ -267,14 +293,15 @@ func (t *perfTable) rowAt(addr uint64) (uint32, bool) {
 }
 
 // codeAt is the code that was at an address at a time of the dump's clock; of code that was
-// only made later the first, as it is noted when it is ready. Time 0 is now.
+// only made later the first, as it is noted when it is ready. Time 0 is now. It is looked for
+// among the maxJITSteps pieces of code before the newest that is there.
 func (t *perfTable) codeAt(addr, at uint64) *jitCode {
 	number, ok := t.rowAt(addr)
 	if !ok {
 		return nil
 	}
 	found := &t.codes[number]
-	for i := int(number) - 1; i >= 0 && at != 0 && !t.timeless && found.made > at; i-- {
+	for i := int(number) - 1; i >= max(0, int(number)-maxJITSteps) && at != 0 && !t.timeless && found.made > at; i-- {
 		if c := &t.codes[i]; addr-c.start < uint64(c.size) {
 			found = c
 		}
@@ -282,8 +309,12 @@ func (t *perfTable) codeAt(addr, at uint64) *jitCode {
 	return found
 }
 
-// lookupJIT answers from a jitdump.
+// lookupJIT answers from a jitdump. What is later than the last record read may be of code
+// that is not known, in the place of code that is.
 func (t *perfTable) lookupJIT(addr, at uint64) Result {
+	if (t.full || t.behind) && (at == 0 || at > t.last || t.timeless) {
+		return Result{Reason: ReasonTooLarge}
+	}
 	c := t.codeAt(addr, at)
 	if c == nil {
 		return t.unknown()
@@ -311,10 +342,24 @@ func (t *perfTable) lookupJIT(addr, at uint64) Result {
 	return Result{Lines: []Line{line}}
 }
 
-// forgetReplaced drops code that other code has taken the place of, but for what samples that
-// are still to be named can have fallen into.
-func (t *perfTable) forgetReplaced() {
+// relieve makes room: of code that other code has taken the place of it keeps what samples
+// that are still to be named can have fallen into; if that is too much no lines, and then no
+// such code. If what is left is too much the table is full.
+func (t *perfTable) relieve() {
 	const kept = 2 * time.Minute
+	t.forgetReplaced(kept, true)
+	if t.bytes() > t.limit/2 {
+		t.forgetReplaced(kept, false)
+	}
+	if t.bytes() > t.limit/2 {
+		t.forgetReplaced(0, false)
+	}
+	t.full = t.bytes() > t.limit/2
+}
+
+// forgetReplaced drops code that other code has taken the place of, but for what is younger
+// than kept, and lines unless they are to be kept.
+func (t *perfTable) forgetReplaced(kept time.Duration, lines bool) {
 	newest := uint64(0)
 	for _, c := range t.codes {
 		newest = max(newest, c.made)
@@ -346,10 +391,13 @@ func (t *perfTable) forgetReplaced() {
 	}
 	movedLines := map[uint32]uint32{} // first lines: code that has moved shares them
 	for i, c := range t.codes {
-		if !live[i] && newest-c.made > uint64(kept) {
+		if !live[i] && (kept == 0 || newest-c.made > uint64(kept)) {
 			continue
 		}
 		c.name = name(c.name)
+		if !lines {
+			c.line, c.lines = 0, 0
+		}
 		if c.lines > 0 {
 			to, ok := movedLines[c.line]
 			if !ok {
@@ -368,7 +416,9 @@ func (t *perfTable) forgetReplaced() {
 		}
 	}
 	next.nextLine = uint32(len(next.jitLines))
-	copyLines(t.jitLines[t.nextLine:]) // of the code that comes next
+	if lines {
+		copyLines(t.jitLines[t.nextLine:]) // of the code that comes next
+	}
 	t.codes, t.jitLines, t.names, t.nextLine = next.codes, next.jitLines, next.names, next.nextLine
 	clear(t.lines)
 	t.held = 0

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"testing"
 	"time"
 
@@ -248,7 +249,7 @@ func TestJITDumpNextLines(t *testing.T) {
 	f.load(0x5000, 0x100, "before")
 	f.lines(0x1000, "/app/a.js", 0, 1, 4, 2)
 	p, half := readDump(t, f, 1<<20), int64(len(f))
-	p.forgetReplaced()
+	p.relieve()
 	f.load(0x1000, 0x100, "a")
 	if err := p.readJIT(bytes.NewReader(f), int64(len(f))); err != nil || p.off <= half {
 		t.Fatal(p.off, err)
@@ -306,6 +307,148 @@ func TestJITDumpV8(t *testing.T) {
 		checkResult(t, r)
 		if got := fmt.Sprintf("%s:%d<%d", r.Lines[0].File, r.Lines[0].Line, r.Lines[0].StartLine); got != tt.want {
 			t.Errorf("%#x: %s, want %s", tt.addr, got, tt.want)
+		}
+	}
+}
+
+// repeated is a jitdump of one record again and again.
+type repeated struct {
+	header, record []byte
+	read           int64
+}
+
+func (r *repeated) ReadAt(b []byte, off int64) (int, error) {
+	r.read += int64(len(b))
+	for n := 0; n < len(b); {
+		at := off + int64(n) - int64(len(r.header))
+		if at < 0 {
+			n += copy(b[n:], r.header[off+int64(n):])
+		} else {
+			n += copy(b[n:], r.record[at%int64(len(r.record)):])
+		}
+	}
+	return len(b), nil
+}
+
+// TestJITDumpAtOnce: a call reads so much and no more, and tells that it is behind.
+func TestJITDumpAtOnce(t *testing.T) {
+	var f jitFile
+	f.load(0x1000, 0x100, "a")
+	f.record(jitLines, append(jitWords(0x2000)[8:], make([]byte, maxJITLines+8)...))
+	r := &repeated{header: newJITFile(), record: f}
+	size := int64(len(r.header)) + 300*int64(len(f))
+	p := newPerfTable(1 << 30)
+	p.dump = true
+	calls := 0
+	for ; p.off < size && calls < 10; calls++ {
+		r.read = 0
+		if err := p.readJIT(r, size); err != nil || r.read > jitAtOnce+2*maxJITLines {
+			t.Fatalf("%d bytes read, %v", r.read, err)
+		}
+		want := ReasonTooLarge
+		if p.off == size {
+			want = ""
+		}
+		if got := p.lookupJIT(0x1000, 2).Reason; got != want {
+			t.Errorf("%d of %d read: %q, want %q", p.off, size, got, want)
+		}
+		if got := p.lookupJIT(0x1000, 1); len(got.Lines) != 1 {
+			t.Errorf("%+v of what is read", got)
+		}
+	}
+	if calls < 2 || p.off != size {
+		t.Errorf("%d of %d read in %d calls", p.off, size, calls)
+	}
+}
+
+// TestJITDumpMoves: to move code takes about what to make it takes.
+func TestJITDumpMoves(t *testing.T) {
+	made, moves := newJITFile(), newJITFile()
+	for i := range uint64(5000) {
+		made.load(0x10000+i*16, 1, "a")
+		moves.load(0x10000+i*16, 1, "a")
+		moves.move(0x10000+i*16, 0x1000000-i*16, 1)
+	}
+	allocated := func(f jitFile) uint64 {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		p := readDump(t, f, 1<<30)
+		runtime.ReadMemStats(&after)
+		if p.lookupJIT(0x10000+4999*16, 0).Lines == nil {
+			t.Error("not found")
+		}
+		return after.TotalAlloc - before.TotalAlloc
+	}
+	if a, b := allocated(made), allocated(moves); b > 5*a {
+		t.Errorf("%d bytes allocated with moves, %d without", b, a)
+	}
+}
+
+// TestJITDumpSteps: history is looked through so far and no further.
+func TestJITDumpSteps(t *testing.T) {
+	for between, want := range map[uint64]string{maxJITSteps - 1: "old", maxJITSteps: "new"} {
+		f := newJITFile()
+		f.loadAt(1, 0x1000, 16, "old")
+		for i := range between {
+			f.loadAt(2, 0x10000+i%16*16, 16, "other")
+		}
+		f.loadAt(3, 0x1000, 16, "new")
+		if r := readDump(t, f, 1<<30).lookupJIT(0x1000, 2); len(r.Lines) != 1 || r.Lines[0].Function != want {
+			t.Errorf("%d between: %+v, want %s", between, r, want)
+		}
+	}
+}
+
+// TestJITDumpPressure: lines go first, then history, and then nothing new is taken and what
+// may be new has no name.
+func TestJITDumpPressure(t *testing.T) {
+	const limit = 1 << 20
+	f := newJITFile()
+	f.loadAt(1, 0x8000, 64, "old")
+	f.loadAt(2, 0x8000, 64, "new")
+	var pairs []uint64
+	for i := range uint64(32) {
+		pairs = append(pairs, i, i+1)
+	}
+	for i := range uint64(4000) {
+		f.lines(0x10000+i*64, fmt.Sprintf("/app/%d.js", i), pairs...)
+		f.loadAt(i+1, 0x10000+i*64, 64, fmt.Sprintf("f%d", i))
+	}
+	name := func(p *perfTable, addr, at uint64) string {
+		if r := p.lookupJIT(addr, at); len(r.Lines) == 1 {
+			return r.Lines[0].Function
+		} else {
+			return string(r.Reason)
+		}
+	}
+	p := readDump(t, f, limit)
+	if first, last := name(p, 0x10000, 0), name(p, 0x10000+3999*64, 0); p.full || first != "f0" || last != "f3999" || len(p.jitLines) == 0 || p.bytes() > limit {
+		t.Errorf("lines: %s, %s, full: %v, %d lines, %d bytes", first, last, p.full, len(p.jitLines), p.bytes())
+	}
+	if got := name(p, 0x8000, 1); got != "old" {
+		t.Errorf("history goes before lines: %s", got)
+	}
+
+	f = newJITFile()
+	for i := range uint64(50_000) {
+		f.loadAt(i+1, 0x10000+i%100*64, 64, fmt.Sprintf("f%d", i))
+	}
+	p = readDump(t, f, limit)
+	if got := name(p, 0x10000, 0); p.full || got != "f49900" {
+		t.Errorf("history: %s, full: %v", got, p.full)
+	}
+
+	f = newJITFile()
+	for i := range uint64(50_000) {
+		f.loadAt(i+1, 0x10000+i*64, 64, fmt.Sprintf("f%d", i))
+	}
+	p = readDump(t, f, limit)
+	if !p.full || p.bytes() > limit {
+		t.Fatalf("full: %v, %d bytes", p.full, p.bytes())
+	}
+	for at, want := range map[uint64]string{1: "f0", p.last: "f0", p.last + 1: string(ReasonTooLarge), 0: string(ReasonTooLarge)} {
+		if got := name(p, 0x10000, at); got != want {
+			t.Errorf("at %d of %d: %s, want %s", at, p.last, got, want)
 		}
 	}
 }

@@ -38,8 +38,10 @@ type perfTable struct {
 	jitLines []jitLine
 	nextLine uint32 // the first of jitLines that no code has yet
 	linesOf  uint64 // where the code starts that they are of
-	v8       bool   // V8 wrote it
 	timeless bool   // the times of codes are of a clock that we do not know
+	v8       bool   // V8 wrote it
+	last     uint64 // time of the last record read
+	behind   bool   // the last call has not read all that there was
 
 	off      int64 // what lies before is read
 	tail     []byte
