@@ -128,7 +128,7 @@ func TestModuleSectionsApart(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := elffile.Parse(elffile.FromBytes(b))
+	m, err := elffile.ParseObject(elffile.FromBytes(b))
 	if err != nil {
 		t.Fatal(err)
 	}
