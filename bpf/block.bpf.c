@@ -322,7 +322,8 @@ static __noinline int slow_done(struct request *rq, __u8 status, __u32 bytes)
 	 * in flight when the programs were attached, or is of an earlier use. */
 	if ((rq_flags & hf_io_stat) && (hf_kernel_start || rq->start_time_ns > start))
 		start = rq->start_time_ns;
-	if (!start && hf_kernel_start)
+	/* The time of a drawn bio is known, but must not count more than that of others. */
+	if (hf_kernel_start && !(rq_flags & hf_io_stat) && (!start || (hf_bio_start && sampled)))
 		start = issue;
 	if (!start) {
 		drop(HF_DROP_NO_START);
@@ -557,7 +558,7 @@ static __always_inline __u64 handle_bio(struct bio *bio)
 	struct hf_block_places *e = learn_queue(bio->bi_bdev->bd_disk->queue);
 
 	hf_ran(HF_RAN_BIO);
-	return e ? draw_bio(e, bio) : 0;
+	return e && !e->full ? draw_bio(e, bio) : 0;
 }
 
 SEC("tp_btf/block_io_start")

@@ -167,6 +167,9 @@ func newBlock(cfg BlockConfig, k blockHooks) (_ *Block, err error) {
 	spec.Maps[blockMapHfBlockDev].MaxEntries = uint32(sizes.devices)
 	spec.Maps[blockMapHfBlockCells].MaxEntries = uint32(sizes.devices * len(operationNames))
 	spec.Maps[blockMapHfBlockRates].MaxEntries = spec.Maps[blockMapHfBlockCells].MaxEntries
+	if k.ownStart || !k.bioStart {
+		spec.Maps[blockMapHfBlockDrawn].MaxEntries = 1
+	}
 	cpus, err := ebpf.PossibleCPU()
 	if err != nil {
 		return nil, fmt.Errorf("count CPUs: %w", err)

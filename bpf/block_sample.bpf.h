@@ -52,15 +52,15 @@ struct hf_drawn {
 	__u32 pad;
 };
 
-/* By bio; of those whose request did not show yet. */
+/* By bio; of those whose request did not show yet. What never does makes room by its age. */
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 1024);
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192); /* 1 where it is not used, by user space */
 	__type(key, __u64);
 	__type(value, struct hf_drawn);
 } hf_block_drawn SEC(".maps");
 
-/* How many there are in it: mostly none, and then nobody need look. */
+/* How many there are in it, or more: mostly none, and then nobody need look. */
 __u32 hf_drawn = 0;
 
 /* Names the use of a request for as long as it takes. */
@@ -78,21 +78,28 @@ static __always_inline void forget_drawn(__u64 bio)
 		__sync_fetch_and_add(&hf_drawn, -1);
 }
 
-/* Notes in s the sample of the request's bio, if there is one. */
+/* Notes in s the sample of the request's bio, if there is one. Bios that were merged in
+ * before it stand in front of it. */
 static __always_inline void adopt(struct hf_block_request *s, struct request *rq)
 {
-	__u64 bio = (__u64)rq->bio;
+	struct bio *at = rq->bio;
 	struct hf_drawn *d;
 
 	if (!hf_bio_start || !hf_drawn)
 		return;
-	d = bpf_map_lookup_elem(&hf_block_drawn, &bio);
-	if (!d)
-		return;
-	s->start = d->start;
-	s->sampled = 1;
-	s->weight = d->weight;
-	forget_drawn(bio);
+	for (int i = 0; i < 8 && at; i++) {
+		__u64 bio = (__u64)at;
+
+		d = bpf_map_lookup_elem(&hf_block_drawn, &bio);
+		if (d) {
+			s->start = d->start;
+			s->sampled = 1;
+			s->weight = d->weight;
+			forget_drawn(bio);
+			return;
+		}
+		at = at->bi_next;
+	}
 }
 
 /* Draws whether the request's stack is taken, and if so notes it in s. */

@@ -48,7 +48,7 @@ type CPUConfig struct {
 // A sample's weight is the number of periods of the event that it stands for, one unless the
 // tick was late by whole periods; time that the hypervisor took is nobody's CPU time. So the
 // weights, delivered and dropped, times the period add up to the CPU time that the kernel
-// accounts to tasks. Drain and Wait are for one goroutine; Follow, Stats and Close may be called from others.
+// accounts to tasks. Drain and Wait are for one goroutine each; Follow, Stats and Close may be called from others.
 type CPU struct {
 	object
 	rings  *rings

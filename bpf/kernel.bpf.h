@@ -120,8 +120,18 @@ struct cfs_rq {
 	__u64 throttled_clock_pelt_time; /* the queue's own time, by a clock that slow CPUs slow down */
 };
 
+struct rt_bandwidth {
+	__s64 rt_period; /* ns */
+};
+
+struct task_group {
+	struct rt_bandwidth rt_bandwidth; /* CONFIG_RT_GROUP_SCHED */
+};
+
 struct rt_rq {
 	int rt_throttled; /* until fcc77b5ba3e8 (6.12), since then with CONFIG_RT_GROUP_SCHED */
+	__u64 rt_runtime; /* likewise; ns a period */
+	struct task_group *tg; /* CONFIG_RT_GROUP_SCHED */
 };
 
 struct rq {
@@ -243,6 +253,7 @@ struct bvec_iter {
 };
 
 struct bio {
+	struct bio *bi_next; /* of a request */
 	struct block_device *bi_bdev;
 	__u32 bi_opf;
 	__u8 bi_status;

@@ -115,7 +115,7 @@ static __always_inline __u32 hf_append_user(struct hf_scratch *s, struct task_st
 	if (hf_copy_stacks && !hf_walk_begin(w, task))
 		return used;
 	/* A stack that can not be finished is better than no sample. */
-	if ((hf_copy_stacks || w->outcome == HF_OUTCOME_NO_TABLE) &&
+	if ((hf_copy_stacks || (!most && w->outcome == HF_OUTCOME_NO_TABLE)) &&
 	    bpf_ringbuf_query(ring, BPF_RB_AVAIL_DATA) < hf_ring_half + hf_ring_half / 2)
 		used = hf_append_stack(s, w, used);
 	return used;

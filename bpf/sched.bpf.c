@@ -112,6 +112,22 @@ static __always_inline bool hf_rt_throttled(struct task_struct *task)
 	return task->se.cfs_rq->rq->rt.rt_throttled;
 }
 
+/* For how long that is at most: a period less what may run in it. */
+static __always_inline __u64 hf_rt_throttled_most(struct task_struct *task)
+{
+	__u64 period = 1000000000, runtime = 0;
+
+	if (!bpf_core_field_exists(((struct rt_rq *)0)->rt_runtime))
+		return 0;
+	if (bpf_core_field_exists(task->rt.rt_rq)) {
+		runtime = task->rt.rt_rq->rt_runtime;
+		period = task->rt.rt_rq->tg->rt_bandwidth.rt_period;
+	} else {
+		runtime = task->se.cfs_rq->rq->rt.rt_runtime;
+	}
+	return runtime < period ? period - runtime : 0;
+}
+
 static __always_inline __u32 hf_slot_of_task(struct task_struct *task, struct hf_task *t)
 {
 	__u64 cgroups = (__u64)task->cgroups;
@@ -193,8 +209,12 @@ static __always_inline __u64 hf_throttled(struct task_struct *task, struct hf_ta
 	__u64 ns = hf_throttled_ns(queue), past;
 
 	*until = ktime;
-	if (t->rt_throttled)
-		return ktime - since;
+	if (t->rt_throttled) {
+		past = hf_rt_throttled_most(task);
+		if (past < ktime - since)
+			*until = since + past;
+		return *until - since;
+	}
 	if (!ns && !t->quota_ns)
 		return 0;
 	/* The first to be switched in after a throttling, in its container and on this CPU,

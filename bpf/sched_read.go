@@ -102,6 +102,7 @@ type schedBooks struct {
 	last       []schedHfSchedSlot
 	host       SchedCells
 	containers map[string]*bookedContainer
+	wasRead    time.Time
 }
 
 // bookedContainer is a container whose DelayedBy is in the making.
@@ -111,7 +112,7 @@ type bookedContainer struct {
 }
 
 func newSchedBooks(coll *ebpf.Collection, name func(uint64) string) (*schedBooks, error) {
-	b := &schedBooks{cells: coll.Maps[schedMapHfSchedCells], host: newSchedCells(), containers: map[string]*bookedContainer{}}
+	b := &schedBooks{cells: coll.Maps[schedMapHfSchedCells], host: newSchedCells(), containers: map[string]*bookedContainer{}, wasRead: time.Now()}
 	n := int(b.cells.MaxEntries())
 	b.last = make([]schedHfSchedSlot, n)
 	b.containers[OtherContainers] = newBookedContainer(OtherContainers)
@@ -225,22 +226,39 @@ func (b *schedBooks) read() (SchedCells, []SchedContainer, error) {
 		return SchedCells{}, nil, err
 	}
 	b.slots.wasRead()
+	b.wasRead = time.Now()
 	var list []SchedContainer
 	for _, c := range b.containers {
-		c.culprits.rival(time.Now())
 		copied := c.SchedContainer
 		copied.SchedCells = c.SchedCells.clone()
 		copied.DelayedBy = c.culprits.series()
 		list = append(list, copied)
 	}
 	slices.SortFunc(list, func(x, y SchedContainer) int { return cmp.Compare(x.Name, y.Name) })
+	b.forget()
+	return b.host.clone(), list, nil
+}
+
+// forget drops the containers that have no slot any more.
+func (b *schedBooks) forget() {
 	there := b.slots.owners()
 	gone := func(name string) bool { return !there[name] }
 	maps.DeleteFunc(b.containers, func(name string, _ *bookedContainer) bool { return gone(name) })
 	for _, c := range b.containers {
 		c.culprits.forget(gone)
 	}
-	return b.host.clone(), list, nil
+}
+
+// tend looks after the slots and the culprits. To be called once a second or so.
+func (b *schedBooks) tend(now time.Time) error {
+	err := b.slots.tend(now)
+	for _, c := range b.containers {
+		c.culprits.rival(now)
+	}
+	if now.Sub(b.wasRead) >= slotUnread {
+		b.forget() // nobody reads
+	}
+	return err
 }
 
 func (c SchedCells) clone() SchedCells {
@@ -265,7 +283,7 @@ func (s *Sched) tend(ctx context.Context) {
 			return
 		case now := <-time.After(beat.Until(time.Second)):
 			s.mu.Lock()
-			s.tendErr = s.books.slots.tend(now)
+			s.tendErr = s.books.tend(now)
 			s.mu.Unlock()
 		}
 	}

@@ -74,7 +74,7 @@ func (w WaitSampling) variables() map[string]any {
 // (ProfileOffCPU), and with that of one that waited that of the thread that it waited for
 // (ProfileCulprit), as it leaves the CPU to it: where that is of whom it waited the most for.
 // Its value is what of the wait it ran, and its user stack has 64 frames at most. The weights of the samples of either times what was observed add up to
-// the time that Sched counts, without bias. Drain and Wait are for one goroutine.
+// the time that Sched counts, without bias. Drain and Wait are for one goroutine each.
 type Waits struct {
 	object
 	rings *rings

@@ -126,6 +126,9 @@ type row struct {
 	numbers      [maxNumbers]uint64 // sums by weight, of the type's Numbers
 }
 
+// maxVariants bounds the rows of a key: a thread can have a new name with every sample.
+const maxVariants = 512
+
 // aggregate merges the samples of one type, of a window or of a capture.
 type aggregate struct {
 	typ      *Type
@@ -172,12 +175,12 @@ func (a *aggregate) add(s *bpf.Sample, tr *trace, container string) bool {
 	if !ok {
 		last = -1
 	}
-	i := last
+	i, tries := last, 0
 	for i >= 0 && a.sources[i].variant != v {
-		i = a.sources[i].before
+		i, tries = a.sources[i].before, tries+1
 	}
 	if i < 0 {
-		if tr == nil || a.full() {
+		if tr == nil || a.full() || tries >= maxVariants {
 			a.overflow.add(a.typ, s)
 			return false
 		}

@@ -99,9 +99,10 @@ func (m *eventMappings) run(ctx context.Context) error {
 		m.mu.Lock()
 		m.drain()
 		m.learnInitial()
-		if m.broken != nil {
-			err = m.broken
+		if err != nil && m.broken == nil {
+			m.broken = err // nobody would see a ring fill up
 		}
+		err = m.broken
 		m.mu.Unlock()
 		if err != nil {
 			return fmt.Errorf("follow mappings: %w", err)

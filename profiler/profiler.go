@@ -663,6 +663,12 @@ func (p *Profiler) publish(c closedWindow) {
 			pprof: sync.OnceValues(func() (*profile.Profile, error) { return p.profile(part.rows, part.meta, c.deadline) }),
 		})
 	}
+	if !c.deadline.IsZero() {
+		// Nobody can look names up after the end.
+		for i := range w.Profiles {
+			w.Profiles[i].Pprof()
+		}
+	}
 	p.newest.Store(w)
 	p.mu.Lock()
 	subscribers := p.subscribers

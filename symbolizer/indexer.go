@@ -24,6 +24,7 @@ const (
 	inflateDisk   = 8 << 30
 	maxDebugBytes = 16 << 30 // bytes of debug sections
 	maxQueue      = 1024     // objects
+	freeAfter     = 16 << 20 // bytes of debug sections that indexes were made of
 )
 
 // lineIndex is an object's index, or why there is none. The fields below ready are set when
@@ -130,10 +131,13 @@ func (x *indexer) request(o *Object) *lineIndex {
 
 // run works the queue off.
 func (x *indexer) run() {
-	if x.background {
+	built := int64(0) // of debug sections
+	defer func() {
 		// What big units took is of no use until the next file.
-		defer debug.FreeOSMemory()
-	}
+		if x.background && built > freeAfter {
+			debug.FreeOSMemory()
+		}
+	}()
 	for {
 		x.mu.Lock()
 		if len(x.queue) == 0 {
@@ -161,6 +165,9 @@ func (x *indexer) run() {
 			s.Loaded++
 		default:
 			s.Built++
+		}
+		if !stats.loaded {
+			built += stats.input
 		}
 		if err == nil {
 			s.Bytes += int64(ix.Size())

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 var moduleSource = strings.ReplaceAll(deepC, "int main(", "int last(") + `
@@ -144,5 +146,40 @@ func TestKernelModuleFiles(t *testing.T) {
 	}
 	if got := describe(s.Kernel([]uint64{init + 1})[0]); !strings.Contains(got, "start:") || !strings.HasSuffix(got, "<9") {
 		t.Errorf("%s, want start with a line", got)
+	}
+}
+
+// TestModuleSectionsApart: the end of a section of a file that was not linked is no address
+// of another, whatever its size.
+func TestModuleSectionsApart(t *testing.T) {
+	o := build(t, "sections.s", ".text\n.skip 70000\n.section .init.text,\"ax\"\nnop\n.section .exit.text,\"ax\"\n.skip 65536\n.section .noinstr.text,\"ax\"\nnop\n",
+		nil, "gcc", "-c", "-o", "OUT", "SRC")
+	b, err := os.ReadFile(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := elffile.ParseObject(elffile.FromBytes(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sections, err := m.Sections()
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for i := range sections {
+		s := &sections[i]
+		if !s.Executable() || s.Size == 0 {
+			continue
+		}
+		n++
+		for j := range sections {
+			if o := &sections[j]; j != i && o.Executable() && o.Addr >= s.Addr && o.Addr <= s.Addr+s.Size {
+				t.Errorf("section %d is at %#x, %d at %#x to %#x", j, o.Addr, i, s.Addr, s.Addr+s.Size)
+			}
+		}
+	}
+	if n != 4 {
+		t.Errorf("%d sections of code, want 4", n)
 	}
 }

@@ -83,6 +83,7 @@ func (a *accounting) run(ctx context.Context) {
 }
 
 func (a *accounting) check() {
+	block := sync.OnceValues(func() (bpf.BlockAccounts, error) { return a.kernel.block.Accounting() })
 	for _, s := range []struct {
 		name string
 		on   bool
@@ -91,11 +92,11 @@ func (a *accounting) check() {
 		{"cpu", a.period > 0, a.cpu},
 		{"runqueue", a.kernel.sched != nil, func() (uint64, uint64, error) { return a.kernel.sched.Accounting() }},
 		{"block", a.kernel.block != nil, func() (uint64, uint64, error) {
-			b, err := a.kernel.block.Accounting()
+			b, err := block()
 			return b.Requests, b.KernelRequests, err
 		}},
 		{"block_bytes", a.kernel.block != nil, func() (uint64, uint64, error) {
-			b, err := a.kernel.block.Accounting()
+			b, err := block()
 			return b.Bytes, b.KernelBytes, err
 		}},
 	} {

@@ -294,7 +294,7 @@ func (m *Image) Sections() ([]Section, error) {
 		*s = m.decodeSection(b[uint64(i)*size:][:size])
 		if m.Relocatable && s.Executable() && s.Size < 1<<32 {
 			s.Addr = next
-			next += (s.Size | 1<<16 - 1) + 1 // with a hole, so that an end is no start
+			next += (s.Size | (1<<16 - 1)) + 1 // with a hole, so that an end is no start
 		}
 	}
 	return secs, nil
