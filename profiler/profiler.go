@@ -663,16 +663,16 @@ func (p *Profiler) publish(c closedWindow) {
 			pprof: sync.OnceValues(func() (*profile.Profile, error) { return p.profile(part.rows, part.meta, c.deadline) }),
 		})
 	}
-	if !c.deadline.IsZero() {
+	p.mu.Lock()
+	subscribers := p.subscribers
+	p.mu.Unlock()
+	if !c.deadline.IsZero() && len(subscribers) > 0 {
 		// Nobody can look names up after the end.
 		for i := range w.Profiles {
 			w.Profiles[i].Pprof()
 		}
 	}
 	p.newest.Store(w)
-	p.mu.Lock()
-	subscribers := p.subscribers
-	p.mu.Unlock()
 	for _, fn := range subscribers {
 		fn(w)
 	}
