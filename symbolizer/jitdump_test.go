@@ -56,7 +56,7 @@ func TestJITDump(t *testing.T) {
 	f := newJITFile()
 	f.load(0x7f0000001000, 0x100, "add")
 	f.record(2, jitWords(1, 2)) // lines, which are not read
-	f.load(0x7f0000002000, 0x40, "_ZN3jit4stubEv")
+	f.load(0x7f0000002000, 0x40, "_ZN3jit4glueEv")
 	if err := os.WriteFile(path, f, 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -81,7 +81,7 @@ func TestJITDump(t *testing.T) {
 	check(0x7f0000001000, "add")
 	check(0x7f00000010ff, "add")
 	check(0x7f0000001100, "(not_found)")
-	check(0x7f0000002010, "jit::stub")
+	check(0x7f0000002010, "jit::glue")
 
 	// More, of which the last is not written to its end; code that moves, and is replaced.
 	var more jitFile
@@ -90,7 +90,7 @@ func TestJITDump(t *testing.T) {
 	var last jitFile
 	last.load(0x7f0000004000, 0x10, "last")
 	appendFile(t, path, string(more)+string(last[:20]))
-	check(0x7f0000003010, "jit::stub")
+	check(0x7f0000003010, "jit::glue")
 	check(0x7f0000001080, "replaced")
 	check(0x7f000000107f, "add")
 	check(0x7f0000004000, "(not_found)")

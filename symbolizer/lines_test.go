@@ -387,7 +387,7 @@ int main(int c, char **v) {
 	run(t, filepath.Join(root, "app/.debug"), nil, "objcopy", "--remove-section=.note.gnu.build-id", "hostflame-test.debug")
 	run(t, filepath.Join(root, "app/.debug"), nil, "objcopy", "--add-gnu-debuglink=hostflame-test.debug", bin)
 	dump := newJITFile()
-	dump.load(0x7f0000001000, 0x100, "_ZN3jit4stubEv")
+	dump.load(0x7f0000001000, 0x100, "_ZN3jit4glueEv")
 	writeFile(t, filepath.Join(root, "tmp/jit-1.dump"), string(dump))
 	cmd := exec.Command("unshare", "--mount", "--pid", "--fork", "--kill-child", "chroot", root, "/app/hostflame-test")
 	if err := cmd.Start(); err != nil {
@@ -442,7 +442,7 @@ int main(int c, char **v) {
 			t.Errorf("%s, want %s", got, want)
 		}
 	}
-	named("jit::stub")
+	named("jit::glue")
 	writeFile(t, filepath.Join(root, "tmp/perf-1.map"), "7f0000001000 100 by_perf_map\n")
 	named("by_perf_map")
 	if err := os.Remove(filepath.Join(root, "tmp/perf-1.map")); err != nil {
@@ -452,7 +452,7 @@ int main(int c, char **v) {
 	if err := os.Remove(filepath.Join(root, "tmp/jit-1.dump")); err != nil {
 		t.Fatal(err)
 	}
-	named("jit::stub")
+	named("jit::glue")
 }
 
 // TestDebugFilesStayInRoot: links that lead out of a root, and what is no regular file, are

@@ -81,11 +81,11 @@ func TestPerfMapGrows(t *testing.T) {
 	}
 	check(0x7f0000001000, "(no_perf_map)")
 
-	appendFile(t, path, "7f0000001000 100 LazyCompile:*add /app/math.js:3\n7f0000001100 40 _ZN3jit4stubEv\n")
+	appendFile(t, path, "7f0000001000 100 LazyCompile:*add /app/math.js:3\n7f0000001100 40 _ZN3jit4glueEv\n")
 	pm.lookAgain()
 	check(0x7f0000001000, "LazyCompile:*add /app/math.js:3")
 	check(0x7f00000010ff, "LazyCompile:*add /app/math.js:3")
-	check(0x7f0000001100, "jit::stub")
+	check(0x7f0000001100, "jit::glue")
 	check(0x7f0000001140, "(not_found)")
 	check(0x7f0000000fff, "(not_found)")
 

@@ -171,7 +171,7 @@ func goCosts(t *table, path string) error {
 		o.Symbolize(addrs[:1])
 		start := time.Now()
 		o.Symbolize(addrs)
-		t.add("pclntab, the first time, in "+order+" order", fmt.Sprintf("%.0f ns", each(int64(time.Since(start)))))
+		t.add("pclntab, the first time, in "+order+" order", fmt.Sprintf("%.0f ns, which pages of the file that are read take (pread)", each(int64(time.Since(start)))))
 		s.Close()
 	}
 	return nil
