@@ -59,6 +59,7 @@ struct hf_waiting {
 	__u64 by_ns;        /* of the wait, in which by_task ran before the switch */
 	__u32 tid;          /* 0: nothing is pending */
 	__u32 by_pid;
+	__u32 lost;         /* drawn ones that no program came for */
 	char by[HF_COMM_LEN];
 	__u8 cause;         /* enum hf_cause */
 	__u8 iowait;

@@ -70,6 +70,21 @@ struct {
 	__type(value, __u32);
 } hf_sched_tail SEC(".maps");
 
+/* A record in the ring of a CPU makes the CPU interrupt itself (irq_work): once interrupts are on
+ * again, which is when the switch is over, hf_wait_kick runs in the task that was switched in.
+ * Nobody reads the rings, user space empties them. Filled where that is how samples are taken. */
+struct hf_kick_ring {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4096);
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1); /* the possible CPUs; sized by user space */
+	__type(key, __u32);
+	__array(values, struct hf_kick_ring);
+} hf_kicks SEC(".maps");
+
 /* Makes the storage of a task, or finds it. What the kernel booked before stays out. */
 static __always_inline struct hf_task *know(struct task_struct *task, bool asleep)
 {
@@ -295,10 +310,14 @@ static __always_inline __u8 hf_cause_of(__u32 runner, __u32 slot)
 __noinline int hf_draw_waits(struct hf_sched_cpu *cpu, struct hf_waiting *p, __u64 ktime)
 {
 	struct task_struct *by, *task;
-	__u32 tgid;
+	__u32 tgid, id = bpf_get_smp_processor_id();
+	__u8 kick = 0;
+	void *ring;
 
 	if (!cpu || !p)
 		return 0;
+	if (p->tid) /* nothing came for it */
+		p->lost++;
 	task = (struct task_struct *)p->task;
 	tgid = BPF_CORE_READ(task, tgid);
 	by = (struct task_struct *)p->by_task;
@@ -316,6 +335,11 @@ __noinline int hf_draw_waits(struct hf_sched_cpu *cpu, struct hf_waiting *p, __u
 	else
 		p->iowait = BPF_CORE_READ_BITFIELD_PROBED(task, in_iowait);
 	p->tid = p->wait_ns || p->blocked_ns ? BPF_CORE_READ(task, pid) : 0;
+	if (!p->tid)
+		return 0;
+	ring = bpf_map_lookup_elem(&hf_kicks, &id);
+	if (ring)
+		bpf_ringbuf_output(ring, &kick, sizeof(kick), BPF_RB_FORCE_WAKEUP);
 	return 0;
 }
 

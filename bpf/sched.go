@@ -121,6 +121,7 @@ func openSched(cfg SchedConfig) (*Sched, error) {
 		return nil, err
 	}
 	spec.Maps[schedMapHfSchedCells].MaxEntries = uint32(cmp.Or(cfg.slots, schedSlots(cpus)))
+	spec.Maps[schedMapHfKicks].MaxEntries = uint32(cpus)
 	// In the order of hf_ran's argument.
 	programs := []string{schedProgHfSchedSwitch, schedProgHfTaskNewtask, schedProgHfTaskIter, schedProgHfSchedMove}
 	reasons := []DropReason{DropNoStorage, DropSwitchUnseen, DropNegative, DropNoStart}

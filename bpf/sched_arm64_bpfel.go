@@ -172,6 +172,7 @@ const (
 	schedMapHfAccounts        = "hf_accounts"
 	schedMapHfContainers      = "hf_containers"
 	schedMapHfCount           = "hf_count"
+	schedMapHfKicks           = "hf_kicks"
 	schedMapHfSchedCells      = "hf_sched_cells"
 	schedMapHfSchedCpus       = "hf_sched_cpus"
 	schedMapHfSchedTail       = "hf_sched_tail"
@@ -261,6 +262,7 @@ type schedMapSpecs struct {
 	HfAccounts   *ebpf.MapSpec `ebpf:"hf_accounts"`
 	HfContainers *ebpf.MapSpec `ebpf:"hf_containers"`
 	HfCount      *ebpf.MapSpec `ebpf:"hf_count"`
+	HfKicks      *ebpf.MapSpec `ebpf:"hf_kicks"`
 	HfSchedCells *ebpf.MapSpec `ebpf:"hf_sched_cells"`
 	HfSchedCpus  *ebpf.MapSpec `ebpf:"hf_sched_cpus"`
 	HfSchedTail  *ebpf.MapSpec `ebpf:"hf_sched_tail"`
@@ -314,6 +316,7 @@ type schedMaps struct {
 	HfAccounts   *ebpf.Map `ebpf:"hf_accounts"`
 	HfContainers *ebpf.Map `ebpf:"hf_containers"`
 	HfCount      *ebpf.Map `ebpf:"hf_count"`
+	HfKicks      *ebpf.Map `ebpf:"hf_kicks"`
 	HfSchedCells *ebpf.Map `ebpf:"hf_sched_cells"`
 	HfSchedCpus  *ebpf.Map `ebpf:"hf_sched_cpus"`
 	HfSchedTail  *ebpf.Map `ebpf:"hf_sched_tail"`
@@ -327,6 +330,7 @@ func (m *schedMaps) Close() error {
 		m.HfAccounts,
 		m.HfContainers,
 		m.HfCount,
+		m.HfKicks,
 		m.HfSchedCells,
 		m.HfSchedCpus,
 		m.HfSchedTail,

@@ -3,8 +3,10 @@
 /* Stacks of waits and of blocked time. sched_switch has drawn (draw.bpf.h, in sched.bpf.c),
  * but there the task that waited is not current yet, and only a current task's user stack
  * can be walked: so it is walked a moment later, when it runs again and has not left
- * schedule(). A thread that stays blocked never gets there: the walk over all threads
- * (hf_blocked_iter) draws from its time up to now. */
+ * schedule(). What tells of that moment is an interrupt that the draw asks for, where the
+ * kernel traces those: a hook in schedule() costs each switch, and few are drawn. A thread
+ * that stays blocked never gets there: the walk over all threads (hf_blocked_iter) draws from
+ * its time up to now. */
 
 #include "kernel.bpf.h"
 #include "regs.bpf.h"
@@ -24,6 +26,12 @@ enum {
 
 /* Kernel frames above schedule(), how the hook is called. */
 const volatile __u32 hf_skip_frames = 0;
+
+/* The same for the interrupt: learnt from the address of __schedule, 0 where that is not known. */
+__u64 hf_schedule;
+__u32 hf_kick_frames;
+#define HF_SCHEDULE_BYTES 8192 /* __schedule and schedule() behind it, at most */
+#define HF_KICK_FRAMES 16
 
 struct {
 	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
@@ -116,12 +124,40 @@ int BPF_PROG(hf_wait_culprit, bool preempt, struct task_struct *prev, struct tas
 	return handle_culprit(ctx, next);
 }
 
+/* Run once by user space. */
+SEC("syscall")
+int hf_find_schedule(void *ctx)
+{
+	char name[] = "__schedule";
+
+	return bpf_kallsyms_lookup_name(name, sizeof(name), 0, &hf_schedule);
+}
+
+/* How many frames are above __schedule, which is the same for all that are kicked. */
+static __always_inline __u32 hf_learn_kick(void *ctx, struct hf_scratch *s)
+{
+	__u64 *ips = (__u64 *)s->rest;
+	long bytes;
+
+	if (hf_kick_frames || !hf_schedule)
+		return hf_kick_frames;
+	bytes = bpf_get_stack(ctx, ips, HF_KICK_FRAMES * 8, 0);
+	for (int i = 1; i < HF_KICK_FRAMES && i * 8 < bytes; i++) {
+		if (ips[i] - hf_schedule < HF_SCHEDULE_BYTES) {
+			hf_kick_frames = i;
+			break;
+		}
+	}
+	return hf_kick_frames;
+}
+
 /* Samples the current task for what is pending. */
-static __always_inline int handle_exit(void *ctx)
+static __always_inline int handle_exit(void *ctx, bool kicked)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
 	struct hf_moment at = { .profile = HF_PROFILE_RUNQUEUE, .weight = 1, .skip = hf_skip_frames };
 	__u32 cpu = bpf_get_smp_processor_id(), zero = 0, used;
+	struct hf_counters *counters;
 	struct hf_waiting *p;
 	struct hf_scratch *s;
 	void *ring;
@@ -132,11 +168,20 @@ static __always_inline int handle_exit(void *ctx)
 	used = p->tid;
 	p->tid = 0;
 	if (used != (__u32)task->pid)
+		p->lost++;
+	counters = hf_counters();
+	if (counters && p->lost) {
+		counters->dropped[HF_DROP_SWITCH_UNSEEN] += p->lost;
+		p->lost = 0;
+	}
+	if (used != (__u32)task->pid)
 		return 0;
 	s = bpf_map_lookup_elem(&hf_scratch, &zero);
 	ring = hf_ring_of(cpu, !!p->wait_ns + !!p->blocked_ns);
 	if (!s || !ring)
 		return 0;
+	if (kicked)
+		at.skip = hf_learn_kick(ctx, s);
 	used = hf_take(ctx, s, task, ring, &at);
 	hf_head(&s->head, task, cpu);
 	if (p->wait_ns) {
@@ -158,20 +203,28 @@ static __always_inline int handle_exit(void *ctx)
 	return 0;
 }
 
-/* The end of schedule(), in the task that was switched in (6.16). */
+/* The interrupt that hf_draw_waits asked for, or another of the kind (x86). */
+SEC("tp_btf/irq_work_entry")
+int BPF_PROG(hf_wait_kick)
+{
+	hf_ran(HF_WAIT_EXIT);
+	return handle_exit(ctx, true);
+}
+
+/* Where that is not: the end of schedule(), in the task that was switched in (6.16). */
 SEC("tp_btf/sched_exit_tp")
 int BPF_PROG(hf_wait_exit)
 {
 	hf_ran(HF_WAIT_EXIT);
-	return handle_exit(ctx);
+	return handle_exit(ctx, false);
 }
 
-/* Where that is not: finish_task_switch, likewise. */
+/* Where that is not either: finish_task_switch, likewise. */
 SEC("kprobe/finish_task_switch")
 int hf_wait_finish(struct pt_regs *ctx)
 {
 	hf_ran(HF_WAIT_EXIT);
-	return handle_exit(ctx);
+	return handle_exit(ctx, false);
 }
 
 /* The stack copy of a thread that does not run; user space walks it. */

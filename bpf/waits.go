@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types waits waits.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_waiting waits waits.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
 
 // State is what a thread was blocked for, as far as the kernel tells without its stack.
 type State uint8
@@ -78,6 +78,7 @@ func (w WaitSampling) variables() map[string]any {
 type Waits struct {
 	object
 	rings *rings
+	kicks kicks // none where a hook in schedule() is used
 	iter  *link.Iter
 	tail  *ebpf.Map // of s
 
@@ -86,8 +87,8 @@ type Waits struct {
 }
 
 // NewWaits takes the samples that s draws, by the unwind tables given, until Close; s and
-// tables are to outlive it. It needs a hook at the end of schedule(): the tracepoint
-// sched_exit_tp (Linux 6.16), or a kprobe.
+// tables are to outlive it. It needs a way into the thread that was switched in: the tracepoint
+// irq_work_entry (x86), sched_exit_tp (Linux 6.16), or a kprobe.
 func NewWaits(s *Sched, tables *Tables) (_ *Waits, err error) {
 	spec, err := loadWaits()
 	if err != nil {
@@ -103,16 +104,20 @@ func NewWaits(s *Sched, tables *Tables) (_ *Waits, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("load kernel BTF: %w", err)
 	}
-	exit, err := hasTracepoint(kernel, "sched_exit_tp")
+	hook, err := waitHook(kernel)
 	if err != nil {
 		return nil, err
 	}
+	for _, name := range []string{waitsProgHfWaitKick, waitsProgHfWaitExit, waitsProgHfWaitFinish} {
+		if name != hook {
+			delete(spec.Programs, name)
+		}
+	}
 	symbol := ""
-	if exit {
-		delete(spec.Programs, waitsProgHfWaitFinish)
+	switch hook {
+	case waitsProgHfWaitExit:
 		variables[waitsVarHfSkipFrames] = uint32(2) // this program, and what calls the programs of tracepoints
-	} else {
-		delete(spec.Programs, waitsProgHfWaitExit)
+	case waitsProgHfWaitFinish:
 		if symbol, err = switchEnd(); err != nil {
 			return nil, err
 		}
@@ -134,8 +139,8 @@ func NewWaits(s *Sched, tables *Tables) (_ *Waits, err error) {
 	}
 	w := &Waits{tail: s.coll.Maps[schedMapHfSchedTail], object: object{
 		coll:     coll,
-		programs: []string{waitsProgHfWaitExit, waitsProgHfBlockedIter, waitsProgHfWaitCulprit},
-		reasons:  []DropReason{DropRingFull, DropNoRing},
+		programs: []string{hook, waitsProgHfBlockedIter, waitsProgHfWaitCulprit},
+		reasons:  []DropReason{DropRingFull, DropNoRing, DropSwitchUnseen},
 	}}
 	defer func() {
 		if err != nil {
@@ -148,21 +153,46 @@ func NewWaits(s *Sched, tables *Tables) (_ *Waits, err error) {
 	if w.iter, err = link.AttachIter(link.IterOptions{Program: coll.Programs[waitsProgHfBlockedIter]}); err != nil {
 		return nil, fmt.Errorf("prepare the walk over threads: %w", err)
 	}
+	// Without that address, which takes CAP_SYSLOG, stacks begin with how the hook is called.
+	_, _ = coll.Programs[waitsProgHfFindSchedule].Run(&ebpf.RunOptions{})
 	var l link.Link
-	if exit {
-		l, err = link.AttachTracing(link.TracingOptions{Program: coll.Programs[waitsProgHfWaitExit]})
+	if hook == waitsProgHfWaitFinish {
+		l, err = link.Kprobe(symbol, coll.Programs[hook], nil)
 	} else {
-		w.programs[0] = waitsProgHfWaitFinish
-		l, err = link.Kprobe(symbol, coll.Programs[waitsProgHfWaitFinish], nil)
+		l, err = link.AttachTracing(link.TracingOptions{Program: coll.Programs[hook]})
 	}
 	if err != nil {
 		return nil, fmt.Errorf("attach to the end of schedule: %w", err)
 	}
 	w.links = append(w.links, l)
+	if hook == waitsProgHfWaitKick {
+		if w.kicks, err = newKicks(s.coll.Maps[schedMapHfKicks], cmp.Or(s.sampling.PerSecond, DefaultWalks)); err != nil {
+			return nil, err
+		}
+	}
+	// What was drawn before could not be taken.
+	if err = coll.Maps[waitsMapHfWaitings].Put(uint32(0), make([]waitsHfWaiting, cpus)); err != nil {
+		return nil, fmt.Errorf("begin to count drawn waits: %w", err)
+	}
 	if err = w.tail.Put(uint32(0), coll.Programs[waitsProgHfWaitCulprit]); err != nil {
 		return nil, fmt.Errorf("attach to the end of hf_sched_switch: %w", err)
 	}
 	return w, nil
+}
+
+// waitHook is the program that samples the threads that were drawn. An interrupt for each of
+// them costs less than a hook in every switch, but with PREEMPT_RT it would come late, from
+// a thread.
+func waitHook(kernel *btf.Spec) (string, error) {
+	if _, err := os.Stat("/sys/kernel/realtime"); err != nil {
+		if kick, err := hasTracepoint(kernel, "irq_work_entry"); kick || err != nil {
+			return waitsProgHfWaitKick, err
+		}
+	}
+	if exit, err := hasTracepoint(kernel, "sched_exit_tp"); exit || err != nil {
+		return waitsProgHfWaitExit, err
+	}
+	return waitsProgHfWaitFinish, nil
 }
 
 // switchEnd is the kernel's name of finish_task_switch: compilers append to it.
@@ -181,7 +211,10 @@ func switchEnd() (string, error) {
 
 // Drain hands every sample that the kernel has taken to fn. The sample is valid during
 // the call only: its memory is used again.
-func (w *Waits) Drain(fn func(*Sample)) error { return w.rings.drain(fn) }
+func (w *Waits) Drain(fn func(*Sample)) error {
+	w.kicks.empty()
+	return w.rings.drain(fn)
+}
 
 // Wait returns when a ring is half full, after d, or, with its error, when ctx ends.
 func (w *Waits) Wait(ctx context.Context, d time.Duration) error { return w.rings.wait(ctx, d) }
@@ -234,6 +267,8 @@ func (w *Waits) Close() error {
 		errs = append(errs, w.rings.close())
 		w.rings = nil
 	}
+	errs = append(errs, w.kicks.close())
+	w.kicks = nil
 	w.coll.Close()
 	return errors.Join(errs...)
 }

@@ -8,9 +8,28 @@ import (
 	_ "embed"
 	"fmt"
 	"io"
+	"structs"
 
 	"github.com/cilium/ebpf"
 )
+
+type waitsHfWaiting struct {
+	_             structs.HostLayout
+	WaitNs        uint64
+	WaitMeanNs    uint64
+	BlockedNs     uint64
+	BlockedMeanNs uint64
+	Task          uint64
+	ByTask        uint64
+	ByNs          uint64
+	Tid           uint32
+	ByPid         uint32
+	Lost          uint32
+	By            [16]int8
+	Cause         uint8
+	Iowait        uint8
+	_             [2]byte
+}
 
 // Names of all BPF objects in the ELF.
 //
@@ -29,9 +48,11 @@ const (
 	waitsMapHfWalked           = "hf_walked"
 	waitsMapHfWalks            = "hf_walks"
 	waitsProgHfBlockedIter     = "hf_blocked_iter"
+	waitsProgHfFindSchedule    = "hf_find_schedule"
 	waitsProgHfWaitCulprit     = "hf_wait_culprit"
 	waitsProgHfWaitExit        = "hf_wait_exit"
 	waitsProgHfWaitFinish      = "hf_wait_finish"
+	waitsProgHfWaitKick        = "hf_wait_kick"
 	waitsVarHfAddressMask      = "hf_address_mask"
 	waitsVarHfBlockedMeanNs    = "hf_blocked_mean_ns"
 	waitsVarHfCgroupV1         = "hf_cgroup_v1"
@@ -47,10 +68,12 @@ const (
 	waitsVarHfExportSaved      = "hf_export_saved"
 	waitsVarHfExportState      = "hf_export_state"
 	waitsVarHfExportUnwindSize = "hf_export_unwind_size"
+	waitsVarHfKickFrames       = "hf_kick_frames"
 	waitsVarHfLog2Byte         = "hf_log2_byte"
 	waitsVarHfLog2Fraction     = "hf_log2_fraction"
 	waitsVarHfMaxFrames        = "hf_max_frames"
 	waitsVarHfRingHalf         = "hf_ring_half"
+	waitsVarHfSchedule         = "hf_schedule"
 	waitsVarHfSkipFrames       = "hf_skip_frames"
 	waitsVarHfTimeCuts         = "hf_time_cuts"
 	waitsVarHfTimeFirst        = "hf_time_first"
@@ -99,10 +122,12 @@ type waitsSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type waitsProgramSpecs struct {
-	HfBlockedIter *ebpf.ProgramSpec `ebpf:"hf_blocked_iter"`
-	HfWaitCulprit *ebpf.ProgramSpec `ebpf:"hf_wait_culprit"`
-	HfWaitExit    *ebpf.ProgramSpec `ebpf:"hf_wait_exit"`
-	HfWaitFinish  *ebpf.ProgramSpec `ebpf:"hf_wait_finish"`
+	HfBlockedIter  *ebpf.ProgramSpec `ebpf:"hf_blocked_iter"`
+	HfFindSchedule *ebpf.ProgramSpec `ebpf:"hf_find_schedule"`
+	HfWaitCulprit  *ebpf.ProgramSpec `ebpf:"hf_wait_culprit"`
+	HfWaitExit     *ebpf.ProgramSpec `ebpf:"hf_wait_exit"`
+	HfWaitFinish   *ebpf.ProgramSpec `ebpf:"hf_wait_finish"`
+	HfWaitKick     *ebpf.ProgramSpec `ebpf:"hf_wait_kick"`
 }
 
 // waitsMapSpecs contains maps before they are loaded into the kernel.
@@ -142,10 +167,12 @@ type waitsVariableSpecs struct {
 	HfExportSaved      *ebpf.VariableSpec `ebpf:"hf_export_saved"`
 	HfExportState      *ebpf.VariableSpec `ebpf:"hf_export_state"`
 	HfExportUnwindSize *ebpf.VariableSpec `ebpf:"hf_export_unwind_size"`
+	HfKickFrames       *ebpf.VariableSpec `ebpf:"hf_kick_frames"`
 	HfLog2Byte         *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
 	HfLog2Fraction     *ebpf.VariableSpec `ebpf:"hf_log2_fraction"`
 	HfMaxFrames        *ebpf.VariableSpec `ebpf:"hf_max_frames"`
 	HfRingHalf         *ebpf.VariableSpec `ebpf:"hf_ring_half"`
+	HfSchedule         *ebpf.VariableSpec `ebpf:"hf_schedule"`
 	HfSkipFrames       *ebpf.VariableSpec `ebpf:"hf_skip_frames"`
 	HfTimeCuts         *ebpf.VariableSpec `ebpf:"hf_time_cuts"`
 	HfTimeFirst        *ebpf.VariableSpec `ebpf:"hf_time_first"`
@@ -222,10 +249,12 @@ type waitsVariables struct {
 	HfExportSaved      *ebpf.Variable `ebpf:"hf_export_saved"`
 	HfExportState      *ebpf.Variable `ebpf:"hf_export_state"`
 	HfExportUnwindSize *ebpf.Variable `ebpf:"hf_export_unwind_size"`
+	HfKickFrames       *ebpf.Variable `ebpf:"hf_kick_frames"`
 	HfLog2Byte         *ebpf.Variable `ebpf:"hf_log2_byte"`
 	HfLog2Fraction     *ebpf.Variable `ebpf:"hf_log2_fraction"`
 	HfMaxFrames        *ebpf.Variable `ebpf:"hf_max_frames"`
 	HfRingHalf         *ebpf.Variable `ebpf:"hf_ring_half"`
+	HfSchedule         *ebpf.Variable `ebpf:"hf_schedule"`
 	HfSkipFrames       *ebpf.Variable `ebpf:"hf_skip_frames"`
 	HfTimeCuts         *ebpf.Variable `ebpf:"hf_time_cuts"`
 	HfTimeFirst        *ebpf.Variable `ebpf:"hf_time_first"`
@@ -236,18 +265,22 @@ type waitsVariables struct {
 //
 // It can be passed to loadWaitsObjects or ebpf.CollectionSpec.LoadAndAssign.
 type waitsPrograms struct {
-	HfBlockedIter *ebpf.Program `ebpf:"hf_blocked_iter"`
-	HfWaitCulprit *ebpf.Program `ebpf:"hf_wait_culprit"`
-	HfWaitExit    *ebpf.Program `ebpf:"hf_wait_exit"`
-	HfWaitFinish  *ebpf.Program `ebpf:"hf_wait_finish"`
+	HfBlockedIter  *ebpf.Program `ebpf:"hf_blocked_iter"`
+	HfFindSchedule *ebpf.Program `ebpf:"hf_find_schedule"`
+	HfWaitCulprit  *ebpf.Program `ebpf:"hf_wait_culprit"`
+	HfWaitExit     *ebpf.Program `ebpf:"hf_wait_exit"`
+	HfWaitFinish   *ebpf.Program `ebpf:"hf_wait_finish"`
+	HfWaitKick     *ebpf.Program `ebpf:"hf_wait_kick"`
 }
 
 func (p *waitsPrograms) Close() error {
 	return _WaitsClose(
 		p.HfBlockedIter,
+		p.HfFindSchedule,
 		p.HfWaitCulprit,
 		p.HfWaitExit,
 		p.HfWaitFinish,
+		p.HfWaitKick,
 	)
 }
 
