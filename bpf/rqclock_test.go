@@ -33,12 +33,27 @@ func (m *rqclockModel) pass(d time.Duration) {
 // step switches tasks, the clock late by late, and returns how far the answer is off.
 func (m *rqclockModel) step(t *testing.T, late time.Duration) time.Duration {
 	t.Helper()
-	clock := m.clock - uint64(late)
-	s := rqclockRqclockSwitch{Ktime: m.clock + uint64(m.offset+m.drift/1_000_000), Clock: clock}
+	now, _ := m.run(t, rqclockRqclockSwitch{Clock: m.clock - uint64(late)})
+	return now
+}
+
+// freshStep switches tasks with a clock that is known to be up to date. Guessed is how far
+// ktime is off, where it was not read.
+func (m *rqclockModel) freshStep(t *testing.T) (now time.Duration, guessed *time.Duration) {
+	t.Helper()
+	return m.run(t, rqclockRqclockSwitch{Clock: m.clock, Fresh: 1})
+}
+
+func (m *rqclockModel) run(t *testing.T, s rqclockRqclockSwitch) (now time.Duration, guessed *time.Duration) {
+	t.Helper()
+	s.Ktime = m.clock + uint64(m.offset+m.drift/1_000_000)
 	if _, err := m.prog.Run(&ebpf.RunOptions{Context: s, ContextOut: &s}); err != nil {
 		t.Fatal(err)
 	}
-	return time.Duration(s.Now - m.clock)
+	if s.Guessed != 0 {
+		guessed = new(time.Duration(s.Guessed - s.Ktime))
+	}
+	return time.Duration(s.Now - m.clock), guessed
 }
 
 func TestRunQueueClock(t *testing.T) {
@@ -92,6 +107,37 @@ func TestRunQueueClock(t *testing.T) {
 			}
 		})
 	}
+	t.Run("fresh", func(t *testing.T) {
+		const every, switches = 5 * us, 4000
+		var objs rqclockObjects
+		if err := loadRqclockObjects(&objs, nil); err != nil {
+			t.Fatal(err)
+		}
+		defer objs.Close()
+		m := &rqclockModel{prog: objs.RqclockStep, clock: 3_600_000_000_000, offset: 1_080_000, ppm: 50}
+		n := 0
+		for i := range switches {
+			m.pass(every)
+			// Wakeups that are late are all that the first window sees.
+			if i < int(4*ms/every) || i%3 == 0 {
+				m.step(t, 2*us)
+				continue
+			}
+			now, guessed := m.freshStep(t)
+			if guessed == nil {
+				continue
+			}
+			n++
+			// 50 ppm are 0.2 us a window.
+			if now != 0 || *guessed > us/2 || *guessed < -us/2 {
+				t.Fatalf("switch %d: the clock is off by %v, ktime by %v", i, now, *guessed)
+			}
+		}
+		// It is read 16 times in a window of 4 ms.
+		if least := switches / 2; n < least {
+			t.Errorf("ktime was told without reading it %d times, want at least %d", n, least)
+		}
+	})
 	t.Run("a step", func(t *testing.T) {
 		kerneltest.SkipInVM(t, "runs a program 130,000 times, which says nothing of the kernel")
 		var objs rqclockObjects

@@ -14,10 +14,12 @@ import (
 )
 
 type rqclockRqclockSwitch struct {
-	_     structs.HostLayout
-	Ktime uint64
-	Clock uint64
-	Now   uint64
+	_       structs.HostLayout
+	Ktime   uint64
+	Clock   uint64
+	Fresh   uint64
+	Now     uint64
+	Guessed uint64
 }
 
 // Names of all BPF objects in the ELF.

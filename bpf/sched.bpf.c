@@ -433,19 +433,26 @@ static __always_inline void handle_switch_out(struct task_struct *task, struct h
 /* Returns whether the stack of prev is wanted. */
 static __always_inline bool handle_switch(bool preempt, struct task_struct *prev, struct task_struct *next)
 {
-	__u64 ktime = bpf_ktime_get_ns(), clock, now;
 	struct rq *rq = next->se.cfs_rq->rq;
+	__u64 clock = rq->clock, ktime, now;
 	struct hf_task *out = NULL, *in = NULL;
 	__u32 zero = 0, slot = 0, runner;
 	struct hf_sched_cpu *cpu;
-	bool wanted = false;
+	bool wanted = false, fresh;
 
 	cpu = bpf_map_lookup_elem(&hf_sched_cpus, &zero);
 	if (!cpu)
 		return false;
 	cpu->switches++;
-	clock = rq->clock;
-	now = hf_rqclock_now(&cpu->clock, ktime, clock);
+	/* A task that goes to sleep is switched out with a clock that was just updated, unless it
+	 * had been told to let another go first: and that one was queued with the last update. */
+	fresh = !preempt && prev->__state && !hf_stamp_wakeups && next->sched_info.last_queued != clock;
+	if (fresh && hf_rqclock_guess(&cpu->clock, clock, &ktime)) {
+		now = clock;
+	} else {
+		ktime = bpf_ktime_get_ns();
+		now = hf_rqclock_now(&cpu->clock, ktime, clock, fresh);
+	}
 	hf_run_ends(cpu, ktime, rq, !prev->pid);
 
 	if (next->pid) {

@@ -71,6 +71,7 @@ type schedHfSchedCpu struct {
 		Rate      int64
 		RateSince uint64
 		RateFrom  uint64
+		Fresh     uint64
 	}
 	Switches   uint64
 	SwitchNs   uint64
