@@ -251,13 +251,8 @@ func (x *indexer) make(o *Object) (ix *index.Index, st makeStats, err error) {
 		return nil, st, fmt.Errorf("make index: %w", err)
 	}
 	defer file.Close()
-	spool, err := elffile.TempFile(x.temp)
-	if err != nil {
-		return nil, st, fmt.Errorf("make index: %w", err)
-	}
-	defer spool.Close()
 	st.Stats, err = index.Build(ctx, d, index.Options{
-		Identity: id, File: file, Spool: spool, Workers: x.workers, Background: x.background,
+		Identity: id, File: file, Dir: x.temp, Workers: x.workers, Background: x.background,
 	})
 	if err != nil {
 		if x.cache != nil {

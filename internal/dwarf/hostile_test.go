@@ -64,7 +64,7 @@ func TestCyclicOrigin(t *testing.T) {
 	if n, err := d.ReadUnits(); n != 1 || err != nil {
 		t.Fatalf("%d units, %v", n, err)
 	}
-	c, err := d.NewReader(&counted{}).Code(0)
+	c, err := codeOf(d.NewReader(&counted{}), 0)
 	if err != nil || len(c.Nodes) != 2 || c.Nodes[0].Function != 0 {
 		t.Errorf("%+v, %v", c, err)
 	}
@@ -80,7 +80,7 @@ func TestDeepEntries(t *testing.T) {
 	if _, err := d.ReadUnits(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := d.NewReader(&counted{}).Code(0); !elffile.ReasonIs(err, elffile.TooLarge) {
+	if _, err := codeOf(d.NewReader(&counted{}), 0); !elffile.ReasonIs(err, elffile.TooLarge) {
 		t.Errorf("%v, want too_large", err)
 	}
 }
@@ -100,7 +100,7 @@ func TestLongName(t *testing.T) {
 		t.Fatal(err)
 	}
 	names := &counted{}
-	if _, err := d.NewReader(names).Code(0); err != nil || len(names.functions) != 1 || len(names.functions[0]) != maxString {
+	if _, err := codeOf(d.NewReader(names), 0); err != nil || len(names.functions) != 1 || len(names.functions[0]) != maxString {
 		t.Errorf("%d names, %v", len(names.functions), err)
 	}
 }
@@ -113,7 +113,7 @@ func TestGiantUnit(t *testing.T) {
 	functions.spec(1, tagCompileUnit, 1, 0, 0)
 	functions.spec(2, tagSubprogram, 0, atLowPC, formAddr, atHighPC, formData1, 0, 0, 0)
 	entries := []byte{1}
-	for i := range uint64(maxNodes + 10) {
+	for i := range uint64(maxSpans + 10) {
 		entries = append(binary.LittleEndian.AppendUint64(append(entries, 2), 0x1000+i%0xf000), 1)
 	}
 	functions.unit(entries)
@@ -131,7 +131,7 @@ func TestGiantUnit(t *testing.T) {
 			if _, err := d.ReadUnits(); err != nil {
 				return err
 			}
-			_, err := d.NewReader(&counted{}).Code(0)
+			_, err := codeOf(d.NewReader(&counted{}), 0)
 			return err
 		},
 		"lines": func() error { return lines.NewReader(&counted{}).lines(unit, 0) },
