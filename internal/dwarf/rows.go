@@ -95,8 +95,8 @@ func (w *lineRows) reset() {
 	w.begin()
 }
 
-// bytes is what the rows take.
-func (w *lineRows) bytes() int { return w.at + 24*len(w.sequences) }
+// bytes is what the rows take: of sequences there is twice the memory while they grow.
+func (w *lineRows) bytes() int { return w.at + 2*24*len(w.sequences) }
 
 // begin begins a sequence.
 func (w *lineRows) begin() {
@@ -133,14 +133,19 @@ func (w *lineRows) pack(r row, next uint64) {
 	}
 	b := w.chunks[w.at/rowChunk][w.at%rowChunk:]
 	head := (max(next, r.addr) - r.addr) << 1
+	line := int64(int32(r.line - w.line))
 	var n int
-	if r.file == w.file {
+	switch {
+	case r.file == w.file && head < 0x80 && line >= -0x40 && line < 0x40: // nearly always
+		b[0], b[1], n = byte(head), byte(line<<1^line>>63), 2
+	case r.file == w.file:
 		n = binary.PutUvarint(b, head)
-	} else {
+		n += binary.PutVarint(b[n:], line)
+	default:
 		n = binary.PutUvarint(b, head|1)
 		n += binary.PutUvarint(b[n:], uint64(r.file))
+		n += binary.PutVarint(b[n:], line)
 	}
-	n += binary.PutVarint(b[n:], int64(int32(r.line-w.line)))
 	w.at += n
 	w.file, w.line = r.file, r.line
 }
@@ -215,6 +220,13 @@ func (p *rowReader) next() (low, high uint64) {
 		p.at += rowChunk - p.at%rowChunk
 	}
 	b := p.chunks[p.at/rowChunk][p.at%rowChunk:]
+	low = p.addr
+	if b[0]&0x81 == 0 && b[1] < 0x80 {
+		p.line += uint32(b[1]>>1) ^ -uint32(b[1]&1)
+		p.at += 2
+		p.addr += uint64(b[0] >> 1)
+		return low, p.addr
+	}
 	head, n := binary.Uvarint(b)
 	if head&1 != 0 {
 		file, size := binary.Uvarint(b[n:])
@@ -224,7 +236,6 @@ func (p *rowReader) next() (low, high uint64) {
 	line, size := binary.Varint(b[n:])
 	p.line += uint32(line)
 	p.at += n + size
-	low = p.addr
 	p.addr += head >> 1
 	return low, p.addr
 }

@@ -45,16 +45,17 @@ type Options struct {
 const (
 	partBuffer = 256 << 10 // bytes of parts that are written at once
 	maxBlocks  = 1 << 20   // of an index; each takes 24 bytes of memory at the end
+	manyBlocks = 1 << 17   // more than honest files of a gigabyte have
 )
 
 // niceness of a background worker: it gets about a tenth of what others want.
 const niceness = 10
 
 // Build writes an index of what d says, in one pass over its units. What it takes has a
-// limit whatever d is: up to 15 MB for the hashes of names, for each worker 24 MB for the
-// packed line table of the unit that it is at, 10 MB for a part of its functions and 8 MB for
-// what it remembers, and in the end, instead of that, 24 bytes a block. A kernel takes a fifth
-// of that. Units that are malformed are left out.
+// limit whatever d is: 9 MB for the hashes of names, for each worker 16 MB for the packed
+// line table of the unit that it is at, 8 MB for a part of its functions and as much for what it
+// remembers, and in the end, instead of that, 24 bytes a block. A kernel takes a quarter of
+// that. Units that are malformed are left out.
 func Build(ctx context.Context, d *dwarf.Data, o Options) (Stats, error) {
 	n, err := d.ReadUnits()
 	if err != nil {
@@ -202,6 +203,9 @@ func (b *builder) finish() error {
 		return b.names.err
 	}
 	b.names.forget()
+	if b.blocks.size > manyBlocks*blockSize {
+		runtime.GC() // what the workers had makes room
+	}
 	blocks, err := b.sortedBlocks()
 	if err != nil {
 		return err

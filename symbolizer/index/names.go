@@ -31,7 +31,7 @@ type functionKey struct{ name, line uint32 }
 
 const (
 	maxNames    = 1 << 24 // functions of an index, and so many files
-	recentNames = 1 << 17 // twice as many are remembered, in some 50 bytes each
+	recentNames = 3 << 15 // twice as many are remembered, in some 40 bytes each
 )
 
 // recent is a map that forgets what was not asked for while recentNames others came.
