@@ -19,7 +19,7 @@ const (
 	MaxParts       = 1 << 10  // of a unit
 	partSpans      = 1 << 16  // ranges after which the next function of a unit begins a part
 	maxSpans       = 2 << 16  // ranges of a part; each takes 24 bytes, and as much for its node
-	maxLineBytes   = 16 << 20 // of a unit's line table, packed: 3 or 4 a row
+	maxLineBytes   = 12 << 20 // of a unit's line table, packed: 3 or 4 a row
 	maxUnsorted    = 1 << 15  // rows of a sequence that is not in order
 	maxLineFiles   = 1 << 15  // of a line table, and so many directories
 	maxAbbrevs     = 1 << 15  // of a table

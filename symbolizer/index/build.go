@@ -52,7 +52,7 @@ const (
 const niceness = 10
 
 // Build writes an index of what d says, in one pass over its units. What it takes has a
-// limit whatever d is: 9 MB for the hashes of names, for each worker 16 MB for the packed
+// limit whatever d is: 9 MB for the hashes of names, for each worker 12 MB for the packed
 // line table of the unit that it is at, 8 MB for a part of its functions and as much for what it
 // remembers, and in the end, instead of that, 24 bytes a block. A kernel takes a quarter of
 // that. Units that are malformed are left out.

@@ -9,9 +9,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"runtime/debug"
-	"strconv"
-	"strings"
 	"testing"
 
 	"github.com/hostflame/hostflame/internal/dwarf"
@@ -144,40 +141,6 @@ func (g *generated) data(code dwarf.Range) *dwarf.Data {
 	return &dwarf.Data{Info: section(g.info), Abbrev: section(g.abbrev), Line: section(g.lines), Code: []dwarf.Range{code}}
 }
 
-// resident reads a size of this process in bytes.
-func resident(t testing.TB, name string) int64 {
-	t.Helper()
-	b, err := os.ReadFile("/proc/self/status")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for line := range strings.Lines(string(b)) {
-		if f := strings.Fields(line); len(f) == 3 && f[0] == name+":" {
-			n, err := strconv.ParseInt(f[1], 10, 64)
-			if err != nil {
-				t.Fatal(err)
-			}
-			return n << 10
-		}
-	}
-	t.Fatalf("no %s", name)
-	return 0
-}
-
-// peakOf is the most memory that f adds to the process, with the collector as the agent has
-// it.
-func peakOf(t testing.TB, f func()) int64 {
-	t.Helper()
-	defer debug.SetGCPercent(debug.SetGCPercent(50))
-	debug.FreeOSMemory()
-	before := resident(t, "VmRSS")
-	if err := os.WriteFile("/proc/self/clear_refs", []byte("5"), 0); err != nil {
-		t.Fatal(err) // VmHWM begins anew
-	}
-	f()
-	return resident(t, "VmHWM") - before
-}
-
 func within(t testing.TB, what string, peak int64) {
 	t.Helper()
 	t.Logf("%s: %d MB", what, peak>>20)
@@ -218,7 +181,7 @@ func TestGiantUnit(t *testing.T) {
 	file := tempFile(t)
 	var st Stats
 	var err error
-	peak := peakOf(t, func() {
+	peak := kerneltest.PeakMemory(t, func() {
 		st, err = Build(context.Background(), d, Options{File: file, Dir: t.TempDir(), Workers: 1})
 	})
 	if err != nil || st.BrokenUnits > 0 || st.Units != 1 {
@@ -317,7 +280,7 @@ func TestHostileMemory(t *testing.T) {
 			})
 		},
 		"units": func(g *generated) {
-			for range 500_000 {
+			for range 200_000 {
 				g.begin()
 				g.end()
 			}
@@ -331,7 +294,7 @@ func TestHostileMemory(t *testing.T) {
 			}
 			d := g.data(dwarf.Range{Low: base, High: base + 1<<32})
 			file, dir := tempFile(t), t.TempDir()
-			peak := peakOf(t, func() {
+			peak := kerneltest.PeakMemory(t, func() {
 				st, err := Build(context.Background(), d, Options{File: file, Dir: dir, Workers: 1})
 				if err != nil && !elffile.ReasonIs(err, elffile.TooLarge) {
 					t.Error(err)
