@@ -395,3 +395,26 @@ func TestHostileMemory(t *testing.T) {
 		})
 	}
 }
+
+// TestManyDebugSections: of a name that thousands of sections have, the first is read.
+func TestManyDebugSections(t *testing.T) {
+	e := symbolSpec(false, elffile.SHTSymtab, specSymbol{"f", 0x1100, 0x100, globalFunc, 1})
+	// They share 16 MB of the file, all of them zeros.
+	const at, size, copies = 2 << 20, 16 << 20, 20_000
+	for range copies {
+		e.sections = append(e.sections, specSection{name: ".debug_info", typ: 1, size: size})
+	}
+	e.sections = append(e.sections, specSection{name: ".debug_abbrev", typ: 1, data: []byte{1, 0x11, 0, 0, 0, 0}})
+	path := filepath.Join(t.TempDir(), "out")
+	writeFile(t, path, string(e.bytes()))
+	if err := os.Truncate(path, at+size); err != nil {
+		t.Fatal(err)
+	}
+	s := newSymbolizer(t, Config{Cache: openTestCache(t, filepath.Join(t.TempDir(), "cache"), 64<<20), WaitForIndex: true, IndexTimeout: 40 * time.Second})
+	within(t, 30*time.Second, "sections", func() {
+		if r := openObject(t, s, path).Symbolize([]uint64{0x1110})[0]; len(r.Lines) != 1 || r.Lines[0].Function != "f" {
+			t.Errorf("%+v, want f", r)
+		}
+	})
+	t.Logf("%+v", s.Stats().Index)
+}

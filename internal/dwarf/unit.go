@@ -77,17 +77,18 @@ func (d *Data) ReadUnits() (int, error) {
 	}
 	c := cursor{buf: make([]byte, 64)}
 	d.units = d.units[:0]
-	for off := uint64(0); off+4 < d.Info.Size; {
+	headers := 0
+	for off := uint64(0); off+4 < d.Info.Size; headers++ {
 		u, err := readHeader(&c, d.Info, off)
 		if err != nil {
 			return 0, err
 		}
 		off = u.end
+		if len(d.units) >= MaxUnits || headers >= 4*MaxUnits {
+			return 0, elffile.Errorf(elffile.TooLarge, "dwarf: more than %d units", MaxUnits)
+		}
 		if u.version == 0 {
 			continue // padding, or of a kind that we do not know
-		}
-		if len(d.units) >= MaxUnits {
-			return 0, elffile.Errorf(elffile.TooLarge, "dwarf: more than %d units", MaxUnits)
 		}
 		d.units = append(d.units, u.off)
 	}

@@ -51,6 +51,13 @@ const (
 // niceness of a background worker: it gets about a tenth of what others want.
 const niceness = 10
 
+// GiveWay lets the calling goroutine give way to all other threads from now on.
+func GiveWay() {
+	// The thread ends with the goroutine, as it stays locked.
+	runtime.LockOSThread()
+	_ = unix.Setpriority(unix.PRIO_PROCESS, 0, niceness)
+}
+
 // Build writes an index of what d says, in one pass over its units. What it takes has a
 // limit whatever d is: 9 MB for the hashes of names, for each worker 12 MB for the packed
 // line table of the unit that it is at, 8 MB for a part of its functions and as much for what it
@@ -88,9 +95,7 @@ func Build(ctx context.Context, d *dwarf.Data, o Options) (Stats, error) {
 	for range min(max(1, o.Workers), max(1, n)) {
 		wg.Go(func() {
 			if o.Background {
-				// The thread ends with the goroutine, as it stays locked.
-				runtime.LockOSThread()
-				_ = unix.Setpriority(unix.PRIO_PROCESS, 0, niceness)
+				GiveWay()
 			}
 			if err := b.guarded(ctx); err != nil {
 				cancel(err)
