@@ -86,6 +86,7 @@ const (
 	maxFunctions  = 1 << 15 // that a reader remembers
 	maxOthers     = 256     // units that it remembers
 	maxOtherSpecs = 1 << 18 // of all their abbreviations
+	openWork      = 16      // that reading an attribute of an abbreviation is, in ranges
 	stringsWindow = maxString
 )
 
@@ -442,7 +443,7 @@ func (r *Reader) other(d *Data, i int) *unitContext {
 	if u.open(&r.side, &r.abbrev, d, i, &root) != nil {
 		u = nil
 	} else {
-		r.work += u.abbrevs.size()
+		r.work += openWork * u.abbrevs.size()
 		r.otherSpecs += u.abbrevs.size()
 	}
 	r.others[k] = u
