@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/binary"
+	"fmt"
 	"io"
 
 	"github.com/ulikunitz/xz/lzma"
@@ -22,13 +23,9 @@ const (
 )
 
 // miniTable is the .symtab in .gnu_debugdata: a small ELF file, packed with xz, with the
-// symbols that distributions leave in stripped binaries.
-type miniTable struct {
-	*symTable
-	size int64
-}
-
-func (t *miniTable) bytes() int64 { return t.symTable.bytes() + t.size }
+// symbols that distributions leave in stripped binaries. It is unpacked into a file without a
+// name, which is closed when the table is collected.
+type miniTable struct{ *symTable }
 
 func (o *Object) readMini(secs []elffile.Section) (table, error) {
 	for _, s := range o.image.SectionsNamed(secs, ".gnu_debugdata") {
@@ -42,17 +39,25 @@ func (o *Object) readMini(secs []elffile.Section) (table, error) {
 		if err := elffile.ReadAt(o.image, packed, s.Off); err != nil {
 			return nil, err
 		}
-		b, err := unpackXZ(packed, min(maxUnpackedData, o.sym.cfg.MaxTableBytes))
+		f, err := elffile.TempFile(o.sym.index.temp)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("unpack .gnu_debugdata: %w", err)
 		}
-		return o.parseMini(b)
+		size, err := unpackXZ(f, packed, maxUnpackedData)
+		if err == nil {
+			var t table
+			if t, err = o.parseMini(wholeFile{f, size}); err == nil {
+				return t, nil
+			}
+		}
+		f.Close()
+		return nil, err
 	}
 	return nil, errorf(ReasonNoSymbols, "no .gnu_debugdata")
 }
 
-func (o *Object) parseMini(b []byte) (table, error) {
-	m, err := elffile.Parse(elffile.FromBytes(b))
+func (o *Object) parseMini(c Content) (table, error) {
+	m, err := elffile.Parse(c)
 	if err != nil {
 		return nil, err
 	}
@@ -70,61 +75,61 @@ func (o *Object) parseMini(b []byte) (table, error) {
 		if s.EntSize != m.SymSize() || uint64(s.Link) >= uint64(len(secs)) {
 			return nil, errorf(ReasonMalformed, "symbol table of entries of %d bytes", s.EntSize)
 		}
-		t, err := loadSymTable(m, secs, s.Extent, secs[s.Link].Extent, false, int(o.sym.cfg.MaxTableBytes/symRowSize))
+		t, err := loadSymTable(m, secs, s.Extent, secs[s.Link].Extent, false, o.sym.maxSymbols())
 		if err != nil {
 			return nil, err
 		}
-		return &miniTable{t, int64(len(b))}, nil
+		return &miniTable{t}, nil
 	}
 	return nil, errorf(ReasonNoSymbols, "no symbols in .gnu_debugdata")
 }
 
 var xzMagic = []byte("\xfd7zXZ\x00")
 
-// unpackXZ unpacks an xz file of at most limit bytes whose blocks are packed with LZMA2 and
+// unpackXZ unpacks an xz file of at most limit bytes to w, whose blocks are packed with LZMA2 and
 // nothing else ("The .xz File Format"). Checksums are not compared: the file has none of
 // what else is in it either. The container is read here, as a block's header says how much
 // memory its dictionary takes.
-func unpackXZ(b []byte, limit int64) ([]byte, error) {
+func unpackXZ(w io.Writer, b []byte, limit int64) (n int64, err error) {
 	if len(b) < 24 || !bytes.HasPrefix(b, xzMagic) {
-		return nil, errorf(ReasonMalformed, "not an xz file")
+		return 0, errorf(ReasonMalformed, "not an xz file")
 	}
 	checkSize := [16]int{0, 4, 4, 4, 8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64}[b[7]&0xf]
-	var out []byte
+	buf := make([]byte, 64<<10)
 	b = b[12:]
 	for range maxXZBlocks {
 		if len(b) == 0 || b[0] == 0 {
-			return out, nil // the index
+			return n, nil // the index
 		}
 		size := (int(b[0]) + 1) * 4
 		if size > len(b) {
-			return nil, errorf(ReasonMalformed, "xz block header of %d bytes", size)
+			return 0, errorf(ReasonMalformed, "xz block header of %d bytes", size)
 		}
 		dictionary, err := blockDictionary(b[:size])
 		if err != nil {
-			return nil, err
+			return 0, err
 		}
 		src := bytes.NewReader(b[size:])
 		in := bufio.NewReaderSize(src, 4<<10)
 		r, err := lzma.Reader2Config{DictCap: dictionary}.NewReader2(in)
 		if err != nil {
-			return nil, errorf(ReasonMalformed, "unpack: %w", err)
+			return 0, errorf(ReasonMalformed, "unpack: %w", err)
 		}
-		part, err := io.ReadAll(io.LimitReader(r, limit-int64(len(out))+1))
+		part, err := io.CopyBuffer(struct{ io.Writer }{w}, io.LimitReader(r, limit-n+1), buf)
 		if err != nil {
-			return nil, errorf(ReasonMalformed, "unpack: %w", err)
+			return 0, errorf(ReasonMalformed, "unpack: %w", err)
 		}
-		if out = append(out, part...); int64(len(out)) > limit {
-			return nil, errorf(ReasonTooLarge, "more than %d bytes unpacked", limit)
+		if n += part; n > limit {
+			return 0, errorf(ReasonTooLarge, "more than %d bytes unpacked", limit)
 		}
 		used := len(b) - size - src.Len() - in.Buffered()
 		used += -used & 3
 		if size+used+checkSize > len(b) {
-			return nil, errorf(ReasonMalformed, "xz block ends beyond the end")
+			return 0, errorf(ReasonMalformed, "xz block ends beyond the end")
 		}
 		b = b[size+used+checkSize:]
 	}
-	return nil, errorf(ReasonTooLarge, "xz file of more than %d blocks", maxXZBlocks)
+	return 0, errorf(ReasonTooLarge, "xz file of more than %d blocks", maxXZBlocks)
 }
 
 // blockDictionary reads the header of a block whose only filter is LZMA2, and returns the

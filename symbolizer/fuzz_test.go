@@ -4,6 +4,7 @@ package symbolizer
 
 import (
 	"bytes"
+	"io"
 	"os/exec"
 	"slices"
 	"strings"
@@ -161,8 +162,8 @@ func FuzzDebugdata(f *testing.F) {
 	f.Add(b)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		const limit = 1 << 20
-		if out, err := unpackXZ(b, limit); err == nil && len(out) > limit {
-			t.Fatalf("%d bytes of at most %d", len(out), limit)
+		if n, err := unpackXZ(io.Discard, b, limit); err == nil && n > limit {
+			t.Fatalf("%d bytes of at most %d", n, limit)
 		}
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -18,6 +19,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/hostflame/hostflame/internal/elffile"
+	"github.com/hostflame/hostflame/internal/kerneltest"
 )
 
 // exercise does with an image all that can be done with one, and checks what must hold of
@@ -298,4 +300,121 @@ func TestHostileDebugInformation(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestHostileMemory: reading what is at the limits, or beyond, takes no more than the budget of
+// a file, 64 MB, at any time.
+func TestHostileMemory(t *testing.T) {
+	const budget, base = 64 << 20, 1 << 32
+	// fill writes a symbol table of n symbols, of which f says what is to be there.
+	fill := func(e *elfSpec, n int, f func(i uint64) (name uint32, value, size uint64)) {
+		tab := make([]byte, 24*(n+1))
+		for i := range n {
+			name, value, size := f(uint64(i))
+			b := tab[24*(i+1):]
+			binary.LittleEndian.PutUint32(b, name)
+			b[4], b[6], b[7] = globalFunc, 0xff, 0xff
+			binary.LittleEndian.PutUint64(b[8:], value)
+			binary.LittleEndian.PutUint64(b[16:], size)
+		}
+		e.segments[1] = specSegment{typ: elffile.PTLoad, flags: elffile.PFExec | 4, vaddr: base, memsz: 1 << 31, off: 0x1000, filesize: 0x1000}
+		e.sections[4].data = tab
+	}
+	packed := func(e *elfSpec, name string, flags uint64, b []byte) {
+		e.sections = append(e.sections, specSection{name: name, typ: 1, flags: flags, data: b},
+			specSection{name: ".debug_abbrev", typ: 1, data: []byte{1, 0x11, 0, 0, 0, 0}})
+	}
+	most := New(Config{}).maxSymbols()
+	for name, tt := range map[string]struct {
+		change func(e *elfSpec)
+		want   Reason // "" : the answer is f
+	}{
+		"symbols": {func(e *elfSpec) {
+			fill(e, most, func(i uint64) (uint32, uint64, uint64) { return 1, base + i*64, 1 + i%1000 })
+		}, ""},
+		"too many symbols": {func(e *elfSpec) {
+			fill(e, 2*most, func(i uint64) (uint32, uint64, uint64) { return 1, base + i*64, 1 + i%1000 })
+		}, ReasonTooLarge},
+		"symbols within symbols of many names": {func(e *elfSpec) {
+			fill(e, most/2, func(i uint64) (uint32, uint64, uint64) {
+				if i < maxAliases {
+					return 1 + uint32(i%2), base, 1 << 31
+				}
+				return 1, base + i*64, 1
+			})
+		}, ReasonTooLarge},
+		"zstd with a window of 64 MB": {func(e *elfSpec) {
+			w := words{}
+			w.u32(2)
+			w.u32(0)
+			w.word(100 << 20)
+			w.word(1)
+			var out bytes.Buffer
+			z, err := zstd.NewWriter(&out, zstd.WithWindowSize(64<<20), zstd.WithEncoderConcurrency(1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			noise := make([]byte, 2<<20)
+			rand.NewChaCha8([32]byte{}).Read(noise)
+			for range 50 {
+				z.Write(noise)
+			}
+			if err := z.Close(); err != nil {
+				t.Fatal(err)
+			}
+			packed(e, ".debug_info", elffile.SHFCompressed, append(w.Bytes(), out.Bytes()...))
+		}, ""},
+		"xz with a dictionary of 16 MB": {func(e *elfSpec) {
+			cmd := exec.Command("xz", "-c", "--format=xz", "--lzma2=preset=0,dict=16MiB")
+			cmd.Stdin = bytes.NewReader(make([]byte, maxUnpackedData))
+			b, err := cmd.Output()
+			if err != nil {
+				t.Fatal(err)
+			}
+			e.sections[4].typ = 1
+			packed(e, ".gnu_debugdata", 0, b)
+		}, ReasonMalformed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := symbolSpec(false, elffile.SHTSymtab, specSymbol{"f", 0x1100, 0x100, globalFunc, 1})
+			tt.change(e)
+			path := filepath.Join(t.TempDir(), "out")
+			writeFile(t, path, string(e.bytes()))
+			addr := e.segments[1].vaddr + 0x100
+			e = nil
+			s := newSymbolizer(t, Config{WaitForIndex: true})
+			var r Result
+			peak := kerneltest.PeakMemory(t, func() { r = openObject(t, s, path).Symbolize([]uint64{addr})[0] })
+			t.Logf("%d MB: %+v", peak>>20, r)
+			if peak > budget && !kerneltest.Race {
+				t.Errorf("took %d MB, want %d", peak>>20, budget>>20)
+			}
+			if r.Reason != tt.want || r.Reason == "" && r.Lines[0].Function != "f" {
+				t.Errorf("%+v, want reason %q", r, tt.want)
+			}
+		})
+	}
+}
+
+// TestManyDebugSections: of a name that thousands of sections have, the first is read.
+func TestManyDebugSections(t *testing.T) {
+	e := symbolSpec(false, elffile.SHTSymtab, specSymbol{"f", 0x1100, 0x100, globalFunc, 1})
+	// They share 16 MB of the file, all of them zeros.
+	const at, size, copies = 2 << 20, 16 << 20, 20_000
+	for range copies {
+		e.sections = append(e.sections, specSection{name: ".debug_info", typ: 1, size: size})
+	}
+	e.sections = append(e.sections, specSection{name: ".debug_abbrev", typ: 1, data: []byte{1, 0x11, 0, 0, 0, 0}})
+	path := filepath.Join(t.TempDir(), "out")
+	writeFile(t, path, string(e.bytes()))
+	if err := os.Truncate(path, at+size); err != nil {
+		t.Fatal(err)
+	}
+	s := newSymbolizer(t, Config{Cache: openTestCache(t, filepath.Join(t.TempDir(), "cache"), 64<<20), WaitForIndex: true, IndexTimeout: 40 * time.Second})
+	within(t, 30*time.Second, "sections", func() {
+		if r := openObject(t, s, path).Symbolize([]uint64{0x1110})[0]; len(r.Lines) != 1 || r.Lines[0].Function != "f" {
+			t.Errorf("%+v, want f", r)
+		}
+	})
+	t.Logf("%+v", s.Stats().Index)
 }

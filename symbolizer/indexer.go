@@ -192,6 +192,9 @@ func (x *indexer) make(o *Object) (ix *index.Index, st makeStats, err error) {
 		if r := recover(); r != nil {
 			err = errorf(ReasonMalformed, "index: panic: %v", r)
 		}
+		if errors.Is(err, context.DeadlineExceeded) {
+			err = errorf(ReasonTooLarge, "index takes longer than %v", x.timeout)
+		}
 	}()
 	ctx, cancel := context.WithTimeout(x.ctx, x.timeout)
 	defer cancel()
@@ -251,20 +254,12 @@ func (x *indexer) make(o *Object) (ix *index.Index, st makeStats, err error) {
 		return nil, st, fmt.Errorf("make index: %w", err)
 	}
 	defer file.Close()
-	spool, err := elffile.TempFile(x.temp)
-	if err != nil {
-		return nil, st, fmt.Errorf("make index: %w", err)
-	}
-	defer spool.Close()
 	st.Stats, err = index.Build(ctx, d, index.Options{
-		Identity: id, File: file, Spool: spool, Workers: x.workers, Background: x.background,
+		Identity: id, File: file, Dir: x.temp, Workers: x.workers, Background: x.background,
 	})
 	if err != nil {
 		if x.cache != nil {
 			x.cache.discard(file)
-		}
-		if errors.Is(err, context.DeadlineExceeded) {
-			err = errorf(ReasonTooLarge, "index takes longer than %v", x.timeout)
 		}
 		return nil, st, err
 	}
@@ -327,7 +322,7 @@ func (x *indexer) identity(ctx context.Context, images ...*elffile.Image) (index
 		}
 		for _, s := range dwarf.Sections(m, secs) {
 			fmt.Fprintf(h, "%d %d\n", s.Flags, s.Size)
-			if err := hashSection(ctx, h, m, s.Extent, x.workers); err != nil {
+			if err := x.hashSection(ctx, h, m, s.Extent); err != nil {
 				return index.Identity{}, err
 			}
 		}
@@ -336,19 +331,25 @@ func (x *indexer) identity(ctx context.Context, images ...*elffile.Image) (index
 }
 
 // hashSection adds the hashes of a range's pieces to h, which some goroutines make.
-func hashSection(ctx context.Context, h interface{ Write([]byte) (int, error) }, c Content, r elffile.Extent, workers int) error {
+func (x *indexer) hashSection(ctx context.Context, h interface{ Write([]byte) (int, error) }, c Content, r elffile.Extent) error {
 	const piece = 1 << 20
 	n := (r.Size + piece - 1) / piece
 	if n > uint64(c.Size())/piece+1 {
 		return errorf(ReasonMalformed, "section of %d bytes", r.Size)
+	}
+	if r.Size > maxDebugBytes {
+		return errorf(ReasonTooLarge, "debug section of %d bytes", r.Size)
 	}
 	sums := make([][sha256.Size]byte, n)
 	var next uint64
 	var mu sync.Mutex
 	var first error
 	var wg sync.WaitGroup
-	for range min(workers, int(n)) {
+	for range min(x.workers, int(n)) {
 		wg.Go(func() {
+			if x.background {
+				index.GiveWay()
+			}
 			buf := make([]byte, min(piece, r.Size))
 			for {
 				mu.Lock()

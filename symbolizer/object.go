@@ -231,7 +231,7 @@ func (o *Object) readSymbols(secs []elffile.Section, tab, strtab elffile.Extent,
 		o.sym.bigTable.Lock()
 		defer o.sym.bigTable.Unlock()
 	}
-	return loadSymTable(o.image, secs, tab, strtab, dynamic, int(o.sym.cfg.MaxTableBytes/symRowSize))
+	return loadSymTable(o.image, secs, tab, strtab, dynamic, o.sym.maxSymbols())
 }
 
 // Aliases are the other names, as in the symbol table, of the function at an address that

@@ -47,6 +47,10 @@ type symTable struct {
 	demangle demangler
 }
 
+// maxSymbols bounds the functions of a table, so that what it takes while it is read stays
+// within twice MaxTableBytes.
+func (s *Symbolizer) maxSymbols() int { return int(s.cfg.MaxTableBytes / (symRowsEach * symRowSize)) }
+
 type symPart struct {
 	base uint64
 	rows []symRow
@@ -61,12 +65,13 @@ type symRow struct {
 type rowID struct{ part, row uint32 }
 
 const (
-	symRowSize = 12
-	maxAliases = 16      // rows with one start
-	aliasBit   = 1 << 31 // in Span.Name while building: equal to the span before, names apart
-	maxStrtab  = aliasBit
-	lineBytes  = 64             // of a Line, without the strings
-	lineSize   = lineBytes + 64 // of one that is kept, with its map entry
+	symRowSize  = 12
+	symRowsEach = 2       // rows that a symbol may have on the average, and as big as its span
+	maxAliases  = 16      // rows with one start
+	aliasBit    = 1 << 31 // in Span.Name while building: equal to the span before, names apart
+	maxStrtab   = aliasBit
+	lineBytes   = 64             // of a Line, without the strings
+	lineSize    = lineBytes + 64 // of one that is kept, with its map entry
 )
 
 // symBuilder collects the symbols of a table.
@@ -100,7 +105,10 @@ func loadSymTable(m *elffile.Image, secs []elffile.Section, tab, strtab elffile.
 		return nil, err
 	}
 	t := &symTable{image: m, strtab: strtab, lines: map[rowID][]Line{}}
-	t.parts = b.build()
+	var err error
+	if t.parts, err = b.build(); err != nil {
+		return nil, err
+	}
 	for _, p := range t.parts {
 		t.rows += len(p.rows)
 	}
@@ -108,19 +116,41 @@ func loadSymTable(m *elffile.Image, secs []elffile.Section, tab, strtab elffile.
 }
 
 func (b *symBuilder) read(tab elffile.Extent) error {
+	const enough = 1 << 17 // half of a kernel's are functions
+	n := tab.Size / b.image.SymSize()
+	if n > enough {
+		// Counted first, as spans that grow would take twice what they take.
+		n = 0
+		if err := b.each(tab, func(symbol) error { n++; return nil }); err != nil {
+			return err
+		}
+	}
+	b.spans = make([]overlap.Span, 0, min(n, uint64(b.limit)))
+	return b.each(tab, b.add)
+}
+
+type symbol struct {
+	name        uint32
+	info        uint8
+	shndx       uint16
+	value, size uint64
+}
+
+// each calls f for the symbols that may name code.
+func (b *symBuilder) each(tab elffile.Extent, f func(symbol) error) error {
 	size := b.image.SymSize()
 	const atOnce = 64 << 10
 	buf := make([]byte, min(tab.Size/size*size, atOnce/size*size))
-	const enough = 1 << 17 // half of a kernel's are functions
-	b.spans = make([]overlap.Span, 0, min(tab.Size/size/2, enough))
 	for n := tab.Size / size; n > 0; {
 		buf = buf[:min(uint64(len(buf)), n*size)]
 		if err := elffile.ReadAt(b.image, buf, tab.Off); err != nil {
 			return err
 		}
 		for at := 0; at < len(buf); at += int(size) {
-			if err := b.add(buf[at : at+int(size)]); err != nil {
-				return err
+			if s := b.decode(buf[at : at+int(size)]); b.mayName(s) {
+				if err := f(s); err != nil {
+					return err
+				}
 			}
 		}
 		tab.Off += uint64(len(buf))
@@ -129,27 +159,32 @@ func (b *symBuilder) read(tab elffile.Extent) error {
 	return nil
 }
 
-// add takes one symbol if it names code.
-func (b *symBuilder) add(sym []byte) error {
+func (b *symBuilder) decode(sym []byte) (s symbol) {
 	d := elffile.Decoder{B: sym, Is64: b.image.Is64}
-	var value, size uint64
-	var info uint8
-	var shndx uint16
-	name := d.U32()
+	s.name = d.U32()
 	if b.image.Is64 {
-		info, _, shndx = d.U8(), d.U8(), d.U16()
-		value, size = d.Word(), d.Word()
+		s.info, _, s.shndx = d.U8(), d.U8(), d.U16()
+		s.value, s.size = d.Word(), d.Word()
 	} else {
-		value, size = d.Word(), d.Word()
-		info, _, shndx = d.U8(), d.U8(), d.U16()
+		s.value, s.size = d.Word(), d.Word()
+		s.info, _, s.shndx = d.U8(), d.U8(), d.U16()
 	}
-	typ := info & 0xf
-	if typ != sttFunc && typ != sttGNUIFunc && typ != sttNoType {
-		return nil
+	return s
+}
+
+func (b *symBuilder) mayName(s symbol) bool {
+	switch s.info & 0xf {
+	case sttFunc, sttGNUIFunc, sttNoType:
+	default:
+		return false
 	}
-	if name == 0 || uint64(name) >= b.strtab.Size || shndx == elffile.SHNUndef || shndx >= elffile.SHNLoReserve && shndx != elffile.SHNXIndex {
-		return nil
-	}
+	return s.name != 0 && uint64(s.name) < b.strtab.Size && s.shndx != elffile.SHNUndef &&
+		(s.shndx < elffile.SHNLoReserve || s.shndx == elffile.SHNXIndex)
+}
+
+// add takes one symbol if it names code.
+func (b *symBuilder) add(s symbol) error {
+	name, info, shndx, value, size, typ := s.name, s.info, s.shndx, s.value, s.size, s.info&0xf
 	if b.image.Machine == elffile.MachineARM {
 		value &^= 1 // Thumb
 	}
@@ -261,7 +296,7 @@ func notASymbol[T string | []byte](name T) bool {
 }
 
 // build sorts the symbols into rows.
-func (b *symBuilder) build() []symPart {
+func (b *symBuilder) build() ([]symPart, error) {
 	spans := b.spans
 	overlap.Sort(spans, func(x, y *overlap.Span) int {
 		return cmp.Or(cmp.Compare(x.Prio, y.Prio), cmp.Compare(x.End, y.End), cmp.Compare(x.Name, y.Name))
@@ -288,16 +323,16 @@ func (b *symBuilder) build() []symPart {
 	}
 	// Two passes, so that rows are reserved to size.
 	for fill := range 2 {
-		p, rows := 0, 0
+		p, rows, total := 0, 0, 0
 		overlap.Flatten(spans, func(s *overlap.Span, start, end uint64) {
 			if s.Prio < n && start != s.Start {
 				return // a label goes no further than what comes after it, or covers it
 			}
 			for p+1 < len(parts) && start >= parts[p+1].base {
-				if fill == 0 {
+				if fill == 0 && total+rows <= symRowsEach*b.limit {
 					parts[p].rows = make([]symRow, 0, rows)
 				}
-				p, rows = p+1, 0
+				p, rows, total = p+1, 0, total+rows
 			}
 			if start-parts[p].base > 1<<32-1 {
 				return
@@ -315,11 +350,15 @@ func (b *symBuilder) build() []symPart {
 				}
 			}
 		})
+		// Symbols that lie within others, of which there are many names, make many rows.
+		if total += rows; total > symRowsEach*b.limit {
+			return nil, errorf(ReasonTooLarge, "%d ranges of function symbols", total)
+		}
 		if fill == 0 && len(parts) > 0 {
 			parts[p].rows = make([]symRow, 0, rows)
 		}
 	}
-	return parts
+	return parts, nil
 }
 
 // lookup returns the function at addr.

@@ -123,6 +123,9 @@ type table struct {
 	ops    []op
 }
 
+// size is what a table takes, in attributes: an abbreviation counts as one and more.
+func (t *table) size() int { return len(t.ops) + len(t.dense) + 4*len(t.sparse) }
+
 func (t *table) get(code uint64) abbrev {
 	if code-1 < uint64(len(t.dense)) {
 		return t.dense[code-1]

@@ -2,7 +2,10 @@
 
 package dwarf
 
-import "github.com/hostflame/hostflame/internal/elffile"
+import (
+	"github.com/hostflame/hostflame/internal/elffile"
+	"github.com/hostflame/hostflame/internal/overlap"
+)
 
 // Interner gives numbers to what units have in common. Numbers start at 1. What it is
 // given is valid during the call only.
@@ -21,18 +24,19 @@ type Node struct {
 	CallLine uint32
 }
 
-// Span says that instructions are of a node. Where spans overlap, the later one counts.
-type Span struct {
-	Low, High uint64
-	Node      uint32 // 1 + its index
-}
-
-// Code is what a unit says of its code.
+// Code is what a unit, or a part of one, says of its code.
 type Code struct {
 	Nodes []Node // parents before children
-	Spans []Span // in the order of the entries, which is parents before children
-	// Sequences are sorted by their first address. They can overlap.
-	Sequences []Sequence
+	// Spans say where a node's instructions are: Name is 1 + its index. They are in the order
+	// of the entries, which is parents before children, and where they overlap the later
+	// one counts: Prio is the index. The receiver may sort them.
+	Spans []overlap.Span
+	Lines *Lines // of the whole unit
+
+	// Part is 0 for a unit that comes as a whole. What is too big for that comes in parts,
+	// numbered from 1, that say something of the addresses of their spans only, and of
+	// those more than the parts before. Last comes number 0 with the lines of all others.
+	Part int
 }
 
 // Reader reads units. It is for one goroutine; a Data may have several.
@@ -43,19 +47,20 @@ type Reader struct {
 
 	info, side, peek, lists, line, abbrev, strings cursor
 
-	unit      unitContext
-	others    map[unitKey]*unitContext // whose entries are referred to by other units
-	split     unitContext
-	table     lineTable
-	rows      []Row
-	sequences []sequence
-	code      Code
-	stack     []frame
-	functions map[functionKey]uint32
-	origins   map[ref]origin
-	work      int // done for the unit; what is shared can be referred to without end
-	pathBuf   []byte
-	nameBuf   []byte
+	unit       unitContext
+	others     map[unitKey]*unitContext // whose entries are referred to by other units
+	otherSpecs int                      // of their abbreviations
+	split      unitContext
+	table      lineTable
+	rows       lineRows
+	code       Code
+	add        func(*Code) error
+	stack      []frame
+	functions  map[functionKey]uint32
+	origins    map[ref]origin
+	work       int // done for the unit; what is shared can be referred to without end
+	pathBuf    []byte
+	nameBuf    []byte
 }
 
 type unitKey struct {
@@ -78,8 +83,10 @@ type origin struct {
 const (
 	infoWindow    = 256 << 10
 	otherWindow   = 16 << 10
-	maxFunctions  = 1 << 16 // that a reader remembers
-	maxOthers     = 256
+	maxFunctions  = 1 << 15 // that a reader remembers
+	maxOthers     = 256     // units that it remembers
+	maxOtherSpecs = 1 << 18 // of all their abbreviations
+	openWork      = 16      // that reading an attribute of an abbreviation is, in ranges
 	stringsWindow = maxString
 )
 
@@ -105,32 +112,27 @@ type frame struct {
 	node uint32 // of the innermost function or inlined call
 }
 
-// Code reads the i-th unit. The result is valid until the next call. It is nil for units
-// without code, and for those of Go, whose binaries have something better.
-func (r *Reader) Code(i int) (*Code, error) {
+// Code reads the i-th unit, and calls add with what it says, if that is something: once, or
+// for each part of a big one. What add is given is valid during the call. Units of Go are
+// skipped, as its binaries have something better. After an error there can have been parts.
+func (r *Reader) Code(i int, add func(*Code) error) error {
 	var root entry
 	u := &r.unit
-	if k := r.data.units[i].kind; k == unitType || k == unitPartial {
-		return nil, nil
-	}
 	if err := u.open(&r.info, &r.abbrev, r.data, i, &root); err != nil {
-		return nil, err
+		return err
 	}
-	if root.language == langGo && root.is(fieldLanguage) {
-		return nil, nil
+	if u.kind == unitType || u.kind == unitPartial || root.language == langGo && root.is(fieldLanguage) {
+		return nil
 	}
-	r.code.Nodes, r.code.Spans = r.code.Nodes[:0], r.code.Spans[:0]
-	r.rows, r.sequences, r.code.Sequences = r.rows[:0], r.sequences[:0], r.code.Sequences[:0]
+	r.code = Code{Nodes: r.code.Nodes[:0], Spans: r.code.Spans[:0]}
+	r.rows.reset()
 	clear(r.origins)
-	r.work = 0
-	if len(r.functions) > maxFunctions {
-		clear(r.functions)
-	}
+	r.work, r.add = 0, add
 	r.table = lineTable{dirs: r.table.dirs[:0], files: r.table.files[:0], interned: r.table.interned[:0], compDir: r.table.compDir[:0]}
 	if root.is(fieldStmtList) {
 		at := r.info.pos()
 		if err := r.lines(u, root.stmtList); err != nil && elffile.ReasonIs(err, elffile.Changed) {
-			return nil, err
+			return err
 		}
 		if root.is(fieldCompDir) {
 			r.table.compDir = append(r.table.compDir, r.string(root.compDir)...)
@@ -146,15 +148,30 @@ func (r *Reader) Code(i int) (*Code, error) {
 		err = r.entries(&r.info, u, isC(root.language))
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
-	for i := range r.rows {
-		r.rows[i].File = r.file(&r.table, uint64(r.rows[i].File))
+	if r.code.Part == 0 {
+		return r.pass(0)
 	}
-	for _, s := range r.sequences {
-		r.code.Sequences = append(r.code.Sequences, Sequence{r.rows[s.first : s.first+s.n], s.high})
+	if err := r.nextPart(); err != nil {
+		return err
 	}
-	return &r.code, nil
+	return r.pass(0)
+}
+
+// pass passes on what was read since the part before.
+func (r *Reader) pass(part int) error {
+	r.code.Part, r.code.Lines = part, &Lines{reader: r}
+	err := r.add(&r.code)
+	r.code.Nodes, r.code.Spans = r.code.Nodes[:0], r.code.Spans[:0]
+	return err
+}
+
+func (r *Reader) nextPart() error {
+	if r.code.Part+1 >= MaxParts {
+		return elffile.Errorf(elffile.TooLarge, "dwarf: unit of more than %d parts", MaxParts)
+	}
+	return r.pass(r.code.Part + 1)
 }
 
 func isC(language uint64) bool {
@@ -210,6 +227,11 @@ func (r *Reader) entries(c *cursor, u *unitContext, c89 bool) error {
 			continue
 		case kindSubprogram, kindInlined:
 			top = r.stack[len(r.stack)-1]
+			if top.node == 0 && len(r.code.Spans) >= partSpans {
+				if err := r.nextPart(); err != nil {
+					return err
+				}
+			}
 			at := c.pos()
 			u.read(c, a, &e)
 			if e.is(fieldLow) || e.is(fieldRanges) {
@@ -243,9 +265,9 @@ func (r *Reader) entries(c *cursor, u *unitContext, c89 bool) error {
 // function adds a node for an entry that has addresses, and returns its number; that of
 // the parent where the linker removed it.
 func (r *Reader) function(u *unitContext, kind uint8, e *entry, top frame) uint32 {
-	if len(r.code.Nodes) >= maxNodes || len(r.code.Spans) >= maxSpans || r.work > maxWork {
+	if len(r.code.Spans) >= maxSpans || r.work > maxWork {
 		if r.info.err == nil {
-			r.info.err = elffile.Errorf(elffile.TooLarge, "dwarf: unit with more than %d functions, or ranges without end", maxNodes)
+			r.info.err = elffile.Errorf(elffile.TooLarge, "dwarf: function of more than %d ranges, or unit of ranges without end", maxSpans-partSpans)
 		}
 		r.info.fail("") // nothing more is read
 		return 0
@@ -254,7 +276,7 @@ func (r *Reader) function(u *unitContext, kind uint8, e *entry, top frame) uint3
 	before := len(r.code.Spans)
 	r.ranges(u, e, func(low, high uint64) {
 		if len(r.code.Spans) < maxSpans {
-			r.code.Spans = append(r.code.Spans, Span{low, high, number})
+			r.code.Spans = append(r.code.Spans, overlap.Span{Start: low, End: high, Name: number, Prio: uint32(len(r.code.Spans))})
 		}
 	})
 	if len(r.code.Spans) == before {
@@ -306,6 +328,9 @@ func (r *Reader) functionOf(u *unitContext, e *entry) uint32 {
 		if name := r.string(o.name); len(name) > 0 {
 			id = r.names.Function(name, k.line)
 		}
+		if len(r.functions) >= maxFunctions {
+			clear(r.functions)
+		}
 		r.functions[k] = id
 	}
 	return id
@@ -354,7 +379,10 @@ func (r *Reader) origin(u *unitContext, to ref, hops int) origin {
 			o.line = e.declLine
 		}
 	}
-	if own && len(r.origins) < maxFunctions {
+	if own {
+		if len(r.origins) >= maxFunctions {
+			clear(r.origins)
+		}
 		r.origins[to] = o
 	}
 	return o
@@ -371,7 +399,7 @@ func (r *Reader) find(u *unitContext, to ref, e *entry) *unitContext {
 		if !ok {
 			return nil
 		}
-		if u = r.other(d, i); u == nil {
+		if u = r.other(d, i); u == nil || to.off < u.dies || to.off >= u.end {
 			return nil
 		}
 	}
@@ -406,15 +434,17 @@ func (r *Reader) other(d *Data, i int) *unitContext {
 	if u, ok := r.others[k]; ok {
 		return u
 	}
-	if len(r.others) >= maxOthers {
+	if len(r.others) >= maxOthers || r.otherSpecs > maxOtherSpecs {
 		clear(r.others)
+		r.otherSpecs = 0
 	}
 	u := &unitContext{}
 	var root entry
 	if u.open(&r.side, &r.abbrev, d, i, &root) != nil {
 		u = nil
 	} else {
-		r.work += len(u.abbrevs.ops)
+		r.work += openWork * u.abbrevs.size()
+		r.otherSpecs += u.abbrevs.size()
 	}
 	r.others[k] = u
 	return u

@@ -287,7 +287,11 @@ func (u *unitContext) indexedAddress(i uint64) (uint64, bool) {
 // attributes of the unit's own entry, which it returns. split is the unit's skeleton, if
 // it has one.
 func (u *unitContext) open(c, ca *cursor, d *Data, i int, root *entry) error {
-	u.unit, u.data, u.index = d.units[i], d, i
+	var err error
+	if u.unit, err = readHeader(c, d.Info, d.units[i]); err != nil {
+		return err
+	}
+	u.data, u.index = d, i
 	u.addr, u.ranges = d.Addr, d.Ranges
 	u.strOffsetsBase, u.addrBase, u.rnglistsBase, u.rangesBase, u.low = 0, 0, 0, 0, 0
 	if d.dwo && u.version >= 5 {

@@ -97,7 +97,7 @@ func check(t *testing.T, d *Data) {
 	names := &counted{}
 	r := d.NewReader(names)
 	for i := range min(n, 64) {
-		c, err := r.Code(i)
+		c, err := codeOf(r, i)
 		if err != nil || c == nil {
 			continue
 		}
@@ -107,22 +107,35 @@ func check(t *testing.T, d *Data) {
 			}
 		}
 		for _, s := range c.Spans {
-			if _, ok := d.inCode(s.Low); !ok || s.Low >= s.High || s.Node == 0 || s.Node > uint32(len(c.Nodes)) {
+			if _, ok := d.inCode(s.Start); !ok || s.Start >= s.End || s.Name == 0 || s.Name > uint32(len(c.Nodes)) {
 				t.Fatalf("span %+v", s)
 			}
 		}
-		for _, s := range c.Sequences {
-			rows, high := s.Rows, s.High
-			if len(rows) == 0 || rows[0].Addr >= high {
-				t.Fatalf("sequence of %d rows to %#x", len(rows), high)
-			}
-			for i, row := range rows {
-				if i > 0 && row.Addr < rows[i-1].Addr || row.File > uint32(len(names.files)) {
-					t.Fatalf("row %+v", row)
-				}
-			}
-		}
+		checkLines(t, d, c.Lines, names)
 	}
+}
+
+func checkLines(t *testing.T, d *Data, lines *Lines, names *counted) {
+	end := uint64(1)
+	for l, ok := lines.Next(); ok; l, ok = lines.Next() {
+		if _, in := d.inCode(l.Low); !in || l.Low < end || l.Low >= l.High || l.File > uint32(len(names.files)) {
+			t.Fatalf("line %+v after %#x", l, end)
+		}
+		end = l.High
+	}
+}
+
+// codeOf reads a unit that comes as a whole; nil if there is no code.
+func codeOf(r *Reader, i int) (whole *Code, err error) {
+	err = r.Code(i, func(c *Code) error {
+		if c.Part != 0 {
+			return elffile.Errorf(elffile.TooLarge, "a unit in parts")
+		}
+		copied := *c
+		whole = &copied
+		return nil
+	})
+	return whole, err
 }
 
 // seeds adds the sections of real binaries.
@@ -185,11 +198,7 @@ func FuzzLine(f *testing.F) {
 				t.Fatalf("file %d of %d", id, len(names.files))
 			}
 		}
-		for _, s := range r.sequences {
-			if s.low >= s.high || s.first+s.n > len(r.rows) {
-				t.Fatalf("sequence %+v of %d rows", s, len(r.rows))
-			}
-		}
+		checkLines(t, d, &Lines{reader: r}, names)
 	})
 }
 
@@ -222,12 +231,12 @@ func FuzzPackageIndex(f *testing.F) {
 		if len(index) == 0 || len(info) == 0 {
 			return
 		}
-		p := &Package{whole: Data{Info: asSection(info), Abbrev: asSection(info), Code: []Range{{1, fuzzCode}}, dwo: true}, units: map[uint64][packageColumns]extent{}}
-		if p.readIndex(asSection(index)) != nil {
+		p, err := newPackage(&Data{Info: asSection(info), Abbrev: asSection(info), Code: []Range{{1, fuzzCode}}, dwo: true}, asSection(index))
+		if err != nil {
 			return
 		}
-		for id := range p.units {
-			if u := p.Unit(id); u != nil {
+		for at := uint64(packageHeader); at < min(p.headers(), packageHeader+8*64); at += 8 {
+			if u := p.Unit(uint64(p.word(at)) | uint64(p.word(at+4))<<32); u != nil {
 				check(t, u.Data)
 			}
 		}

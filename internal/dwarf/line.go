@@ -4,25 +4,9 @@ package dwarf
 
 import (
 	"bytes"
-	"cmp"
-	"slices"
 
 	"github.com/hostflame/hostflame/internal/elffile"
 )
-
-// Row says that from Addr on, until the next row, instructions are of a line. File is 0
-// where it is not known.
-type Row struct {
-	Addr uint64
-	File uint32 // as the Interner has it
-	Line uint32
-}
-
-// Sequence is a run of rows, at least one, that cover the addresses from the first to High.
-type Sequence struct {
-	Rows []Row
-	High uint64
-}
 
 // lineTable is the header of a line program (DWARF 5, section 6.2.4).
 type lineTable struct {
@@ -46,21 +30,15 @@ type lineFile struct {
 	dir  uint64
 }
 
-// sequence is a run of rows, from rows[first] on, that ends at high.
-type sequence struct {
-	low, high uint64
-	first, n  int
-}
-
 // lines reads the line program at an offset of .debug_line into r.rows.
 func (r *Reader) lines(u *unitContext, off uint64) error {
 	t := &r.table
 	if err := r.lineHeader(t, u, off); err != nil {
 		return err
 	}
-	r.rows, r.sequences = r.rows[:0], r.sequences[:0]
+	r.rows.reset()
 	err := r.lineProgram(t)
-	r.sortSequences()
+	r.rows.sortSequences()
 	return err
 }
 
@@ -224,8 +202,7 @@ func appendPath(p, elem []byte) []byte {
 	return append(p, elem[:min(len(elem), max(0, maxPath-len(p)))]...)
 }
 
-// lineProgram runs the program (DWARF 5, section 6.2.5). File numbers in the rows are
-// those of the table.
+// lineProgram runs the program (DWARF 5, section 6.2.5).
 func (r *Reader) lineProgram(t *lineTable) error {
 	c := &r.line
 	c.seek(t.program)
@@ -240,28 +217,16 @@ func (r *Reader) lineProgram(t *lineTable) error {
 	}
 	constAdd := uint64((255-int(t.opcodeBase))/int(t.lineRange)) * uint64(t.minLength)
 	addr, file, line := uint64(0), uint32(1), uint32(1)
-	first := len(r.rows)
-	emit := func() {
-		if n := len(r.rows); n > first {
-			switch last := &r.rows[n-1]; {
-			case last.Addr == addr:
-				last.File, last.Line = file, line // the last one of an address counts
-				return
-			case last.File == file && last.Line == line && last.Addr < addr:
-				return
-			}
-		}
-		r.rows = append(r.rows, Row{addr, file, line})
-	}
+	rows := &r.rows
 	for c.i < len(c.b) && c.base+uint64(c.i) < c.end || c.left() > 0 {
-		if len(r.rows) > maxRows {
-			return elffile.Errorf(elffile.TooLarge, "dwarf: line table of more than %d rows", maxRows)
+		if rows.bytes() > maxLineBytes {
+			return elffile.Errorf(elffile.TooLarge, "dwarf: line table that takes more than %d bytes", maxLineBytes)
 		}
 		op := c.u8()
 		if op >= t.opcodeBase {
 			addr += advance[op].addr
 			line += uint32(advance[op].line)
-			emit()
+			rows.add(addr, file, line)
 			continue
 		}
 		switch op {
@@ -277,8 +242,7 @@ func (r *Reader) lineProgram(t *lineTable) error {
 			next := c.pos() + n
 			switch c.u8() {
 			case lneEndSequence:
-				r.endSequence(first, addr)
-				first = len(r.rows)
+				rows.endSequence(r.data, addr)
 				addr, file, line = 0, 1, 1
 			case lneSetAddress:
 				if size := n - 1; size == 4 || size == 8 {
@@ -295,7 +259,7 @@ func (r *Reader) lineProgram(t *lineTable) error {
 				c.seek(next)
 			}
 		case lnsCopy:
-			emit()
+			rows.add(addr, file, line)
 		case lnsAdvancePC:
 			addr += c.uleb() * uint64(t.minLength)
 		case lnsAdvanceLine:
@@ -315,29 +279,5 @@ func (r *Reader) lineProgram(t *lineTable) error {
 			}
 		}
 	}
-	r.rows = r.rows[:first] // a sequence without an end
 	return c.err
-}
-
-// endSequence keeps the rows from first on, if there can be code.
-func (r *Reader) endSequence(first int, high uint64) {
-	rows := r.rows[first:]
-	compare := func(a, b Row) int { return cmp.Compare(a.Addr, b.Addr) }
-	if !slices.IsSortedFunc(rows, compare) {
-		slices.SortStableFunc(rows, compare)
-	}
-	if len(rows) == 0 || rows[0].Addr == 0 || rows[0].Addr >= high {
-		r.rows = r.rows[:first]
-		return
-	}
-	end, ok := r.data.inCode(rows[0].Addr)
-	if !ok {
-		r.rows = r.rows[:first]
-		return
-	}
-	r.sequences = append(r.sequences, sequence{low: rows[0].Addr, high: min(high, end), first: first, n: len(rows)})
-}
-
-func (r *Reader) sortSequences() {
-	slices.SortStableFunc(r.sequences, func(a, b sequence) int { return cmp.Compare(a.low, b.low) })
 }

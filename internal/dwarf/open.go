@@ -69,14 +69,15 @@ func open(m *elffile.Image, secs []elffile.Section, z *elffile.Inflater, suffix 
 	return d, nil
 }
 
-// Sections are the section headers of a file's debug sections, in the order in which Open
-// looks for them.
+// Sections are the section headers of a file's debug sections that Open reads, one of each
+// name, in its order.
 func Sections(m *elffile.Image, secs []elffile.Section) []elffile.Section {
 	var found []elffile.Section
 	for _, part := range sections {
 		for _, s := range m.SectionsNamed(secs, ".debug_"+part.name, ".zdebug_"+part.name) {
 			if s.Type != elffile.SHTNobits && s.Size > 0 {
 				found = append(found, s)
+				break
 			}
 		}
 	}

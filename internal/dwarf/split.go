@@ -28,8 +28,12 @@ func OpenSplit(m *elffile.Image, secs []elffile.Section, z *elffile.Inflater) (*
 // no id before DWARF 5.
 func (d *Data) Find(id uint64) (int, bool) {
 	found, compile := 0, 0
-	for i, u := range d.units {
+	c := cursor{buf: make([]byte, 64)}
+	for i, off := range d.units {
+		u, err := readHeader(&c, d.Info, off)
 		switch {
+		case err != nil:
+			return 0, false
 		case u.kind == unitSplitCompile && u.id == id:
 			return i, true
 		case u.kind == unitCompile && u.version < 5:
@@ -40,10 +44,13 @@ func (d *Data) Find(id uint64) (int, bool) {
 	return found, compile == 1
 }
 
-// Package is a .dwp file: the .dwo files of a program in one.
+// Package is a .dwp file: the .dwo files of a program in one. Its index is a hash table
+// that stays in the file.
 type Package struct {
-	whole Data
-	units map[uint64][packageColumns]extent
+	whole                 Data
+	index                 *Section
+	slots, units, columns uint64
+	column                [maxPackageSection]int // what is in each
 }
 
 type extent struct{ off, size uint32 }
@@ -56,19 +63,19 @@ const (
 	columnRnglists
 	packageColumns
 
+	packageHeader     = 16 // bytes
 	maxPackageUnits   = 1 << 20
-	maxPackageSlots   = 4 * maxPackageUnits
 	maxPackageSection = 32
+	maxProbes         = 1 << 10 // slots that are looked at for a unit
 )
 
-// OpenPackage reads the index of a .dwp file.
+// OpenPackage reads the header of the index of a .dwp file.
 func OpenPackage(m *elffile.Image, secs []elffile.Section, z *elffile.Inflater) (*Package, error) {
 	d, err := open(m, secs, z, ".dwo")
 	if err != nil {
 		return nil, err
 	}
 	d.dwo = true
-	p := &Package{whole: *d, units: map[uint64][packageColumns]extent{}}
 	index := m.SectionsNamed(secs, ".debug_cu_index")
 	if len(index) == 0 {
 		return nil, elffile.Errorf(elffile.Missing, "no .debug_cu_index")
@@ -77,69 +84,81 @@ func OpenPackage(m *elffile.Image, secs []elffile.Section, z *elffile.Inflater) 
 	if err != nil {
 		return nil, err
 	}
-	return p, p.readIndex(&Section{Content: c, Off: off, Size: size})
+	return newPackage(d, &Section{Content: c, Off: off, Size: size})
 }
 
-func (p *Package) readIndex(sec *Section) error {
-	c := cursor{buf: make([]byte, otherWindow)}
-	c.start(sec, 0, sec.Size)
+func newPackage(whole *Data, index *Section) (*Package, error) {
+	p := &Package{whole: *whole, index: index}
+	c := cursor{buf: make([]byte, packageHeader)}
+	c.start(index, 0, index.Size)
 	version := c.u32() & 0xffff // version 5 has 16 bits and 16 of padding
-	columns, units, slots := uint64(c.u32()), uint64(c.u32()), uint64(c.u32())
+	p.columns, p.units, p.slots = uint64(c.u32()), uint64(c.u32()), uint64(c.u32())
 	if version != 2 && version != 5 {
-		return elffile.Errorf(elffile.Unsupported, "dwarf: package index of version %d", version)
+		return nil, elffile.Errorf(elffile.Unsupported, "dwarf: package index of version %d", version)
 	}
-	if columns > maxPackageSection || units > maxPackageUnits || slots > maxPackageSlots || 12*slots+8*columns*units > c.left() {
-		return elffile.Errorf(elffile.Malformed, "dwarf: package index of %d units", units)
+	if p.columns > maxPackageSection || p.units > maxPackageUnits || p.slots&(p.slots-1) != 0 || 12*p.slots+8*p.columns*p.units > c.left() {
+		return nil, elffile.Errorf(elffile.Malformed, "dwarf: package index of %d units in %d slots", p.units, p.slots)
 	}
-	ids, rows := c.pos(), c.pos()+8*slots
-	headers := rows + 4*slots
-	c.seek(headers)
-	var column [maxPackageSection]int
-	for i := range columns {
-		column[i] = -1
+	c.seek(p.headers())
+	for i := range p.columns {
+		p.column[i] = -1
 		switch id := c.u32(); {
 		case id == 1:
-			column[i] = columnInfo
+			p.column[i] = columnInfo
 		case id == 3:
-			column[i] = columnAbbrev
+			p.column[i] = columnAbbrev
 		case id == 6:
-			column[i] = columnStrOffsets
+			p.column[i] = columnStrOffsets
 		case id == 8 && version == 5:
-			column[i] = columnRnglists
+			p.column[i] = columnRnglists
 		}
 	}
-	offsets, sizes := headers+4*columns, headers+4*columns+4*columns*units
-	word := func(at uint64) uint32 {
-		var b [4]byte
-		if sec.read(b[:], at) != nil {
+	return p, c.err
+}
+
+// headers is where the index says what is in the columns, after the ids of the slots and
+// their rows.
+func (p *Package) headers() uint64 { return packageHeader + 12*p.slots }
+
+// word is a word of the index, 0 beyond its end.
+func (p *Package) word(at uint64) uint32 {
+	var b [4]byte
+	if p.index.read(b[:], at) != nil {
+		return 0
+	}
+	return binary.LittleEndian.Uint32(b[:])
+}
+
+// row finds the row of a unit, counted from 1, as section 7.3.5.3 has it; 0 if there is none.
+func (p *Package) row(id uint64) uint64 {
+	mask := p.slots - 1
+	slot, step := id&mask, id>>32&mask|1
+	for range min(p.slots, maxProbes) {
+		row := uint64(p.word(packageHeader + 8*p.slots + 4*slot))
+		if row == 0 || row > p.units {
 			return 0
 		}
-		return binary.LittleEndian.Uint32(b[:])
-	}
-	for slot := range slots {
-		c.seek(ids + 8*slot)
-		id := c.u64()
-		row := uint64(word(rows + 4*slot))
-		if row == 0 || row > units {
-			continue
+		if at := packageHeader + 8*slot; uint64(p.word(at))|uint64(p.word(at+4))<<32 == id {
+			return row
 		}
-		var parts [packageColumns]extent
-		for i := range columns {
-			if column[i] >= 0 {
-				at := 4 * ((row-1)*columns + i)
-				parts[column[i]] = extent{word(offsets + at), word(sizes + at)}
-			}
-		}
-		p.units[id] = parts
+		slot = (slot + step) & mask
 	}
-	return c.err
+	return 0
 }
 
 // Unit returns the unit with an id, nil if there is none.
 func (p *Package) Unit(id uint64) *SplitUnit {
-	parts, ok := p.units[id]
-	if !ok {
+	row := p.row(id)
+	if row == 0 {
 		return nil
+	}
+	var parts [packageColumns]extent
+	offsets := p.headers() + 4*p.columns
+	for i, column := range p.column[:p.columns] {
+		if column >= 0 {
+			at := offsets + 4*((row-1)*p.columns+uint64(i))
+			parts[column] = extent{p.word(at), p.word(at + 4*p.columns*p.units)}
+		}
 	}
 	d := p.whole
 	for i, s := range []**Section{columnInfo: &d.Info, columnAbbrev: &d.Abbrev, columnStrOffsets: &d.StrOffsets, columnRnglists: &d.Rnglists} {

@@ -15,18 +15,20 @@ import (
 
 // Limits of a file. What is beyond one is too large for us.
 const (
-	maxUnits       = 1 << 20
-	maxAbbrevs     = 1 << 16 // of a table
-	maxAbbrevSpecs = 1 << 20 // of a table, all abbreviations together
-	maxDepth       = 256     // of entries within entries, and of inlined calls
-	maxHops        = 16      // from an abstract origin or a specification to the next
-	maxRanges      = 1 << 16 // of one entry
-	maxNodes       = 1 << 20 // functions and inlined calls of a unit; this and the next two are
-	maxSpans       = 1 << 20 // what memory holds of it: some 100 MB at the limits, as
-	maxRows        = 1 << 21 // much again while slices grow, and what is not collected yet
-	maxLineFiles   = 1 << 16 // of a line table, and so many directories
-	maxWork        = 1 << 27 // of a unit: ranges, and attributes of other units' abbreviations
-	maxString      = 8 << 10 // bytes of a name; what is longer is cut
+	MaxUnits       = 1 << 19  // each takes 8 bytes of memory
+	MaxParts       = 1 << 10  // of a unit
+	partSpans      = 1 << 16  // ranges after which the next function of a unit begins a part
+	maxSpans       = 2 << 16  // ranges of a part; each takes 24 bytes, and as much for its node
+	maxLineBytes   = 12 << 20 // of a unit's line table, packed: 3 or 4 a row
+	maxUnsorted    = 1 << 15  // rows of a sequence that is not in order
+	maxLineFiles   = 1 << 15  // of a line table, and so many directories
+	maxAbbrevs     = 1 << 15  // of a table
+	maxAbbrevSpecs = 1 << 17  // of a table, all abbreviations together; each takes 16 bytes
+	maxDepth       = 256      // of entries within entries, and of inlined calls
+	maxHops        = 16       // from an abstract origin or a specification to the next
+	maxRanges      = 1 << 16  // of one entry
+	maxWork        = 1 << 27  // of a unit: ranges, and attributes of other units' abbreviations
+	maxString      = 8 << 10  // bytes of a name; what is longer is cut
 	maxPath        = 4 << 10
 )
 
@@ -42,8 +44,8 @@ type Data struct {
 	// attributes joined to its directory. It may be nil, and what it returns too.
 	Split func(id uint64, path string) *SplitUnit
 
-	units []unit
-	dwo   bool // of a .dwo or .dwp: lists have no base attribute
+	units []uint64 // where their headers are
+	dwo   bool     // of a .dwo or .dwp: lists have no base attribute
 }
 
 // Range is a half-open range of ELF virtual addresses.
@@ -75,19 +77,20 @@ func (d *Data) ReadUnits() (int, error) {
 	}
 	c := cursor{buf: make([]byte, 64)}
 	d.units = d.units[:0]
-	for off := uint64(0); off+4 < d.Info.Size; {
+	headers := 0
+	for off := uint64(0); off+4 < d.Info.Size; headers++ {
 		u, err := readHeader(&c, d.Info, off)
 		if err != nil {
 			return 0, err
 		}
 		off = u.end
+		if len(d.units) >= MaxUnits || headers >= 4*MaxUnits {
+			return 0, elffile.Errorf(elffile.TooLarge, "dwarf: more than %d units", MaxUnits)
+		}
 		if u.version == 0 {
 			continue // padding, or of a kind that we do not know
 		}
-		if len(d.units) >= maxUnits {
-			return 0, elffile.Errorf(elffile.TooLarge, "dwarf: more than %d units", maxUnits)
-		}
-		d.units = append(d.units, u)
+		d.units = append(d.units, u.off)
 	}
 	return len(d.units), nil
 }
@@ -139,13 +142,10 @@ func readHeader(c *cursor, info *Section, off uint64) (unit, error) {
 	return u, c.err
 }
 
-// unitAt finds the unit that holds an offset.
+// unitAt finds the unit that holds an offset, if one does.
 func (d *Data) unitAt(off uint64) (int, bool) {
-	i := sort.Search(len(d.units), func(i int) bool { return d.units[i].off > off }) - 1
-	if i < 0 || off < d.units[i].dies || off >= d.units[i].end {
-		return 0, false
-	}
-	return i, true
+	i := sort.Search(len(d.units), func(i int) bool { return d.units[i] > off }) - 1
+	return i, i >= 0
 }
 
 // inCode is whether there can be instructions at an address, and where they end.

@@ -20,7 +20,7 @@ const (
 	maxRatio      = 1040     // of deflate, which can do no better
 	honestRatio   = 64       // of debug sections, which come to a tenth
 	honestSize    = 64 << 20 // bytes that may come of fewer
-	maxZstdWindow = 64 << 20 // bytes of memory for decoding
+	maxZstdWindow = 8 << 20  // bytes of memory for decoding: what level 19 takes
 )
 
 // Inflater decompresses sections within a budget. What is big goes into files without a

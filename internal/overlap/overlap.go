@@ -58,6 +58,9 @@ func Flatten(sorted []Span, emit func(s *Span, start, end uint64)) {
 			last, lastStart, lastEnd, pos = s, s.Start, s.End, s.End
 			continue
 		}
+		if len(active) == cap(active) {
+			active.drop(pos) // those that are over, below others that are not
+		}
 		active.push(s)
 	}
 	advance(^uint64(0))
@@ -80,6 +83,21 @@ func (h *spanHeap) push(s *Span) {
 		a[parent], a[i] = a[i], a[parent]
 		i = parent
 	}
+}
+
+// drop removes the spans that end at pos or before.
+func (h *spanHeap) drop(pos uint64) {
+	kept := (*h)[:0]
+	for _, s := range *h {
+		if s.End > pos {
+			kept.push(s)
+		}
+	}
+	clear((*h)[len(kept):])
+	if len(kept) > cap(kept)/2 {
+		kept = slices.Grow(kept, cap(kept)) // so that the next time is far
+	}
+	*h = kept
 }
 
 func (h *spanHeap) pop() {
@@ -121,10 +139,10 @@ func Sort(spans []Span, before func(a, b *Span) int) {
 }
 
 // byStart sorts by start, by digits of 11 bits where there are many: somebody waits for
-// the names of a big file.
+// the names of a big file. That takes the memory twice, and so is not done for millions.
 func byStart(spans []Span) {
-	const bits, few = 11, 1 << 12
-	if len(spans) < few {
+	const bits, few, most = 11, 1 << 12, 1 << 19
+	if len(spans) < few || len(spans) > most {
 		slices.SortFunc(spans, func(a, b Span) int { return cmp.Compare(a.Start, b.Start) })
 		return
 	}

@@ -8,6 +8,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"os"
 	"runtime"
 	"slices"
@@ -36,19 +37,32 @@ type Stats struct {
 type Options struct {
 	Identity   Identity
 	File       *os.File // empty, for the index
-	Spool      *os.File // empty, for what is in the way meanwhile
+	Dir        string   // for files that are in the way meanwhile
 	Workers    int      // goroutines; 1
 	Background bool     // they give way to all other threads
 }
 
-const partBuffer = 256 << 10 // bytes of parts that are written at once
+const (
+	partBuffer = 256 << 10 // bytes of parts that are written at once
+	maxBlocks  = 1 << 20   // of an index; each takes 24 bytes of memory at the end
+	manyBlocks = 1 << 17   // more than honest files of a gigabyte have
+)
 
 // niceness of a background worker: it gets about a tenth of what others want.
 const niceness = 10
 
-// Build writes an index of what d says, in one pass over its units. It takes a few
-// megabytes and some for each worker, beside the names' hashes and what the largest unit's
-// line table takes. Units that are malformed are left out.
+// GiveWay lets the calling goroutine give way to all other threads from now on.
+func GiveWay() {
+	// The thread ends with the goroutine, as it stays locked.
+	runtime.LockOSThread()
+	_ = unix.Setpriority(unix.PRIO_PROCESS, 0, niceness)
+}
+
+// Build writes an index of what d says, in one pass over its units. What it takes has a
+// limit whatever d is: 9 MB for the hashes of names, for each worker 12 MB for the packed
+// line table of the unit that it is at, 8 MB for a part of its functions and as much for what it
+// remembers, and in the end, instead of that, 24 bytes a block. A kernel takes a quarter of
+// that. Units that are malformed are left out.
 func Build(ctx context.Context, d *dwarf.Data, o Options) (Stats, error) {
 	n, err := d.ReadUnits()
 	if err != nil {
@@ -62,7 +76,17 @@ func Build(ctx context.Context, d *dwarf.Data, o Options) (Stats, error) {
 	if len(d.Code) == 0 {
 		return Stats{}, elffile.Errorf(elffile.Missing, "index: no code")
 	}
-	b := &builder{data: d, file: o.File, names: newNames(o.Spool), units: n}
+	names, err := newNames(o.Dir)
+	if err != nil {
+		return Stats{}, fmt.Errorf("make index: %w", err)
+	}
+	defer names.Close()
+	blocks, err := newSpool(o.Dir)
+	if err != nil {
+		return Stats{}, fmt.Errorf("make index: %w", err)
+	}
+	defer blocks.Close()
+	b := &builder{data: d, file: o.File, names: names, blocks: blocks, units: n}
 	b.header = header{identity: o.Identity, base: d.Code[0].Low}
 	b.off.Store(headerSize)
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -71,9 +95,7 @@ func Build(ctx context.Context, d *dwarf.Data, o Options) (Stats, error) {
 	for range min(max(1, o.Workers), max(1, n)) {
 		wg.Go(func() {
 			if o.Background {
-				// The thread ends with the goroutine, as it stays locked.
-				runtime.LockOSThread()
-				_ = unix.Setpriority(unix.PRIO_PROCESS, 0, niceness)
+				GiveWay()
 			}
 			if err := b.guarded(ctx); err != nil {
 				cancel(err)
@@ -100,7 +122,7 @@ type builder struct {
 	off    atomic.Int64 // where the next parts go
 
 	mu     sync.Mutex
-	blocks []block
+	blocks *spool // of blockSize bytes each
 	stats  Stats
 }
 
@@ -118,7 +140,9 @@ func (b *builder) guarded(ctx context.Context) (err error) {
 // work encodes units until there are no more.
 func (b *builder) work(ctx context.Context) error {
 	r := b.data.NewReader(b.names)
+	var stop error // what ends the whole index
 	e := &encoder{base: b.header.base}
+	e.full = func() { stop = cmp.Or(stop, b.write(e), ctx.Err()) }
 	var units, broken int
 	var first error
 	for ctx.Err() == nil {
@@ -126,21 +150,22 @@ func (b *builder) work(ctx context.Context) error {
 		if i >= b.units {
 			break
 		}
-		c, err := r.Code(i)
+		whole := false
+		err := r.Code(i, func(c *dwarf.Code) error {
+			e.add(uint32(i), c)
+			whole = c.Part == 0
+			return stop
+		})
 		switch {
+		case stop != nil:
+			return stop
 		case err != nil && elffile.ReasonIs(err, elffile.Changed):
 			return err
 		case err != nil:
 			broken++
 			first = cmp.Or(first, err)
-		case c != nil:
+		case whole:
 			units++
-			e.add(uint32(i), c)
-		}
-		if len(e.buf) >= partBuffer {
-			if err := b.write(e); err != nil {
-				return err
-			}
 		}
 	}
 	if err := b.write(e); err != nil {
@@ -154,34 +179,49 @@ func (b *builder) work(ctx context.Context) error {
 	return nil
 }
 
-// write writes what an encoder has.
+// write writes what an encoder has, which is empty then.
 func (b *builder) write(e *encoder) error {
 	at := b.off.Add(int64(len(e.buf))) - int64(len(e.buf))
+	e.place(at)
+	defer func() { e.buf, e.blocks = e.buf[:0], e.blocks[:0] }()
 	if at+int64(len(e.buf)) > maxFile/2 {
 		return elffile.Errorf(elffile.TooLarge, "index of more than %d bytes", at)
 	}
 	if _, err := b.file.WriteAt(e.buf, at); err != nil {
 		return fmt.Errorf("write index: %w", err)
 	}
-	for i := range e.blocks {
-		e.blocks[i].at += uint32(at)
-	}
 	b.mu.Lock()
-	b.blocks = append(b.blocks, e.blocks...)
-	b.mu.Unlock()
-	e.buf, e.blocks = e.buf[:0], e.blocks[:0]
+	defer b.mu.Unlock()
+	for _, x := range e.blocks {
+		b.blocks.buf = x.append(b.blocks.buf)
+		b.blocks.appended(blockSize)
+	}
+	if b.blocks.size > maxBlocks*blockSize {
+		return elffile.Errorf(elffile.TooLarge, "index of more than %d blocks", maxBlocks)
+	}
 	return nil
 }
 
 // finish writes the directory, the tables and the header.
 func (b *builder) finish() error {
-	addrs, refs := b.directory()
+	if b.names.err != nil {
+		return b.names.err
+	}
+	b.names.forget()
+	if b.blocks.size > manyBlocks*blockSize {
+		runtime.GC() // what the workers had makes room
+	}
+	blocks, err := b.sortedBlocks()
+	if err != nil {
+		return err
+	}
 	h := &b.header
-	h.directory, h.pieces = uint64(b.off.Load()), uint64(len(addrs))
-	h.functions, h.files = uint64(len(b.names.functions)), uint64(len(b.names.files))
+	h.directory, h.pieces = uint64(b.off.Load()), 0
+	b.directory(blocks, func(uint64, uint32) { h.pieces++ })
+	h.functions, h.files = uint64(b.names.functions), uint64(b.names.files)
 	h.functionTable = h.directory + 8*h.pieces
 	h.strings = h.functionTable + 8*h.functions + 4*h.files
-	h.size = h.strings + b.names.size
+	h.size = h.strings + uint64(b.names.text.size)
 	if h.size > maxFile {
 		return elffile.Errorf(elffile.TooLarge, "index of %d bytes", h.size)
 	}
@@ -189,13 +229,9 @@ func (b *builder) finish() error {
 		return err
 	}
 	w := bufio.NewWriterSize(b.file, 64<<10)
-	var word [4]byte
-	for _, part := range [][]uint32{addrs, refs} {
-		for _, v := range part {
-			binary.LittleEndian.PutUint32(word[:], v)
-			w.Write(word[:]) // the error is sticky
-		}
-	}
+	put := func(v uint32) { w.Write(binary.LittleEndian.AppendUint32(w.AvailableBuffer(), v)) } // its error is sticky
+	b.directory(blocks, func(addr uint64, _ uint32) { put(uint32(addr - h.base)) })
+	b.directory(blocks, func(_ uint64, ref uint32) { put(ref) })
 	if err := b.names.write(w); err != nil {
 		return err
 	}
@@ -205,33 +241,39 @@ func (b *builder) finish() error {
 	if _, err := b.file.WriteAt(h.encode(), 0); err != nil {
 		return err
 	}
-	var err error
 	if h.crc, err = checksum(b.file, int64(h.size)); err != nil {
 		return err
 	}
 	_, err = b.file.WriteAt(h.encode(), 0)
-	b.stats.Pieces, b.stats.Functions, b.stats.Files = len(addrs), len(b.names.functions), len(b.names.files)
+	b.stats.Pieces, b.stats.Functions, b.stats.Files = int(h.pieces), int(h.functions), int(h.files)
 	b.stats.Bytes = int64(h.size)
 	return err
 }
 
-// directory sorts the blocks. Where they overlap the first unit counts.
-func (b *builder) directory() (addrs, refs []uint32) {
-	slices.SortFunc(b.blocks, func(x, y block) int {
-		return cmp.Or(cmp.Compare(y.unit, x.unit), cmp.Compare(x.at, y.at))
-	})
-	spans := make([]overlap.Span, len(b.blocks))
-	for i, x := range b.blocks {
-		spans[i] = overlap.Span{Start: x.low, End: x.high, Name: x.at, Prio: uint32(i)}
+// sortedBlocks are all blocks by their first address.
+func (b *builder) sortedBlocks() ([]overlap.Span, error) {
+	r, err := b.blocks.reader()
+	if err != nil {
+		return nil, err
 	}
-	b.blocks = nil
-	slices.SortFunc(spans, func(x, y overlap.Span) int { return cmp.Compare(x.Start, y.Start) })
-	addrs, refs = make([]uint32, 0, len(spans)+1), make([]uint32, 0, len(spans)+1)
-	add := func(addr uint64, ref uint32) {
-		addrs, refs = append(addrs, uint32(addr-b.header.base)), append(refs, ref)
+	in := bufio.NewReaderSize(r, spoolBuffer)
+	blocks := make([]overlap.Span, b.blocks.size/blockSize)
+	var buf [blockSize]byte
+	for i := range blocks {
+		if _, err := io.ReadFull(in, buf[:]); err != nil {
+			return nil, err
+		}
+		blocks[i] = decodeBlock(buf[:])
 	}
+	slices.SortFunc(blocks, func(x, y overlap.Span) int { return cmp.Compare(x.Start, y.Start) })
+	return blocks, nil
+}
+
+// directory calls add for the pieces of code from low to high addresses: where they start,
+// and the block that says what is there, 0 if none does.
+func (b *builder) directory(blocks []overlap.Span, add func(addr uint64, ref uint32)) {
 	end := b.header.base
-	overlap.Flatten(spans, func(s *overlap.Span, low, high uint64) {
+	overlap.Flatten(blocks, func(s *overlap.Span, low, high uint64) {
 		if low != end {
 			add(end, 0)
 		}
@@ -239,5 +281,4 @@ func (b *builder) directory() (addrs, refs []uint32) {
 		end = high
 	})
 	add(end, 0)
-	return addrs, refs
 }

@@ -11,12 +11,28 @@ import (
 	"github.com/hostflame/hostflame/internal/overlap"
 )
 
-// block is a block of rows and what it covers. at is its place in the encoder's buffer,
-// later in the file.
-type block struct {
-	low, high uint64
-	at        uint32
-	unit      uint32
+// block is a block of rows and what it covers: Name is its place in the encoder's buffer,
+// later in the file. Where blocks overlap, the first unit counts, and its last part.
+type block overlap.Span
+
+const blockSize = 24 // bytes of a block that waits for its place in the directory
+
+func priority(unit uint32, part int) uint32 {
+	return (dwarf.MaxUnits-unit)*dwarf.MaxParts + uint32(part)
+}
+
+func (x *block) append(b []byte) []byte {
+	b = binary.LittleEndian.AppendUint64(b, x.Start)
+	b = binary.LittleEndian.AppendUint64(b, x.End)
+	b = binary.LittleEndian.AppendUint32(b, x.Name)
+	return binary.LittleEndian.AppendUint32(b, x.Prio)
+}
+
+func decodeBlock(b []byte) overlap.Span {
+	return overlap.Span{
+		Start: binary.LittleEndian.Uint64(b), End: binary.LittleEndian.Uint64(b[8:]),
+		Name: binary.LittleEndian.Uint32(b[16:]), Prio: binary.LittleEndian.Uint32(b[20:]),
+	}
 }
 
 // encoder turns units into parts. It is for one goroutine.
@@ -24,9 +40,13 @@ type encoder struct {
 	base   uint64
 	buf    []byte
 	blocks []block
+	full   func() // is to write buf, which is long enough, and the blocks
 
-	nodes []uint32 // offset of each node of the unit among its nodes
-	spans []overlap.Span
+	// Of the first blocks, so many, the nodes were written before, at this offset.
+	away   int
+	awayAt int64
+
+	nodes []uint32 // offset of each node of the part among its nodes
 	lines lines
 
 	// The block that is being written.
@@ -34,59 +54,37 @@ type encoder struct {
 	rows             []byte
 	low, last, next  uint64
 	node, file, line uint32
-	partNodes        int
-	unit             uint32
+	partNodes        int  // where the part's nodes are in buf, -1: they are away
+	partial          bool // there are other parts, which say more of the other addresses
+	prio             uint32
 }
 
-// lines goes through a unit's line table from low to high addresses.
+// lines is where a unit's line table is at: what holds from Low to High, nothing if they are
+// equal.
 type lines struct {
-	sequences []dwarf.Sequence
-	row       int // of the first sequence, the next one
-	pos       uint64
-
-	// What holds from low to high; nothing if they are equal.
-	low, high  uint64
-	file, line uint32
+	dwarf.Line
+	rest *dwarf.Lines
 }
 
-// next goes on to the next row. Of sequences that overlap the first counts.
-func (l *lines) next() bool {
-	for len(l.sequences) > 0 {
-		s := &l.sequences[0]
-		if l.row == len(s.Rows) {
-			l.sequences, l.row = l.sequences[1:], 0
-			continue
-		}
-		r := s.Rows[l.row]
-		l.row++
-		high := s.High
-		if l.row < len(s.Rows) {
-			high = min(high, s.Rows[l.row].Addr)
-		}
-		if low := max(r.Addr, l.pos); low < high {
-			l.low, l.high, l.file, l.line, l.pos = low, high, r.File, r.Line, high
-			return true
-		}
+// next goes on to the next line.
+func (l *lines) next() (ok bool) {
+	if l.Line, ok = l.rest.Next(); !ok {
+		l.Line = dwarf.Line{}
 	}
-	l.low = l.high
-	return false
+	return ok
 }
 
-// add encodes a unit. The part is in buf, its blocks are in blocks.
+// add encodes a unit, or a part of one.
 func (e *encoder) add(unit uint32, c *dwarf.Code) {
-	e.unit = unit
+	e.prio, e.partial = priority(unit, c.Part), c.Part > 0
 	e.partNodes = len(e.buf)
 	e.addNodes(c.Nodes)
-	e.lines = lines{sequences: c.Sequences}
-	e.spans = e.spans[:0]
-	for i, s := range c.Spans {
-		e.spans = append(e.spans, overlap.Span{Start: s.Low, End: s.High, Name: s.Node, Prio: uint32(i)})
-	}
-	slices.SortFunc(e.spans, func(a, b overlap.Span) int {
+	e.lines = lines{rest: c.Lines}
+	slices.SortFunc(c.Spans, func(a, b overlap.Span) int {
 		return cmp.Or(cmp.Compare(a.Start, b.Start), cmp.Compare(a.Prio, b.Prio))
 	})
 	pos := uint64(0)
-	overlap.Flatten(e.spans, func(s *overlap.Span, low, high uint64) {
+	overlap.Flatten(c.Spans, func(s *overlap.Span, low, high uint64) {
 		e.merge(pos, low, 0)
 		e.merge(low, high, e.nodes[s.Name-1]+1)
 		pos = high
@@ -115,22 +113,24 @@ func (e *encoder) addNodes(nodes []dwarf.Node) {
 func (e *encoder) merge(low, high uint64, node uint32) {
 	l := &e.lines
 	for low < high {
-		for l.high <= low && l.next() {
+		for l.High <= low && l.next() {
 		}
 		end := high
 		switch {
-		case l.high <= low: // there are no more
+		case l.High <= low: // there are no more
 			if node != 0 {
 				e.row(low, end, node, 0, 0)
 			}
-		case l.low > low:
-			end = min(end, l.low)
+		case l.Low > low:
+			end = min(end, l.Low)
 			if node != 0 {
 				e.row(low, end, node, 0, 0)
 			}
 		default:
-			end = min(end, l.high)
-			e.row(low, end, node, l.file, l.line)
+			end = min(end, l.High)
+			if node != 0 || !e.partial {
+				e.row(low, end, node, l.File, l.Line.Line)
+			}
 		}
 		low = end
 	}
@@ -144,7 +144,7 @@ func (e *encoder) row(low, high uint64, node, file, line uint32) {
 	}
 	switch gap := low - e.next; {
 	case e.count == 0:
-	case low < e.next || gap >= alignment || gap > 0 && low%alignment != 0:
+	case low < e.next || gap >= alignment || gap > 0 && (low%alignment != 0 || e.partial):
 		e.endBlock()
 	case gap > 0 && e.count+2 <= blockRows:
 		e.put(e.next, 0, 0, 0)
@@ -191,11 +191,41 @@ func (e *encoder) endBlock() {
 		return
 	}
 	at := len(e.buf)
-	e.blocks = append(e.blocks, block{low: e.low, high: e.next, at: uint32(at), unit: e.unit})
-	e.buf = binary.AppendUvarint(e.buf, uint64(at-e.partNodes))
+	e.blocks = append(e.blocks, block{Start: e.low, End: e.next, Name: uint32(at), Prio: e.prio})
+	if e.partNodes < 0 {
+		e.away++
+		e.buf = append(e.buf, make([]byte, distanceSize)...) // place knows it
+	} else {
+		e.buf = binary.AppendUvarint(e.buf, uint64(at-e.partNodes))
+	}
 	e.buf = binary.AppendUvarint(e.buf, e.low-e.base)
 	e.buf = binary.AppendUvarint(e.buf, uint64(e.count))
 	e.buf = append(e.buf, e.rows...)
 	e.buf = binary.AppendUvarint(e.buf, e.next-e.last)
 	e.count = 0
+	if len(e.buf) >= partBuffer {
+		e.full()
+	}
+}
+
+// distanceSize is how many bytes a distance takes that is not known yet.
+const distanceSize = 5
+
+// place is called before buf is written to an offset of the file and begins anew.
+func (e *encoder) place(off int64) {
+	for _, x := range e.blocks[:e.away] {
+		distance := uint64(off + int64(x.Name) - e.awayAt)
+		for i := range distanceSize {
+			e.buf[int(x.Name)+i] = byte(distance&0x7f) | 0x80
+			distance >>= 7
+		}
+		e.buf[int(x.Name)+distanceSize-1] &= 0x7f
+	}
+	for i := range e.blocks {
+		e.blocks[i].Name += uint32(off)
+	}
+	if e.partNodes >= 0 {
+		e.awayAt, e.partNodes = off+int64(e.partNodes), -1
+	}
+	e.away = 0
 }

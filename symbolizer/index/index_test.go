@@ -48,8 +48,8 @@ func buildIndex(t testing.TB, id Identity) (*os.File, []dwarf.Range) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	file, spool := tempFile(t), tempFile(t)
-	st, err := Build(context.Background(), d, Options{Identity: id, File: file, Spool: spool, Workers: 2})
+	file := tempFile(t)
+	st, err := Build(context.Background(), d, Options{Identity: id, File: file, Dir: dir, Workers: 2})
 	if err != nil || st.BrokenUnits > 0 || st.Pieces == 0 {
 		t.Fatalf("build: %+v, %v", st, err)
 	}

@@ -4,117 +4,160 @@ package index
 
 import (
 	"encoding/binary"
-	"errors"
 	"hash/maphash"
 	"io"
-	"os"
 	"sync"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
-// names gives numbers to functions and files, and spools what they are called into a file,
-// so that memory holds a hash of each and no more. It may be used from any goroutine.
+// names gives numbers to functions and files, and spools what they are called. Memory holds
+// hashes of those that were asked for lately and no more: what comes again after that has
+// another number then, and is twice in the file. It may be used from any goroutine.
 type names struct {
-	mu        sync.Mutex
-	seed      maphash.Seed // hashes can not be foreseen, so names that collide can not be made
-	strings   map[uint64]uint32
-	byName    map[functionKey]uint32
-	byPath    map[uint32]uint32 // by the path's offset
-	functions []functionKey
-	files     []uint32
-	spool     *os.File
-	buf       []byte
-	size      uint64
-	err       error
+	mu      sync.Mutex
+	seed    maphash.Seed // hashes can not be foreseen, so names that collide can not be made
+	strings recent[uint64]
+	byName  recent[functionKey]
+	byPath  recent[uint32] // by the path's offset
+
+	text, functionTable, fileTable *spool
+
+	functions, files uint32
+	err              error
 }
 
 type functionKey struct{ name, line uint32 }
 
-// maxNames bounds the different names of a file; each takes about 40 bytes of memory.
-const maxNames = 4 << 20
+const (
+	maxNames    = 1 << 24 // functions of an index, and so many files
+	recentNames = 3 << 15 // twice as many are remembered, in some 40 bytes each
+)
 
-func newNames(spool *os.File) *names {
-	return &names{
-		seed: maphash.MakeSeed(), strings: map[uint64]uint32{}, spool: spool,
-		byName: map[functionKey]uint32{}, byPath: map[uint32]uint32{},
+// recent is a map that forgets what was not asked for while recentNames others came.
+type recent[K comparable] struct{ young, old map[K]uint32 }
+
+func (r *recent[K]) get(k K) (uint32, bool) {
+	v, ok := r.young[k]
+	if !ok {
+		if v, ok = r.old[k]; ok {
+			r.put(k, v)
+		}
+	}
+	return v, ok
+}
+
+func (r *recent[K]) put(k K, v uint32) {
+	if r.young == nil || len(r.young) >= recentNames {
+		r.young, r.old = r.old, r.young
+		if r.young == nil {
+			r.young = map[K]uint32{}
+		}
+		clear(r.young)
+	}
+	r.young[k] = v
+}
+
+// newNames makes names that are spooled into a directory.
+func newNames(dir string) (*names, error) {
+	n := &names{seed: maphash.MakeSeed()}
+	for _, s := range []**spool{&n.text, &n.functionTable, &n.fileTable} {
+		var err error
+		if *s, err = newSpool(dir); err != nil {
+			n.Close()
+			return nil, err
+		}
+	}
+	return n, nil
+}
+
+// Close gives the spools back.
+func (n *names) Close() {
+	for _, s := range []*spool{n.text, n.functionTable, n.fileTable} {
+		if s != nil {
+			s.Close()
+		}
 	}
 }
 
-var errTooMany = errors.New("too many names")
-
-// text returns where a string is among the strings.
-func (n *names) text(s []byte) uint32 {
+// string returns where a string is among the strings.
+func (n *names) string(s []byte) uint32 {
 	h := maphash.Bytes(n.seed, s)
-	if off, ok := n.strings[h]; ok {
+	if off, ok := n.strings.get(h); ok {
 		return off
 	}
-	off := n.size
-	if len(n.strings) >= maxNames || off > maxFile {
+	off := n.text.size
+	if off > maxFile {
 		n.err = errTooMany
 		return 0
 	}
-	n.strings[h] = uint32(off)
-	before := len(n.buf)
-	n.buf = binary.AppendUvarint(n.buf, uint64(len(s)))
-	n.buf = append(n.buf, s...)
-	n.size += uint64(len(n.buf) - before)
-	if len(n.buf) >= 64<<10 {
-		n.flush()
-	}
+	n.strings.put(h, uint32(off))
+	before := len(n.text.buf)
+	n.text.buf = binary.AppendUvarint(n.text.buf, uint64(len(s)))
+	n.text.buf = append(n.text.buf, s...)
+	n.text.appended(len(n.text.buf) - before)
 	return uint32(off)
 }
 
-func (n *names) flush() {
-	if n.err == nil {
-		_, n.err = n.spool.Write(n.buf)
-	}
-	n.buf = n.buf[:0]
-}
+var errTooMany = elffile.Errorf(elffile.TooLarge, "index: too many names")
 
 // Function implements dwarf.Interner.
 func (n *names) Function(name []byte, startLine uint32) uint32 {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	k := functionKey{n.text(name), startLine}
-	i, ok := n.byName[k]
-	if !ok && len(n.functions) < maxNames {
-		n.functions = append(n.functions, k)
-		i = uint32(len(n.functions))
-		n.byName[k] = i
+	k := functionKey{n.string(name), startLine}
+	i, ok := n.byName.get(k)
+	if ok {
+		return i
 	}
-	return i
+	if n.functions >= maxNames {
+		n.err = errTooMany
+		return 0
+	}
+	n.functions++
+	n.byName.put(k, n.functions)
+	t := n.functionTable
+	t.buf = binary.LittleEndian.AppendUint32(t.buf, k.name)
+	t.buf = binary.LittleEndian.AppendUint32(t.buf, k.line)
+	t.appended(8)
+	return n.functions
 }
 
 // File implements dwarf.Interner.
 func (n *names) File(path []byte) uint32 {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	off := n.text(path)
-	i, ok := n.byPath[off]
-	if !ok {
-		n.files = append(n.files, off)
-		i = uint32(len(n.files))
-		n.byPath[off] = i
+	off := n.string(path)
+	i, ok := n.byPath.get(off)
+	if ok {
+		return i
 	}
-	return i
+	if n.files >= maxNames {
+		n.err = errTooMany
+		return 0
+	}
+	n.files++
+	n.byPath.put(off, n.files)
+	n.fileTable.buf = binary.LittleEndian.AppendUint32(n.fileTable.buf, off)
+	n.fileTable.appended(4)
+	return n.files
+}
+
+// forget gives the memory back. No more may come.
+func (n *names) forget() {
+	n.strings, n.byName, n.byPath = recent[uint64]{}, recent[functionKey]{}, recent[uint32]{}
 }
 
 // write appends the tables and the strings to w.
 func (n *names) write(w io.Writer) error {
-	n.flush()
-	if n.err != nil {
-		return n.err
+	for _, s := range []*spool{n.functionTable, n.fileTable, n.text} {
+		r, err := s.reader()
+		if err != nil {
+			return err
+		}
+		if _, err := io.Copy(w, r); err != nil {
+			return err
+		}
 	}
-	var b []byte
-	for _, f := range n.functions {
-		b = binary.LittleEndian.AppendUint32(b, f.name)
-		b = binary.LittleEndian.AppendUint32(b, f.line)
-	}
-	for _, off := range n.files {
-		b = binary.LittleEndian.AppendUint32(b, off)
-	}
-	if _, err := w.Write(b); err != nil {
-		return err
-	}
-	_, err := io.Copy(w, io.NewSectionReader(n.spool, 0, int64(n.size)))
-	return err
+	return nil
 }

@@ -260,12 +260,7 @@ func buildIndex(dir, path string, workers int) (*os.File, index.Stats, error) {
 	if err != nil {
 		return nil, index.Stats{}, err
 	}
-	spool, err := elffile.TempFile(dir)
-	if err != nil {
-		return nil, index.Stats{}, err
-	}
-	defer spool.Close()
-	st, err := index.Build(context.Background(), d, index.Options{File: f, Spool: spool, Workers: workers})
+	st, err := index.Build(context.Background(), d, index.Options{File: f, Dir: dir, Workers: workers})
 	return f, st, err
 }
 
