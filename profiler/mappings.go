@@ -59,7 +59,7 @@ const (
 	// initialBudget bounds the time that is spent on the initial processes at once.
 	initialBudget = 20 * time.Millisecond
 	// eventPause is the least time between two looks at the events.
-	eventPause = 50 * time.Millisecond
+	eventPause = 100 * time.Millisecond
 	// minReread and maxReread bound how often an image is read because of missing memory.
 	minReread = uint64(200 * time.Millisecond)
 	maxReread = uint64(30 * time.Second)
