@@ -115,6 +115,16 @@ func (o *object) Dropped() (map[DropReason]uint64, error) {
 	return s.Dropped, err
 }
 
+// Due is how many samples were due, delivered or not, by weight. It costs as little.
+func (o *object) Due() (n uint64, err error) {
+	_, s, err := o.counted()
+	n = s.Delivered
+	for _, d := range s.Dropped {
+		n += d
+	}
+	return n, err
+}
+
 func (o *object) stats() (Stats, error) {
 	runs, s, err := o.counted()
 	if err != nil {

@@ -77,7 +77,7 @@ func NewMappings(cfg MappingsConfig) (_ *Mappings, err error) {
 			Config:      unix.PERF_COUNT_SW_DUMMY,
 			Size:        uint32(unix.PERF_ATTR_SIZE_VER5),
 			Sample_type: unix.PERF_SAMPLE_TIME,
-			// A watermark of zero is half of the ring.
+			Wakeup:      mappingWatermark,
 			Bits: unix.PerfBitMmap | unix.PerfBitMmap2 | unix.PerfBitComm | unix.PerfBitCommExec | unix.PerfBitTask |
 				unix.PerfBitSampleIDAll | unix.PerfBitUseClockID | unix.PerfBitWatermark | unix.PerfBitExcludeKernel,
 			Clockid: unix.CLOCK_BOOTTIME,
@@ -94,6 +94,10 @@ func NewMappings(cfg MappingsConfig) (_ *Mappings, err error) {
 	}
 	return m, nil
 }
+
+// mappingWatermark is how many bytes of events on a CPU wake who waits: some threads that
+// begin or end, or a program.
+const mappingWatermark = 256
 
 // mappingRingSize is a power of two of pages.
 func mappingRingSize(want, cpus int) int {
@@ -296,20 +300,20 @@ func (m *Mappings) deliver(fn func(*MappingEvent), e *MappingEvent) {
 	fn(e)
 }
 
-// Wait returns when a ring is half full, after d, or, with its error, when ctx ends. It can
-// return for nothing.
+// Wait returns when a ring has some events, after d, or, with its error, when ctx ends. Less
+// than a program makes when it begins can go unnoticed; and it can return for nothing.
 func (m *Mappings) Wait(ctx context.Context, d time.Duration) error {
-	if m.halfFull() {
+	if m.filled() {
 		return ctx.Err()
 	}
 	return m.poller.wait(ctx, d)
 }
 
-func (m *Mappings) halfFull() bool {
+func (m *Mappings) filled() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, r := range m.rings {
-		if r.head()-r.tail >= uint64(len(r.data)/2) {
+		if r.head()-r.tail >= mappingWatermark {
 			return true
 		}
 	}

@@ -111,9 +111,10 @@ func (r *rings) close() error {
 	return errors.Join(errs...)
 }
 
-// ringSize is the size in bytes of a ring: two drain intervals of the largest samples
-// without a stack copy at hz a second, so that half of it is never reached between two drains
-// that are on time; and room for some copies, which come when new programs start.
+// ringSize is the size in bytes of a ring: half a second of the largest samples without a stack
+// copy at hz a second, which is seconds of most, so that half of it, which wakes the reader, is
+// not often reached between two drains; and room for some copies, which come when new programs
+// start.
 func ringSize(hz int) int {
 	const recordHeader = 8
 	need := 2 * (recordHeader + maxSampleSize - maxStackCopy) * hz / 4

@@ -13,14 +13,30 @@ import (
 // trace is a raw stack of one process, kept once: equal stacks are merged before anything
 // is looked up for them. It belongs to the goroutine that drains.
 type trace struct {
-	next       *trace // of the same hash
-	id         imageID
-	raw        bpf.Sample // the first of its samples, with memory of its own
-	stack      Stack
-	outcome    outcome
-	whole      bool // every address is in a known mapping
-	generation int  // of the mappings that the stack was made with
-	kept       bool
+	next          *trace // of the same hash
+	id            imageID
+	comm          bpf.Comm // this and the next two are of the first of its samples
+	tid           uint32
+	time          uint64
+	frames        []uint64 // the kernel's and then the program's
+	kernel        int      // how many are the kernel's
+	areas         []bpf.Area
+	stack         Stack
+	generation    int // of the mappings that the stack was made with
+	kernelOutcome bpf.Outcome
+	userOutcome   bpf.Outcome
+	outcome       outcome
+	whole         bool // every address is in a known mapping
+	kept          bool
+}
+
+// sample is the first of the samples of t, as far as its stack needs it.
+func (t *trace) sample() *bpf.Sample {
+	return &bpf.Sample{
+		PID: uint32(t.id.pid), Start: t.id.start, ExecID: t.id.exec, TID: t.tid, Time: t.time, Comm: t.comm,
+		KernelOutcome: t.kernelOutcome, UserOutcome: t.userOutcome,
+		Kernel: t.frames[:t.kernel], User: t.frames[t.kernel:], Areas: t.areas,
+	}
 }
 
 // traces finds the trace of a sample.
@@ -39,20 +55,16 @@ func addrBytes(a []uint64) []byte {
 }
 
 func (t *traces) hash(p *process, s *bpf.Sample) uint64 {
-	var h maphash.Hash
-	h.SetSeed(t.seed)
-	maphash.WriteComparable(&h, p.id)
-	h.WriteByte(byte(len(s.Kernel)))
-	h.Write(addrBytes(s.Kernel))
-	h.Write(addrBytes(s.User))
-	return h.Sum64()
+	const odd = 0x9e3779b97f4a7c15
+	h := (uint64(p.id.pid)^p.id.start)*odd ^ p.id.exec
+	h = h*odd ^ maphash.Bytes(t.seed, addrBytes(s.Kernel))
+	return h*odd ^ maphash.Bytes(t.seed, addrBytes(s.User))
 }
 
 func (t *trace) equal(p *process, s *bpf.Sample) bool {
-	return t.id == p.id &&
-		t.raw.KernelOutcome == s.KernelOutcome && t.raw.UserOutcome == s.UserOutcome &&
-		slices.Equal(t.raw.Kernel, s.Kernel) && slices.Equal(t.raw.User, s.User) &&
-		slices.Equal(t.raw.Areas, s.Areas)
+	return t.id == p.id && t.kernelOutcome == s.KernelOutcome && t.userOutcome == s.UserOutcome &&
+		slices.Equal(t.frames[:t.kernel], s.Kernel) && slices.Equal(t.frames[t.kernel:], s.User) &&
+		slices.Equal(t.areas, s.Areas)
 }
 
 // find returns the trace of s, nil if there is none.
@@ -67,11 +79,13 @@ func (t *traces) find(p *process, s *bpf.Sample) *trace {
 
 // insert makes the trace of s, which there is none of yet.
 func (t *traces) insert(p *process, s *bpf.Sample) *trace {
-	h := t.hash(p, s)
-	raw := *s
-	raw.Stack = nil
-	tr := &trace{next: t.byHash[h], id: p.id, raw: *raw.Clone()}
-	t.byHash[h] = tr
+	hash := t.hash(p, s)
+	tr := &trace{
+		next: t.byHash[hash], id: p.id, comm: s.Comm, tid: s.TID, time: s.Time,
+		frames: slices.Concat(s.Kernel, s.User), kernel: len(s.Kernel), areas: slices.Clone(s.Areas),
+		kernelOutcome: s.KernelOutcome, userOutcome: s.UserOutcome,
+	}
+	t.byHash[hash] = tr
 	t.n++
 	return tr
 }

@@ -153,6 +153,7 @@ func (t *processTable) resolveArea(p *process, id bpf.Area) *area {
 func (t *processTable) use(p *process, a *area, f *program) {
 	switch {
 	case f.object != nil && a.useObject(f.object, f.path):
+		t.unnamed = true
 	case f.jit, f.object != nil:
 		a.usePerfMap(t.perfMap(p), f.path)
 	default:

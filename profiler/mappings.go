@@ -21,7 +21,7 @@ type MappingEvents interface {
 	// the time on the boot clock up to which none is missing. The event is valid during the
 	// call only.
 	Drain(fn func(*bpf.MappingEvent)) (until uint64, err error)
-	// Wait returns when draining cannot wait, after d, or, with its error, when ctx ends.
+	// Wait returns when there are some events, after d, or, with its error, when ctx ends.
 	Wait(ctx context.Context, d time.Duration) error
 }
 
@@ -58,6 +58,8 @@ var readReasonNames = [readReasons]string{"initial", "unknown", "lost", "missing
 const (
 	// initialBudget bounds the time that is spent on the initial processes at once.
 	initialBudget = 20 * time.Millisecond
+	// eventPause is the least time between two looks at the events.
+	eventPause = 100 * time.Millisecond
 	// minReread and maxReread bound how often an image is read because of missing memory.
 	minReread = uint64(200 * time.Millisecond)
 	maxReread = uint64(30 * time.Second)
@@ -80,9 +82,9 @@ func newEventMappings(events MappingEvents, procfs *procfs, limit int) (*eventMa
 	return m, m.broken
 }
 
-// run drains the events that can not wait for catchUp, and learns what is left of the initial
-// processes, until ctx ends or the events do.
-func (m *eventMappings) run(ctx context.Context) error {
+// run drains the events that can not wait for catchUp, telling stir each time, and learns
+// what is left of the initial processes, until ctx ends or the events do.
+func (m *eventMappings) run(ctx context.Context, stir func()) error {
 	stop := context.AfterFunc(ctx, m.interrupt)
 	defer stop()
 	for {
@@ -107,7 +109,22 @@ func (m *eventMappings) run(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("follow mappings: %w", err)
 		}
+		if d == asLongAsItTakes {
+			stir()
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(eventPause):
+			}
+		}
 	}
+}
+
+// follows tells whether run will hear of what happens.
+func (m *eventMappings) follows() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.broken == nil && len(m.initial) == 0
 }
 
 // catchUp takes in the events until now.

@@ -121,7 +121,7 @@ func misses(vmas []vma, s *bpf.Sample) bool {
 	return slices.ContainsFunc(s.User, func(addr uint64) bool {
 		const lowest = 4096
 		addr &^= bpf.ExactAddr
-		if addr < lowest || addr >= kernelHalf || areaIn(s, addr) != nil || vmaAt(vmas, addr) != nil {
+		if addr < lowest || addr >= kernelHalf || areaIn(s, addr) >= 0 || vmaAt(vmas, addr) != nil {
 			return false
 		}
 		return vmaAt(vmas, addr-1) == nil // a return address can be the end of a mapping

@@ -76,7 +76,7 @@ func follow(t testing.TB) (*eventMappings, *bpf.Mappings) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- m.run(ctx) }()
+	go func() { ended <- m.run(ctx, func() {}) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil {

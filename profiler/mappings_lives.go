@@ -87,7 +87,7 @@ type replacement struct {
 
 const (
 	// keepEnded is how long a process that has ended, and what was before an execve, are
-	// known: drains are 250 ms apart, and the agent can be late.
+	// known: drains are a second apart at most, and the agent can be late.
 	keepEnded = 5e9
 	maxHeld   = 8 << 10
 )

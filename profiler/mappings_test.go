@@ -607,7 +607,7 @@ func TestMappingsRunEnds(t *testing.T) {
 	e := newTold(t, 100)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- e.source.run(ctx) }()
+	go func() { ended <- e.source.run(ctx, func() {}) }()
 	cancel()
 	select {
 	case err := <-ended:

@@ -90,6 +90,10 @@ type processTable struct {
 	limit   int
 	byID    map[imageID]*list.Element // of *process
 	recent  *list.List                // the one that was sampled last in front
+	areas   []*area                   // of the sample that is looked at
+	// Since they were last cleared there was a new image, or something whose names nobody has
+	// looked for yet: a file in an image, or JIT code.
+	grown, unnamed bool
 }
 
 func newProcessTable(source mappingSource, symbols *symbolizer.Symbolizer, limit int) *processTable {
@@ -114,6 +118,7 @@ func (t *processTable) lookup(s *bpf.Sample) *process {
 	}
 	p := &process{id: id, comm: s.Comm}
 	t.byID[id] = t.recent.PushFront(p)
+	t.grown = true
 	for t.recent.Len() > t.limit {
 		delete(t.byID, t.recent.Remove(t.recent.Back()).(*process).id)
 	}
@@ -205,26 +210,33 @@ func mergeAreas(old []area, vmas []vma) []area {
 // misses tells whether something that s says of its user stack is not known yet: what one
 // of its areas is a mapping of, or, of an address in none, the mapping.
 func (t *processTable) misses(p *process, s *bpf.Sample) bool {
-	for _, a := range s.Areas {
-		if t.areaOf(p, a) == nil {
-			return true
-		}
+	if slices.Contains(t.areasOf(p, s), nil) {
+		return true
 	}
 	return slices.ContainsFunc(s.User, func(addr uint64) bool {
 		const lowest = 4096
 		addr &^= bpf.ExactAddr
-		return addr >= lowest && addr < kernelHalf && areaIn(s, addr) == nil && p.find(addr) == nil
+		return addr >= lowest && addr < kernelHalf && areaIn(s, addr) < 0 && p.find(addr) == nil
 	})
 }
 
-// areaIn returns the area of s that addr, which can be a return address, is in.
-func areaIn(s *bpf.Sample, addr uint64) *bpf.Area {
+// areaIn returns which area of s addr, which can be a return address, is in; -1 if in none.
+func areaIn(s *bpf.Sample, addr uint64) int {
 	for i := range s.Areas {
 		if a := &s.Areas[i]; addr >= a.Start && addr <= a.End {
-			return a
+			return i
 		}
 	}
-	return nil
+	return -1
+}
+
+// areasOf returns areaOf for each area of s, until the next call.
+func (t *processTable) areasOf(p *process, s *bpf.Sample) []*area {
+	t.areas = t.areas[:0]
+	for _, id := range s.Areas {
+		t.areas = append(t.areas, t.areaOf(p, id))
+	}
+	return t.areas
 }
 
 // find returns the mapping that addr is in, nil if there is none. The end of a mapping is
@@ -242,11 +254,12 @@ func (p *process) find(addr uint64) *area {
 }
 
 // location returns where addr, of a frame of s, is, once the file of its mapping was looked
-// at. What the sample itself says of its mappings holds before what is known of the process.
-func (t *processTable) location(p *process, s *bpf.Sample, addr Addr) (Location, bool) {
+// at. What the sample itself says of its mappings, areas, holds before what is known of the
+// process.
+func (t *processTable) location(p *process, s *bpf.Sample, areas []*area, addr Addr) (Location, bool) {
 	var a *area
-	if id := areaIn(s, uint64(addr)); id != nil && uint64(addr) < id.End {
-		if a = t.areaOf(p, *id); a == nil {
+	if i := areaIn(s, uint64(addr)); i >= 0 && uint64(addr) < s.Areas[i].End {
+		if a = areas[i]; a == nil {
 			return Location{}, false
 		}
 	} else {
@@ -261,6 +274,7 @@ func (t *processTable) location(p *process, s *bpf.Sample, addr Addr) (Location,
 		}
 	}
 	mapping, slide := a.mapping, a.slide
+	t.unnamed = t.unnamed || mapping.perfMap != nil
 	// One area can span several segments of its file.
 	if o := mapping.object; o != nil && (uint64(addr)-slide < mapping.Start || uint64(addr)-slide >= mapping.Limit) {
 		if m, s, ok := segmentMapping(o, mapping.File, uint64(addr), uint64(addr)-a.start+a.offset); ok {

@@ -42,7 +42,7 @@ func newTestTable(t *testing.T, limit int) (*processTable, *fakeSource, *time.Ti
 
 // stack is how a sample is attributed: its frames as text, and the outcome.
 func stackOf(table *processTable, s *bpf.Sample) ([]string, outcome) {
-	tr := &trace{raw: *s}
+	tr := new(trace)
 	table.complete(table.lookup(s), tr, s)
 	var frames []string
 	for _, l := range tr.stack {

@@ -113,11 +113,18 @@ func (c *Config) setDefaults() error {
 }
 
 const (
-	// drainInterval is the longest time that samples wait in the kernel.
+	// quietInterval is the longest time that samples wait in the kernel, and drainInterval
+	// while something is new: processes are gone soon, and what only a living one can tell is
+	// asked when a sample of it is drained. What a drain costs does not depend much on how many
+	// samples there are.
+	quietInterval = time.Second
 	drainInterval = 250 * time.Millisecond
 	// asLongAsItTakes is for waits that only a ring that fills up ends.
 	asLongAsItTakes = time.Hour
-	firstSecond     = time.Second
+	// warmInterval is the longest time that names are not looked up for: long before the
+	// symbolizer gives a file up that is not used.
+	warmInterval = 10 * time.Second
+	firstSecond  = time.Second
 	// lastSymbols bounds the symbolizing of the last window, so that the agent ends soon.
 	lastSymbols = 2 * time.Second
 	// settleWithin is what the end of a window or a capture waits for stacks that are
@@ -141,12 +148,15 @@ type Profiler struct {
 	types       []Type
 	counters    []counters // by type
 	window      *window
-	captures    []*capture // that are running; of the draining goroutine
-	fresh       []Stack    // made since they were last handed to warming
+	captures    []*capture    // that are running; of the draining goroutine
+	fresh       []Stack       // made since they were last handed to warming
+	warmed      time.Duration // boot time of that
 	warming     chan []Stack
 	closing     chan closedWindow
 	urgent      chan error      // a source can not wait, or can not tell
 	poked       chan struct{}   // something is pending; takes one
+	stirred     chan struct{}   // something is new; takes one
+	stir        bool            // it was since the last drain; of the draining goroutine
 	drainErrors []atomic.Uint64 // by feed
 	newest      atomic.Pointer[Window]
 	ready       atomic.Bool
@@ -258,6 +268,7 @@ func New(cfg Config) (*Profiler, error) {
 		closing:     make(chan closedWindow, 1),
 		urgent:      make(chan error),
 		poked:       make(chan struct{}, 1),
+		stirred:     make(chan struct{}, 1),
 	}
 	if cfg.Tables != nil {
 		if p.unwinder, err = newUnwinder(&cfg, source); err != nil {
@@ -275,10 +286,11 @@ func (p *Profiler) OnWindow(fn func(*Window)) {
 	p.subscribers = append(p.subscribers, fn)
 }
 
-// Run drains the sources every 250 ms, or earlier when one asks for it, and closes
-// windows, until ctx ends. Then it drains once more, ends the captures that are running,
-// closes the last window, hands it to the subscribers and returns nil. The caller stops
-// the sources' sampling before it ends ctx. It returns an error when a source is closed.
+// Run drains the sources every second, every 250 ms while processes begin or map what is new,
+// or earlier when one asks for it, and closes windows, until ctx ends. Then it drains once
+// more, ends the captures that are running, closes the last window, hands it to the
+// subscribers and returns nil. The caller stops the sources' sampling before it ends ctx. It
+// returns an error when a source is closed.
 func (p *Profiler) Run(ctx context.Context) error {
 	if err := p.begin(); err != nil {
 		return err
@@ -306,7 +318,7 @@ func (p *Profiler) Run(ctx context.Context) error {
 	}
 	if p.told != nil {
 		others.Go(func() {
-			if err := p.told.run(follow); err != nil {
+			if err := p.told.run(follow, p.stirUp); err != nil {
 				p.cfg.Logger.Error("mapping events ended, reading /proc instead", "err", err)
 			}
 		})
@@ -405,6 +417,7 @@ func (p *Profiler) observe(last bool) {
 
 // drain takes what all sources have.
 func (p *Profiler) drain() error {
+	p.stir, p.processes.grown = false, false
 	if p.told != nil {
 		p.told.catchUp()
 	}
@@ -437,9 +450,34 @@ func (p *Profiler) settle() {
 
 // wait waits until a drain is due.
 func (p *Profiler) wait(ctx context.Context) error {
-	every := drainInterval
-	if bootTime() < p.started+firstSecond {
-		every /= 10 // whoever starts the agent wants to see that it works
+	t := time.NewTimer(p.untilDrain())
+	defer t.Stop()
+	for {
+		select {
+		case <-p.stirred:
+			if !p.stir {
+				p.stir = true
+				t.Reset(p.untilDrain())
+			}
+			continue
+		case err := <-p.urgent:
+			return err
+		case <-p.poked:
+		case <-t.C:
+		case <-ctx.Done():
+		}
+		return nil
+	}
+}
+
+// untilDrain is how long the next drain can wait.
+func (p *Profiler) untilDrain() time.Duration {
+	every := quietInterval
+	switch {
+	case bootTime() < p.started+firstSecond:
+		every = drainInterval / 10 // whoever starts the agent wants to see that it works
+	case p.stir, p.processes.grown, p.told == nil, !p.told.follows():
+		every = drainInterval
 	}
 	d := beat.Until(every)
 	// A window that is due already waits for the one before to be published.
@@ -449,16 +487,15 @@ func (p *Profiler) wait(ctx context.Context) error {
 	for _, c := range p.captures {
 		d = min(d, c.end()-bootTime())
 	}
-	t := time.NewTimer(max(d, 0))
-	defer t.Stop()
+	return max(d, 0)
+}
+
+// stirUp tells the draining goroutine that something is new.
+func (p *Profiler) stirUp() {
 	select {
-	case err := <-p.urgent:
-		return err
-	case <-p.poked:
-	case <-t.C:
-	case <-ctx.Done():
+	case p.stirred <- struct{}{}:
+	default:
 	}
-	return nil
 }
 
 // watch tells when a source can not wait for the next drain.
@@ -494,14 +531,17 @@ func (p *Profiler) afterDrain() {
 		fn()
 	}
 	p.endCaptures()
-	if len(p.fresh) > 0 {
+	at := bootTime()
+	due := at >= p.window.start.boot+p.cfg.Window
+	// More names of a file that names were looked up in have some time.
+	if len(p.fresh) > 0 && (due || p.processes.unnamed || at >= p.warmed+warmInterval) {
 		select {
 		case p.warming <- p.fresh:
-			p.fresh = nil
+			p.fresh, p.processes.unnamed, p.warmed = nil, false, at
 		default: // it is behind: with the next
 		}
 	}
-	if bootTime() < p.window.start.boot+p.cfg.Window {
+	if !due {
 		return
 	}
 	// While the last window is still being published this one goes on growing.
@@ -533,6 +573,7 @@ func (p *Profiler) do(fn func()) error {
 func (p *Profiler) take(s *bpf.Sample) {
 	if p.unwinder != nil && s.UserOutcome == bpf.OutcomeNoTable && len(s.Stack) > 0 {
 		if p.unwinder.submit(p.processes.unfinished(s)) {
+			p.stir = true
 			return
 		}
 	}
@@ -637,8 +678,9 @@ func (p *Profiler) completeLate(a *aggregate) {
 		if tr.whole {
 			continue
 		}
-		if proc := p.processes.lookup(&tr.raw); p.processes.stale(proc, tr) {
-			p.processes.complete(proc, tr, &tr.raw)
+		first := tr.sample()
+		if proc := p.processes.lookup(first); p.processes.stale(proc, tr) {
+			p.processes.complete(proc, tr, first)
 		}
 	}
 }

@@ -346,7 +346,55 @@ func TestSlowSubscriber(t *testing.T) {
 	}
 }
 
-// The source is drained every 250 ms, and early when it asks for it.
+// newsOnly is a MappingEvents that tells that there are events, and none.
+type newsOnly chan struct{}
+
+func (newsOnly) Drain(func(*bpf.MappingEvent)) (uint64, error) { return uint64(bootTime()), nil }
+
+func (n newsOnly) Wait(ctx context.Context, d time.Duration) error {
+	select {
+	case <-n:
+	case <-time.After(d):
+	case <-ctx.Done():
+	}
+	return ctx.Err()
+}
+
+// The source is drained once a second while nothing is new, and soon when something is.
+func TestDrainIntervalByNews(t *testing.T) {
+	news := make(newsOnly)
+	r := run(t, func(c *Config) { c.Mappings = news }, nil)
+	drains := func() int {
+		r.source.mu.Lock()
+		defer r.source.mu.Unlock()
+		return r.source.drains
+	}
+	next := func() time.Duration {
+		begin, before := time.Now(), drains()
+		await(t, "drain", func() bool { return drains() > before })
+		return time.Since(begin)
+	}
+	await(t, "initial processes", r.told.follows)
+	time.Sleep(firstSecond)
+	next()
+	begin, before := time.Now(), drains()
+	time.Sleep(3 * quietInterval)
+	n, want := drains()-before, float64(time.Since(begin))/float64(quietInterval)
+	if float64(n) < want/2-1 || float64(n) > want+1 {
+		t.Errorf("%d drains of a quiet host, want %.1f", n, want)
+	}
+	least := time.Hour
+	for range 5 {
+		next()
+		news <- struct{}{}
+		least = min(least, next())
+	}
+	if least > quietInterval/2 {
+		t.Errorf("%v or longer from news to a drain", least)
+	}
+}
+
+// Without mapping events the source is drained every 250 ms, and early when it asks for it.
 func TestDrainInterval(t *testing.T) {
 	r := run(t, nil, nil)
 	start := time.Now()

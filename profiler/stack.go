@@ -137,6 +137,7 @@ var earlyEnds = map[bpf.Outcome]struct {
 func (t *processTable) complete(p *process, tr *trace, s *bpf.Sample) {
 	stack := make(Stack, 0, len(s.Kernel)+len(s.User)+2)
 	t.update(p, s)
+	areas := t.areasOf(p, s)
 	tr.generation = p.generation
 	tr.outcome, tr.whole = outcomeComplete, true
 	for i, addr := range s.Kernel {
@@ -148,7 +149,7 @@ func (t *processTable) complete(p *process, tr *trace, s *bpf.Sample) {
 	}
 	for _, addr := range s.User {
 		a := userAddr(addr)
-		l, ok := t.location(p, s, a)
+		l, ok := t.location(p, s, areas, a)
 		if !ok {
 			l = Location{frameUnknown, a}
 			tr.outcome, tr.whole = outcomeUnknownMapping, false

@@ -26,6 +26,7 @@ type pltTable struct {
 	stubs []stub
 	lines map[uint64][]Line
 	names map[uint64]string // by the address of the word
+	held  int64             // bytes of stubs and names
 }
 
 type stub struct{ start, end, word uint64 }
@@ -52,6 +53,10 @@ func (o *Object) readPLT(secs []elffile.Section) (table, error) {
 	}
 	if err := t.readNames(o.image, secs); err != nil {
 		return nil, err
+	}
+	t.held = int64(len(t.stubs)) * 24
+	for _, s := range t.names {
+		t.held += int64(len(s)) + 64
 	}
 	return t, nil
 }
@@ -179,10 +184,4 @@ func (t *pltTable) lookup(addr uint64) ([]Line, error) {
 	return t.lines[word], nil
 }
 
-func (t *pltTable) bytes() int64 {
-	n := int64(len(t.stubs)) * 24
-	for _, s := range t.names {
-		n += int64(len(s)) + 64
-	}
-	return n + int64(len(t.lines))*2*lineSize
-}
+func (t *pltTable) bytes() int64 { return t.held + int64(len(t.lines))*2*lineSize }

@@ -53,7 +53,7 @@ func newAccounting(k *kernel, cfg bpf.CPUConfig, log *slog.Logger) *accounting {
 	}
 	// An error here comes back with each check, which logs it.
 	a.cpuTime, _ = kernelCPUTime()
-	a.samples, _ = cpuSamplesDue(k.cpu)
+	a.samples, _ = k.cpu.Due()
 	a.period = time.Second / time.Duration(cfg.Frequency)
 	return a
 }
@@ -125,7 +125,7 @@ func (a *accounting) cpu() (counted, kernel uint64, err error) {
 	if err != nil {
 		return 0, 0, err
 	}
-	n, err := cpuSamplesDue(a.kernel.cpu)
+	n, err := a.kernel.cpu.Due()
 	if err != nil {
 		return 0, 0, err
 	}
@@ -133,16 +133,6 @@ func (a *accounting) cpu() (counted, kernel uint64, err error) {
 		return 0, 0, nil
 	}
 	return (n - a.samples) * uint64(a.period), uint64(t - a.cpuTime), nil
-}
-
-// cpuSamplesDue is what the kernel side took: delivered or counted as dropped.
-func cpuSamplesDue(c *bpf.CPU) (uint64, error) {
-	s, err := c.Stats()
-	n := s.Delivered
-	for _, d := range s.Dropped {
-		n += d
-	}
-	return n, err
 }
 
 // timePrograms has the kernel time the BPF programs for a moment, where it lets us.

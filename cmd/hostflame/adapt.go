@@ -289,7 +289,7 @@ func (p *pulse) Drain(fn func(*bpf.Sample)) error {
 	return err
 }
 
-// alive tells whether the drain loop runs: it drains every 250 ms.
+// alive tells whether the drain loop runs: it drains every second.
 func (p *pulse) alive() bool {
 	return time.Since(time.Unix(0, p.drained.Load())) < 10*time.Second
 }

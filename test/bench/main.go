@@ -39,6 +39,7 @@ type config struct {
 	busy    time.Duration // the busy minute
 	// How long a sampler is watched in each round, at 99 samples a second and CPU.
 	stackWindow time.Duration
+	agentWindow time.Duration // and the agent's process
 	// Addresses that Go's debug/dwarf, which is slow, is asked for.
 	dwarfAddresses int
 	vmlinux        string // a kernel with debug information; empty: symbols are left out
@@ -47,8 +48,8 @@ type config struct {
 }
 
 var (
-	full  = config{windows: 5, window: 2 * time.Second, settle: 500 * time.Millisecond, rounds: 15, loops: 20_000, tries: 2, busy: time.Minute, stackWindow: 4 * time.Second, dwarfAddresses: 100}
-	short = config{windows: 1, window: 300 * time.Millisecond, rounds: 1, loops: 2_000, tries: 1, busy: 2 * time.Second, stackWindow: 300 * time.Millisecond, dwarfAddresses: 1}
+	full  = config{windows: 5, window: 2 * time.Second, settle: 500 * time.Millisecond, rounds: 15, loops: 20_000, tries: 2, busy: time.Minute, stackWindow: 4 * time.Second, agentWindow: time.Minute, dwarfAddresses: 100}
+	short = config{windows: 1, window: 300 * time.Millisecond, rounds: 1, loops: 2_000, tries: 1, busy: 2 * time.Second, stackWindow: 300 * time.Millisecond, agentWindow: time.Second, dwarfAddresses: 1}
 )
 
 func main() {
