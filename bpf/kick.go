@@ -23,11 +23,12 @@ type kick struct {
 	producer []byte // its second that of the writer: kernel/bpf/ringbuf.c
 }
 
-// newKicks makes rings for so many kicks a second on each CPU, and puts them into outer.
+// newKicks makes rings for so many kicks a second of a kind on each CPU, and puts them into
+// outer. They come in bursts, and are emptied once a second.
 func newKicks(outer *ebpf.Map, perSecond int) (_ kicks, err error) {
 	const record = 16
 	size, page := os.Getpagesize(), os.Getpagesize()
-	for size < 2*record*perSecond && size < 16<<20 {
+	for size < 8*record*perSecond && size < 16<<20 {
 		size *= 2
 	}
 	ks := make(kicks, 0, outer.MaxEntries())

@@ -199,17 +199,28 @@ func TestWaitsCulprit(t *testing.T) {
 	known := kerneltest.BuildProgram(t, "known")
 	var groups [2]*cgroup
 	var pids [2]uint32
+	// While they stand still what is drained and what is read are the same.
+	signal := func(sig syscall.Signal) {
+		for _, pid := range pids {
+			if err := syscall.Kill(int(pid), sig); err != nil {
+				t.Fatal(err)
+			}
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
 	for i := range groups {
 		groups[i] = newCgroup(t, "culprit"+strconv.Itoa(i)).heavy(t)
 		l := startWorkload(t, known, lastCPU(t), "busy", "1")
 		groups[i].add(t, l)
 		pids[i] = uint32(l.cmd.Process.Pid)
 	}
+	t.Cleanup(func() { signal(syscall.SIGCONT) }) // before they are told to end
 	time.Sleep(300 * time.Millisecond)
+	signal(syscall.SIGSTOP)
 	w.drainFor(t, 0, func(*Sample) {})
 	var nanos [2]uint64 // by victim
 	grown := growth(t, s, func() {
-		w.drainFor(t, causesFor, func(x *Sample) {
+		take := func(x *Sample) {
 			victim := slices.Index(pids[:], x.ByPID)
 			if x.Profile != ProfileCulprit || victim < 0 || x.PID != pids[1-victim] {
 				return
@@ -224,7 +235,11 @@ func TestWaitsCulprit(t *testing.T) {
 			if a, leaf := x.Areas[0], x.User[0]&^ExactAddr; leaf < a.Start || leaf >= a.End {
 				t.Errorf("leaf %#x, in an area from %#x to %#x", leaf, a.Start, a.End)
 			}
-		})
+		}
+		signal(syscall.SIGCONT)
+		w.drainFor(t, causesFor, take)
+		signal(syscall.SIGSTOP)
+		w.drainFor(t, 0, take)
 	}, groups[0].name, groups[1].name)
 	// A kernel thread can run between the two turns, and in a virtual machine the test itself.
 	least := 0.8
