@@ -118,17 +118,17 @@ static __always_inline __u64 hf_throttled_ns(struct cfs_rq *queue)
 }
 
 /* Whether real-time tasks may not run in the queue of this one until the next period. */
-static __always_inline bool hf_rt_throttled(struct task_struct *task)
+static __always_inline bool hf_rt_throttled(struct task_struct *task, struct cfs_rq *queue)
 {
 	if (!bpf_core_field_exists(((struct rt_rq *)0)->rt_throttled))
 		return false;
 	if (bpf_core_field_exists(task->rt.rt_rq))
 		return task->rt.rt_rq->rt_throttled;
-	return task->se.cfs_rq->rq->rt.rt_throttled;
+	return queue->rq->rt.rt_throttled;
 }
 
 /* For how long that is at most: a period less what may run in it. */
-static __always_inline __u64 hf_rt_throttled_most(struct task_struct *task)
+static __always_inline __u64 hf_rt_throttled_most(struct task_struct *task, struct cfs_rq *queue)
 {
 	__u64 period = 1000000000, runtime = 0;
 
@@ -138,19 +138,17 @@ static __always_inline __u64 hf_rt_throttled_most(struct task_struct *task)
 		runtime = task->rt.rt_rq->rt_runtime;
 		period = task->rt.rt_rq->tg->rt_bandwidth.rt_period;
 	} else {
-		runtime = task->se.cfs_rq->rq->rt.rt_runtime;
+		runtime = queue->rq->rt.rt_runtime;
 	}
 	return runtime < period ? period - runtime : 0;
 }
 
-static __always_inline __u32 hf_slot_of_task(struct task_struct *task, struct hf_task *t)
+static __always_inline __u32 hf_slot_of_task(struct css_set *cgroups, struct hf_task *t)
 {
-	__u64 cgroups = (__u64)task->cgroups;
-
-	if (t->cgroups != cgroups || t->epoch != hf_slot_epoch) {
+	if (t->cgroups != (__u64)cgroups || t->epoch != hf_slot_epoch) {
 		t->epoch = hf_slot_epoch;
-		t->slot = hf_slot_of(hf_cgroup_of(task));
-		t->cgroups = t->slot == HF_SLOT_OTHER ? 0 : cgroups;
+		t->slot = hf_slot_of(hf_cgroup_of(cgroups));
+		t->cgroups = t->slot == HF_SLOT_OTHER ? 0 : (__u64)cgroups;
 	}
 	return t->slot;
 }
@@ -217,15 +215,14 @@ static __always_inline __s64 hf_waited(struct task_struct *task, struct hf_task 
 
 /* How much of a wait that began at since was for lack of quota. *until gets the end of the
  * newest throttling. */
-static __always_inline __u64 hf_throttled(struct task_struct *task, struct hf_task *t, struct hf_sched_slot *cells,
-					  __u64 ktime, __u64 since, __u64 *until)
+static __always_inline __u64 hf_throttled(struct task_struct *task, struct cfs_rq *queue, struct hf_task *t,
+					  struct hf_sched_slot *cells, __u64 ktime, __u64 since, __u64 *until)
 {
-	struct cfs_rq *queue = task->se.cfs_rq;
 	__u64 ns = hf_throttled_ns(queue), past;
 
 	*until = ktime;
 	if (t->rt_throttled) {
-		past = hf_rt_throttled_most(task);
+		past = hf_rt_throttled_most(task, queue);
 		if (past < ktime - since)
 			*until = since + past;
 		return *until - since;
@@ -255,10 +252,11 @@ static __always_inline __u64 hf_throttled(struct task_struct *task, struct hf_ta
 }
 
 /* Accounts for a wait of ns in parts, which add up to it. */
-static __always_inline void hf_account(struct task_struct *task, struct hf_task *t, struct hf_sched_cpu *cpu,
-				       struct hf_sched_slot *cells, __u32 slot, __u64 ktime, __u64 ns, struct hf_wait *w)
+static __always_inline void hf_account(struct task_struct *task, struct cfs_rq *queue, struct hf_task *t,
+				       struct hf_sched_cpu *cpu, struct hf_sched_slot *cells, __u32 slot, __u64 ktime,
+				       __u64 ns, struct hf_wait *w)
 {
-	__u64 until, quota = hf_throttled(task, t, cells, ktime, ktime - ns, &until);
+	__u64 until, quota = hf_throttled(task, queue, t, cells, ktime, ktime - ns, &until);
 
 	if (!quota && !t->moved_ns && ns <= hf_age(ktime, cpu->runs[cpu->newest % HF_RUNS])) {
 		if (cpu->runner < HF_RUNNERS)
@@ -344,8 +342,9 @@ __noinline int hf_draw_waits(struct hf_sched_cpu *cpu, struct hf_waiting *p, __u
 }
 
 /* Returns whether the wait was drawn, and prev is who was waited for. */
-static __always_inline bool handle_switch_in(struct task_struct *prev, struct task_struct *task, struct hf_task *t,
-					     struct hf_sched_cpu *cpu, __u32 slot, __u64 ktime, __u64 now, __u64 clock)
+static __always_inline bool handle_switch_in(struct task_struct *prev, struct task_struct *task, struct cfs_rq *queue,
+					     struct hf_task *t, struct hf_sched_cpu *cpu, __u32 slot, __u64 ktime,
+					     __u64 now, __u64 clock)
 {
 	__u64 grown = 0, blocked = 0;
 	struct hf_sched_slot *cells;
@@ -375,7 +374,7 @@ static __always_inline bool handle_switch_in(struct task_struct *prev, struct ta
 		}
 		cells->wait_ns += wait;
 		hf_time_count(cells->wait, wait);
-		hf_account(task, t, cpu, cells, slot, ktime, wait, w);
+		hf_account(task, queue, t, cpu, cells, slot, ktime, wait, w);
 		if (t->drawn_ns > t->out_ns)
 			blocked = blocked + t->out_ns > t->drawn_ns ? blocked + t->out_ns - t->drawn_ns : 0;
 		/* Most end before the next point of either. */
@@ -402,11 +401,10 @@ static __always_inline bool handle_switch_in(struct task_struct *prev, struct ta
 	return blamed;
 }
 
-static __always_inline void handle_switch_out(struct task_struct *task, struct hf_task *t, __u32 slot, __u64 ktime,
-					      bool runnable, __u32 runner)
+static __always_inline void handle_switch_out(struct task_struct *task, struct cfs_rq *queue, struct hf_task *t,
+					      __u32 slot, __u64 ktime, bool runnable, __u32 runner)
 {
 	struct hf_sched_slot *cells;
-	struct cfs_rq *queue;
 
 	/* It still waits, as far as we know: its switch-in ran no program. */
 	if (hf_stamp_wakeups && (t->runnable || t->woken_ns)) {
@@ -417,11 +415,10 @@ static __always_inline void handle_switch_out(struct task_struct *task, struct h
 	t->runnable = runnable;
 	if (!runnable)
 		return;
-	queue = task->se.cfs_rq;
 	t->queue = (__u64)queue;
 	t->throttled_ns = hf_throttled_ns(queue);
 	if (task->prio < MAX_RT_PRIO)
-		t->rt_throttled = hf_rt_throttled(task);
+		t->rt_throttled = hf_rt_throttled(task, queue);
 	if (runner == HF_RUNNER_NOBODY)
 		return; /* its quota is used up */
 	cells = bpf_map_lookup_elem(&hf_sched_cells, &slot);
@@ -433,7 +430,11 @@ static __always_inline void handle_switch_out(struct task_struct *task, struct h
 /* Returns whether the stack of prev is wanted. */
 static __always_inline bool handle_switch(bool preempt, struct task_struct *prev, struct task_struct *next)
 {
-	struct rq *rq = next->se.cfs_rq->rq;
+	/* Before any branch: for each path to the load of a pointer from a task, Linux from 6.13 on
+	 * goes through all types of the kernel three times when it verifies. */
+	struct cfs_rq *from = prev->se.cfs_rq, *to = next->se.cfs_rq;
+	struct css_set *cgroups = next->cgroups;
+	struct rq *rq = to->rq;
 	__u64 clock = rq->clock, ktime, now;
 	struct hf_task *out = NULL, *in = NULL;
 	__u32 zero = 0, slot = 0, runner;
@@ -458,9 +459,9 @@ static __always_inline bool handle_switch(bool preempt, struct task_struct *prev
 	if (next->pid) {
 		in = known(next);
 		if (in) {
-			slot = hf_slot_of_task(next, in);
+			slot = hf_slot_of_task(cgroups, in);
 		} else {
-			slot = hf_slot_of(hf_cgroup_of(next));
+			slot = hf_slot_of(hf_cgroup_of(cgroups));
 			drop(HF_DROP_NO_STORAGE);
 		}
 	}
@@ -469,9 +470,9 @@ static __always_inline bool handle_switch(bool preempt, struct task_struct *prev
 		out = known(prev);
 	/* The kernel keeps a preempted task queued whatever its state. */
 	if (out)
-		handle_switch_out(prev, out, out->slot, ktime, preempt || prev->__state == 0, runner);
+		handle_switch_out(prev, from, out, out->slot, ktime, preempt || prev->__state == 0, runner);
 	if (in)
-		wanted = handle_switch_in(prev, next, in, cpu, slot, ktime, now, clock);
+		wanted = handle_switch_in(prev, next, to, in, cpu, slot, ktime, now, clock);
 
 	if (runner != cpu->runner)
 		hf_run_begins(cpu, ktime, runner);
