@@ -564,7 +564,7 @@ static __always_inline __u64 handle_bio(struct bio *bio)
 SEC("tp_btf/block_io_start")
 int BPF_PROG(hf_block_start, struct request *rq)
 {
-	__u64 key = handle_start(rq);
+	__u64 key = handle_start(hf_untrusted(rq));
 
 	return key ? take(ctx, key) : 0;
 }
@@ -572,7 +572,7 @@ int BPF_PROG(hf_block_start, struct request *rq)
 SEC("tp_btf/block_getrq")
 int BPF_PROG(hf_block_bio, struct bio *bio)
 {
-	__u64 key = handle_bio(bio);
+	__u64 key = handle_bio(hf_untrusted(bio));
 
 	return key ? take(ctx, key) : 0;
 }
@@ -580,13 +580,13 @@ int BPF_PROG(hf_block_bio, struct bio *bio)
 SEC("tp_btf/block_rq_issue")
 int BPF_PROG(hf_block_issue, struct request *rq)
 {
-	return handle_issue(rq);
+	return handle_issue(hf_untrusted(rq));
 }
 
 SEC("tp_btf/block_rq_complete")
 int BPF_PROG(hf_block_done, struct request *rq, __u8 error, unsigned int bytes)
 {
-	return handle_done(rq, error, bytes);
+	return handle_done(hf_untrusted(rq), error, bytes);
 }
 
 SEC("tp_btf/writeback_bdi_register")
@@ -598,31 +598,31 @@ int BPF_PROG(hf_block_disk)
 SEC("tp_btf/block_rq_requeue")
 int BPF_PROG(hf_block_requeue, struct request *rq)
 {
-	return handle_requeue(rq);
+	return handle_requeue(hf_untrusted(rq));
 }
 
 SEC("tp_btf/block_rq_merge")
 int BPF_PROG(hf_block_absorb, struct request *rq)
 {
-	return handle_absorb(rq);
+	return handle_absorb(hf_untrusted(rq));
 }
 
 SEC("tp_btf/block_bio_backmerge")
 int BPF_PROG(hf_block_back, struct bio *bio)
 {
-	return handle_merge(bio, HF_RAN_BACK);
+	return handle_merge(hf_untrusted(bio), HF_RAN_BACK);
 }
 
 SEC("tp_btf/block_bio_frontmerge")
 int BPF_PROG(hf_block_front, struct bio *bio)
 {
-	return handle_merge(bio, HF_RAN_FRONT);
+	return handle_merge(hf_untrusted(bio), HF_RAN_FRONT);
 }
 
 SEC("tp_btf/block_split")
 int BPF_PROG(hf_block_split, struct bio *bio)
 {
-	return handle_split(bio);
+	return handle_split(hf_untrusted(bio));
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

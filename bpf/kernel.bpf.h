@@ -11,6 +11,13 @@
 #define __ksym __attribute__((section(".ksyms")))
 #endif
 
+extern void *bpf_rdonly_cast(const void *p, __u32 type) __ksym __attribute__((weak));
+
+/* p for many paths to many loads of pointers: for each of them that is from what a hook was
+ * given, Linux from 6.4 on goes through all of its types when it verifies (type_is_rcu in
+ * kernel/bpf/verifier.c), but not from this. It costs nothing at run time. */
+#define hf_untrusted(p) (bpf_rdonly_cast ? bpf_rdonly_cast(p, bpf_core_type_id_kernel(typeof(*(p)))) : (void *)(p))
+
 typedef _Bool bool;
 #define true 1
 #define false 0
