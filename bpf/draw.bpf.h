@@ -59,7 +59,8 @@ struct hf_waiting {
 	__u64 by_ns;        /* of the wait, in which by_task ran before the switch */
 	__u32 tid;          /* 0: nothing is pending */
 	__u32 by_pid;
-	__u32 lost;         /* drawn ones that no program came for */
+	__u32 drawn;        /* samples that are pending */
+	__u32 lost;         /* samples that no program came for */
 	char by[HF_COMM_LEN];
 	__u8 cause;         /* enum hf_cause */
 	__u8 iowait;
@@ -71,6 +72,21 @@ struct {
 	__type(key, __u32);
 	__type(value, struct hf_waiting);
 } hf_waitings SEC(".maps");
+
+/* A record in the ring of a CPU makes the CPU interrupt itself (irq_work): once interrupts are on
+ * again, which is when the switch is over, hf_wait_kick runs in the task that was switched in.
+ * Nobody reads the rings, user space empties them. Filled where that is how samples are taken. */
+struct hf_kick_ring {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4096);
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1); /* the possible CPUs; sized by user space */
+	__type(key, __u32);
+	__array(values, struct hf_kick_ring);
+} hf_kicks SEC(".maps");
 
 /* -ln of a random number between 0 and 1, << 40: the way to the next point in means. */
 static __always_inline __u64 hf_draw_distance(void)

@@ -18,6 +18,7 @@ import (
 type kicks []kick
 
 type kick struct {
+	outer    *ebpf.Map // where it is
 	ring     *ebpf.Map
 	consumer []byte // its first page is the position of the reader,
 	producer []byte // its second that of the writer: kernel/bpf/ringbuf.c
@@ -38,7 +39,7 @@ func newKicks(outer *ebpf.Map, perSecond int) (_ kicks, err error) {
 		}
 	}()
 	for cpu := range outer.MaxEntries() {
-		var k kick
+		k := kick{outer: outer}
 		if k.ring, err = ebpf.NewMap(&ebpf.MapSpec{Name: "hf_kick", Type: ebpf.RingBuf, MaxEntries: uint32(size)}); err != nil {
 			return nil, fmt.Errorf("create the kick of CPU %d: %w", cpu, err)
 		}
@@ -63,6 +64,16 @@ func (ks kicks) empty() {
 		written := atomic.LoadUint64((*uint64)(unsafe.Pointer(&k.producer[0])))
 		atomic.StoreUint64((*uint64)(unsafe.Pointer(&k.consumer[0])), written)
 	}
+}
+
+// uninstall takes the rings out of where the kernel side finds them.
+func (ks kicks) uninstall() error {
+	for cpu, k := range ks {
+		if err := k.outer.Delete(uint32(cpu)); err != nil {
+			return fmt.Errorf("take out the kick of CPU %d: %w", cpu, err)
+		}
+	}
+	return nil
 }
 
 func (ks kicks) close() error {

@@ -87,13 +87,13 @@ func (p *poller) wait(ctx context.Context, d time.Duration) error {
 		woken = true
 		return ready
 	})
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
 	if err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
-		if err := p.open(0); err != nil {
+		if err := p.open(0); err != nil && ctx.Err() == nil {
 			return fmt.Errorf("wait for %s: %w", p.gate.Name(), err)
 		}
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
 	}
 	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 		return fmt.Errorf("wait for %s: %w", p.gate.Name(), err)

@@ -70,21 +70,6 @@ struct {
 	__type(value, __u32);
 } hf_sched_tail SEC(".maps");
 
-/* A record in the ring of a CPU makes the CPU interrupt itself (irq_work): once interrupts are on
- * again, which is when the switch is over, hf_wait_kick runs in the task that was switched in.
- * Nobody reads the rings, user space empties them. Filled where that is how samples are taken. */
-struct hf_kick_ring {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 4096);
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__uint(max_entries, 1); /* the possible CPUs; sized by user space */
-	__type(key, __u32);
-	__array(values, struct hf_kick_ring);
-} hf_kicks SEC(".maps");
-
 /* Makes the storage of a task, or finds it. What the kernel booked before stays out. */
 static __always_inline struct hf_task *know(struct task_struct *task, bool asleep)
 {
@@ -315,7 +300,7 @@ __noinline int hf_draw_waits(struct hf_sched_cpu *cpu, struct hf_waiting *p, __u
 	if (!cpu || !p)
 		return 0;
 	if (p->tid) /* nothing came for it */
-		p->lost++;
+		p->lost += p->drawn;
 	task = (struct task_struct *)p->task;
 	tgid = BPF_CORE_READ(task, tgid);
 	by = (struct task_struct *)p->by_task;
@@ -335,9 +320,13 @@ __noinline int hf_draw_waits(struct hf_sched_cpu *cpu, struct hf_waiting *p, __u
 	p->tid = p->wait_ns || p->blocked_ns ? BPF_CORE_READ(task, pid) : 0;
 	if (!p->tid)
 		return 0;
+	p->drawn = !!p->wait_ns + !!p->blocked_ns;
 	ring = bpf_map_lookup_elem(&hf_kicks, &id);
-	if (ring)
-		bpf_ringbuf_output(ring, &kick, sizeof(kick), BPF_RB_FORCE_WAKEUP);
+	if (ring && bpf_ringbuf_output(ring, &kick, sizeof(kick), BPF_RB_FORCE_WAKEUP)) {
+		/* Else a later interrupt would be taken for this one. */
+		p->tid = 0;
+		p->lost += p->drawn;
+	}
 	return 0;
 }
 
@@ -362,7 +351,8 @@ static __always_inline bool handle_switch_in(struct task_struct *prev, struct ta
 	cells->run_delay_ns += grown;
 	if (wait >= 0) {
 		if (t->out_ns && !t->runnable) {
-			blocked = ktime - t->out_ns;
+			/* Either can have been told by a clock that is some us off while ktime is steered. */
+			blocked = ktime > t->out_ns ? ktime - t->out_ns : 0;
 			/* The clock is right to a us, and sleeps can be shorter. */
 			if (wait > (__s64)blocked)
 				wait = blocked;
@@ -445,10 +435,12 @@ static __always_inline bool handle_switch(bool preempt, struct task_struct *prev
 	if (!cpu)
 		return false;
 	cpu->switches++;
-	/* A task that goes to sleep is switched out with a clock that was just updated, unless it
-	 * had been told to let another go first: and that one was queued with the last update. */
-	fresh = !preempt && prev->__state && !hf_stamp_wakeups && next->sched_info.last_queued != clock;
-	if (fresh && hf_rqclock_guess(&cpu->clock, clock, &ktime)) {
+	/* A task that goes to sleep for another is switched out with a clock that was just updated,
+	 * unless it had been told before to let that one go first. That one was mostly queued with
+	 * the last update; where there was one since, ktime comes out early by what the task took
+	 * to go to sleep. Before the CPU goes idle it looks for work elsewhere, for long. */
+	fresh = !preempt && prev->__state && next->pid && !hf_stamp_wakeups && next->sched_info.last_queued != clock;
+	if (fresh && hf_rqclock_guess(&cpu->clock, clock, &ktime) && ktime > cpu->switch_ns) {
 		now = clock;
 	} else {
 		ktime = bpf_ktime_get_ns();

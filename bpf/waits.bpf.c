@@ -133,6 +133,17 @@ int hf_find_schedule(void *ctx)
 	return bpf_kallsyms_lookup_name(name, sizeof(name), 0, &hf_schedule);
 }
 
+/* Shows user space whether hf_wait_kick runs: not all hypervisors' interrupts are traced. */
+SEC("syscall")
+int hf_try_kick(void *ctx)
+{
+	__u32 cpu = bpf_get_smp_processor_id();
+	void *ring = bpf_map_lookup_elem(&hf_kicks, &cpu);
+	__u8 kick = 0;
+
+	return ring ? bpf_ringbuf_output(ring, &kick, sizeof(kick), BPF_RB_FORCE_WAKEUP) : -1;
+}
+
 /* How many frames are above __schedule, which is the same for all that are kicked. */
 static __always_inline __u32 hf_learn_kick(void *ctx, struct hf_scratch *s)
 {
@@ -168,7 +179,7 @@ static __always_inline int handle_exit(void *ctx, bool kicked)
 	used = p->tid;
 	p->tid = 0;
 	if (used != (__u32)task->pid)
-		p->lost++;
+		p->lost += p->drawn;
 	counters = hf_counters();
 	if (counters && p->lost) {
 		counters->dropped[HF_DROP_SWITCH_UNSEEN] += p->lost;

@@ -73,8 +73,9 @@ func (w WaitSampling) variables() map[string]any {
 // Waits takes the stacks of threads that waited for a CPU (ProfileRunqueue) or were blocked
 // (ProfileOffCPU), and with that of one that waited that of the thread that it waited for
 // (ProfileCulprit), as it leaves the CPU to it: where that is of whom it waited the most for.
-// Its value is what of the wait it ran, and its user stack has 64 frames at most. The weights of the samples of either times what was observed add up to
-// the time that Sched counts, without bias. Drain and Wait are for one goroutine each.
+// Its value is what of the wait it ran, and its user stack has 64 frames at most. The weights
+// of the samples of either times what was observed add up to the time that Sched counts,
+// without bias. Drain and Wait are for one goroutine each.
 type Waits struct {
 	object
 	rings *rings
@@ -89,7 +90,23 @@ type Waits struct {
 // NewWaits takes the samples that s draws, by the unwind tables given, until Close; s and
 // tables are to outlive it. It needs a way into the thread that was switched in: the tracepoint
 // irq_work_entry (x86), sched_exit_tp (Linux 6.16), or a kprobe.
-func NewWaits(s *Sched, tables *Tables) (_ *Waits, err error) {
+func NewWaits(s *Sched, tables *Tables) (*Waits, error) {
+	hooks, err := waitHooks()
+	if err != nil {
+		return nil, err
+	}
+	for {
+		w, err := openWaits(s, tables, hooks[0])
+		if hooks = hooks[1:]; !errors.Is(err, errNotKicked) || len(hooks) == 0 {
+			return w, err
+		}
+	}
+}
+
+// errNotKicked says that the CPU does not interrupt itself where that is traced.
+var errNotKicked = errors.New("an interrupt that was asked for did not come")
+
+func openWaits(s *Sched, tables *Tables, hook string) (_ *Waits, err error) {
 	spec, err := loadWaits()
 	if err != nil {
 		return nil, fmt.Errorf("parse waits object: %w", err)
@@ -100,14 +117,6 @@ func NewWaits(s *Sched, tables *Tables) (_ *Waits, err error) {
 	variables[waitsVarHfRingHalf] = uint64(size / 2)
 	variables[waitsVarHfMaxFrames] = maxFrames()
 	variables[waitsVarHfAddressMask] = AddressMask()
-	kernel, err := btf.LoadKernelSpec()
-	if err != nil {
-		return nil, fmt.Errorf("load kernel BTF: %w", err)
-	}
-	hook, err := waitHook(kernel)
-	if err != nil {
-		return nil, err
-	}
 	for _, name := range []string{waitsProgHfWaitKick, waitsProgHfWaitExit, waitsProgHfWaitFinish} {
 		if name != hook {
 			delete(spec.Programs, name)
@@ -130,9 +139,11 @@ func NewWaits(s *Sched, tables *Tables) (_ *Waits, err error) {
 		return nil, fmt.Errorf("count CPUs: %w", err)
 	}
 	spec.Maps[waitsMapHfRings].MaxEntries = uint32(cpus)
+	spec.Maps[waitsMapHfKicks].MaxEntries = uint32(cpus)
 	replace := tables.replace(spec)
 	replace[waitsMapHfTasks] = s.coll.Maps[schedMapHfTasks]
 	replace[waitsMapHfWaitings] = s.coll.Maps[schedMapHfWaitings]
+	replace[waitsMapHfKicks] = s.coll.Maps[schedMapHfKicks]
 	coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replace})
 	if err != nil {
 		return nil, fmt.Errorf("load waits object: %w", err)
@@ -162,11 +173,14 @@ func NewWaits(s *Sched, tables *Tables) (_ *Waits, err error) {
 		l, err = link.AttachTracing(link.TracingOptions{Program: coll.Programs[hook]})
 	}
 	if err != nil {
-		return nil, fmt.Errorf("attach to the end of schedule: %w", err)
+		return nil, fmt.Errorf("attach %s: %w", hook, err)
 	}
 	w.links = append(w.links, l)
 	if hook == waitsProgHfWaitKick {
 		if w.kicks, err = newKicks(s.coll.Maps[schedMapHfKicks], cmp.Or(s.sampling.PerSecond, DefaultWalks)); err != nil {
+			return nil, err
+		}
+		if err = w.tryKick(); err != nil {
 			return nil, err
 		}
 	}
@@ -180,19 +194,51 @@ func NewWaits(s *Sched, tables *Tables) (_ *Waits, err error) {
 	return w, nil
 }
 
-// waitHook is the program that samples the threads that were drawn. An interrupt for each of
-// them costs less than a hook in every switch, but with PREEMPT_RT it would come late, from
-// a thread.
-func waitHook(kernel *btf.Spec) (string, error) {
-	if _, err := os.Stat("/sys/kernel/realtime"); err != nil {
-		if kick, err := hasTracepoint(kernel, "irq_work_entry"); kick || err != nil {
-			return waitsProgHfWaitKick, err
+// tryKick returns errNotKicked where hf_wait_kick does not run when it is asked for.
+func (w *Waits) tryKick() error {
+	for range 10 {
+		if _, err := w.coll.Programs[waitsProgHfTryKick].Run(&ebpf.RunOptions{}); err != nil {
+			return fmt.Errorf("try the interrupt that takes stacks of waits: %w", err)
 		}
+		runs, _, err := w.counted()
+		if err != nil {
+			return err
+		}
+		if runs[0] > 0 {
+			return nil
+		}
+		time.Sleep(time.Millisecond)
 	}
-	if exit, err := hasTracepoint(kernel, "sched_exit_tp"); exit || err != nil {
-		return waitsProgHfWaitExit, err
+	if err := w.kicks.uninstall(); err != nil {
+		return err
 	}
-	return waitsProgHfWaitFinish, nil
+	return errNotKicked
+}
+
+// waitHooks are the programs that can sample the threads that were drawn, the best first. An
+// interrupt for each of them costs less than a hook in every switch. With PREEMPT_RT a thread
+// does its work, and until it has, there is no other.
+func waitHooks() ([]string, error) {
+	kernel, err := btf.LoadKernelSpec()
+	if err != nil {
+		return nil, fmt.Errorf("load kernel BTF: %w", err)
+	}
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err != nil {
+		return nil, fmt.Errorf("ask for the kernel's version: %w", err)
+	}
+	hooks := []string{waitsProgHfWaitFinish}
+	if exit, err := hasTracepoint(kernel, "sched_exit_tp"); err != nil {
+		return nil, err
+	} else if exit {
+		hooks[0] = waitsProgHfWaitExit
+	}
+	if kick, err := hasTracepoint(kernel, "irq_work_entry"); err != nil {
+		return nil, err
+	} else if kick && !strings.Contains(unix.ByteSliceToString(uts.Version[:]), "PREEMPT_RT") {
+		hooks = append([]string{waitsProgHfWaitKick}, hooks...)
+	}
+	return hooks, nil
 }
 
 // switchEnd is the kernel's name of finish_task_switch: compilers append to it.

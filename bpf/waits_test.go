@@ -336,14 +336,34 @@ func TestWaitsObserveTheBlocked(t *testing.T) {
 	got.check(t, "a sleep", uint64(time.Since(start)), 0.03)
 }
 
-// finish_task_switch does where there is no tracepoint at the end of schedule().
+// Each way into the thread that is switched in that there is here.
 func TestWaitsHook(t *testing.T) {
-	_, w := newWaits(t, WaitSampling{})
-	st, err := w.Stats()
+	kerneltest.Require(t)
+	hooks, err := waitHooks()
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Log(st.Programs[0].Name)
+	for _, hook := range hooks {
+		t.Run(hook, func(t *testing.T) { testWaitsHook(t, hook) })
+	}
+}
+
+func testWaitsHook(t *testing.T, hook string) {
+	s, err := NewSched(SchedConfig{CgroupV1: CPUControllerV1()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	tables, err := NewTables(DefaultTableMemory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tables.Close() })
+	w, err := openWaits(s, tables, hook)
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	t.Cleanup(func() { w.Close() })
 	runThreads(t, "5", "2", "10")
 	user := 0
 	w.drainFor(t, 2*time.Second, func(x *Sample) {

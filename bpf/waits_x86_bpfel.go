@@ -24,11 +24,12 @@ type waitsHfWaiting struct {
 	ByNs          uint64
 	Tid           uint32
 	ByPid         uint32
+	Drawn         uint32
 	Lost          uint32
 	By            [16]int8
 	Cause         uint8
 	Iowait        uint8
-	_             [2]byte
+	_             [6]byte
 }
 
 // Names of all BPF objects in the ELF.
@@ -38,6 +39,7 @@ const (
 	waitsMapHfChanges          = "hf_changes"
 	waitsMapHfChunks           = "hf_chunks"
 	waitsMapHfCount            = "hf_count"
+	waitsMapHfKicks            = "hf_kicks"
 	waitsMapHfMaple            = "hf_maple"
 	waitsMapHfPlaces           = "hf_places"
 	waitsMapHfRings            = "hf_rings"
@@ -49,6 +51,7 @@ const (
 	waitsMapHfWalks            = "hf_walks"
 	waitsProgHfBlockedIter     = "hf_blocked_iter"
 	waitsProgHfFindSchedule    = "hf_find_schedule"
+	waitsProgHfTryKick         = "hf_try_kick"
 	waitsProgHfWaitCulprit     = "hf_wait_culprit"
 	waitsProgHfWaitExit        = "hf_wait_exit"
 	waitsProgHfWaitFinish      = "hf_wait_finish"
@@ -124,6 +127,7 @@ type waitsSpecs struct {
 type waitsProgramSpecs struct {
 	HfBlockedIter  *ebpf.ProgramSpec `ebpf:"hf_blocked_iter"`
 	HfFindSchedule *ebpf.ProgramSpec `ebpf:"hf_find_schedule"`
+	HfTryKick      *ebpf.ProgramSpec `ebpf:"hf_try_kick"`
 	HfWaitCulprit  *ebpf.ProgramSpec `ebpf:"hf_wait_culprit"`
 	HfWaitExit     *ebpf.ProgramSpec `ebpf:"hf_wait_exit"`
 	HfWaitFinish   *ebpf.ProgramSpec `ebpf:"hf_wait_finish"`
@@ -137,6 +141,7 @@ type waitsMapSpecs struct {
 	HfChanges  *ebpf.MapSpec `ebpf:"hf_changes"`
 	HfChunks   *ebpf.MapSpec `ebpf:"hf_chunks"`
 	HfCount    *ebpf.MapSpec `ebpf:"hf_count"`
+	HfKicks    *ebpf.MapSpec `ebpf:"hf_kicks"`
 	HfMaple    *ebpf.MapSpec `ebpf:"hf_maple"`
 	HfPlaces   *ebpf.MapSpec `ebpf:"hf_places"`
 	HfRings    *ebpf.MapSpec `ebpf:"hf_rings"`
@@ -202,6 +207,7 @@ type waitsMaps struct {
 	HfChanges  *ebpf.Map `ebpf:"hf_changes"`
 	HfChunks   *ebpf.Map `ebpf:"hf_chunks"`
 	HfCount    *ebpf.Map `ebpf:"hf_count"`
+	HfKicks    *ebpf.Map `ebpf:"hf_kicks"`
 	HfMaple    *ebpf.Map `ebpf:"hf_maple"`
 	HfPlaces   *ebpf.Map `ebpf:"hf_places"`
 	HfRings    *ebpf.Map `ebpf:"hf_rings"`
@@ -218,6 +224,7 @@ func (m *waitsMaps) Close() error {
 		m.HfChanges,
 		m.HfChunks,
 		m.HfCount,
+		m.HfKicks,
 		m.HfMaple,
 		m.HfPlaces,
 		m.HfRings,
@@ -267,6 +274,7 @@ type waitsVariables struct {
 type waitsPrograms struct {
 	HfBlockedIter  *ebpf.Program `ebpf:"hf_blocked_iter"`
 	HfFindSchedule *ebpf.Program `ebpf:"hf_find_schedule"`
+	HfTryKick      *ebpf.Program `ebpf:"hf_try_kick"`
 	HfWaitCulprit  *ebpf.Program `ebpf:"hf_wait_culprit"`
 	HfWaitExit     *ebpf.Program `ebpf:"hf_wait_exit"`
 	HfWaitFinish   *ebpf.Program `ebpf:"hf_wait_finish"`
@@ -277,6 +285,7 @@ func (p *waitsPrograms) Close() error {
 	return _WaitsClose(
 		p.HfBlockedIter,
 		p.HfFindSchedule,
+		p.HfTryKick,
 		p.HfWaitCulprit,
 		p.HfWaitExit,
 		p.HfWaitFinish,
