@@ -476,7 +476,7 @@ func (p *Profiler) untilDrain() time.Duration {
 	switch {
 	case bootTime() < p.started+firstSecond:
 		every = drainInterval / 10 // whoever starts the agent wants to see that it works
-	case p.stir, p.processes.grown, p.told == nil, !p.told.follows():
+	case p.stir, p.processes.grown, p.unwinder != nil && p.unwinder.busy(), p.told == nil, !p.told.follows():
 		every = drainInterval
 	}
 	d := beat.Until(every)
@@ -573,7 +573,6 @@ func (p *Profiler) do(fn func()) error {
 func (p *Profiler) take(s *bpf.Sample) {
 	if p.unwinder != nil && s.UserOutcome == bpf.OutcomeNoTable && len(s.Stack) > 0 {
 		if p.unwinder.submit(p.processes.unfinished(s)) {
-			p.stir = true
 			return
 		}
 	}

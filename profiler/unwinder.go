@@ -158,6 +158,13 @@ func (u *unwinder) collect() []*bpf.Sample {
 	return done
 }
 
+// busy tells whether there are samples to finish or to collect.
+func (u *unwinder) busy() bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.pending > 0
+}
+
 // settle waits until all samples are finished, but not longer than d.
 func (u *unwinder) settle(d time.Duration) {
 	u.mu.Lock()
