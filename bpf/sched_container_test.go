@@ -145,7 +145,8 @@ func growth(t *testing.T, s *Sched, what func(), names ...string) map[string]Sch
 		c, ok := grown[name]
 		if !ok {
 			entries, err := s.books.slots.all()
-			t.Fatalf("no container %s; known are %+v, %v", name, entries, err)
+			stats, serr := s.Stats()
+			t.Fatalf("no container %s; known are %+v, %v; %+v, %v", name, entries, err, stats, serr)
 		}
 		t.Logf("%s: %d waits, %v, by cause %v, by container %v; preempted %v", name, c.Latency.Count(),
 			time.Duration(c.Latency.Sum), durations(c.DelayNanos[:]), c.DelayedBy, c.Preempted)
