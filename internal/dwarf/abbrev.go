@@ -118,9 +118,24 @@ func unitField(attr uint64) uint8 {
 // table is the abbreviations of a unit, compiled for the sizes of its addresses and
 // offsets.
 type table struct {
+	key    tableKey
 	dense  []abbrev // by code - 1; producers number from 1
 	sparse map[uint64]abbrev
 	ops    []op
+}
+
+// tableKey is all that a table depends on. Units share tables: what a compiler makes of a
+// whole program has one for all.
+type tableKey struct {
+	data     *Data
+	off      uint64
+	is64     bool
+	version2 bool
+	addrSize uint8
+}
+
+func (u *unitContext) tableKey() tableKey {
+	return tableKey{u.data, u.abbrev, u.is64, u.version == 2, u.addrSize}
 }
 
 // size is what a table takes, in attributes: an abbreviation counts as one and more.
@@ -146,6 +161,20 @@ func kindOf(tag uint64) uint8 {
 		return kindType
 	}
 	return kindOther
+}
+
+// open reads the table of a unit, if it is not that already.
+func (t *table) open(c *cursor, u *unitContext) error {
+	k := u.tableKey()
+	if t.key == k {
+		return nil
+	}
+	t.key = tableKey{}
+	if err := t.read(c, u.data.Abbrev, &u.unit); err != nil {
+		return err
+	}
+	t.key = k
+	return nil
 }
 
 // read reads the table at an offset of .debug_abbrev, whose abbreviations end with code 0

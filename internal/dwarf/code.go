@@ -49,8 +49,10 @@ type Reader struct {
 
 	unit       unitContext
 	others     map[unitKey]*unitContext // whose entries are referred to by other units
-	otherSpecs int                      // of their abbreviations
+	tables     map[tableKey]*table      // of theirs
+	tableSpecs int                      // of all these
 	split      unitContext
+	own        [2]table // of unit and split
 	table      lineTable
 	rows       lineRows
 	code       Code
@@ -84,8 +86,8 @@ const (
 	infoWindow    = 256 << 10
 	otherWindow   = 16 << 10
 	maxFunctions  = 1 << 15 // that a reader remembers
-	maxOthers     = 256     // units that it remembers
-	maxOtherSpecs = 1 << 18 // of all their abbreviations
+	maxOthers     = 1 << 12 // units that it remembers, and tables of abbreviations
+	maxTableSpecs = 1 << 18 // of all these tables
 	openWork      = 16      // that reading an attribute of an abbreviation is, in ranges
 	stringsWindow = maxString
 )
@@ -95,6 +97,7 @@ func (d *Data) NewReader(names Interner) *Reader {
 	r := &Reader{
 		data: d, names: names,
 		others:    map[unitKey]*unitContext{},
+		tables:    map[tableKey]*table{},
 		functions: map[functionKey]uint32{},
 		origins:   map[ref]origin{},
 	}
@@ -118,7 +121,7 @@ type frame struct {
 func (r *Reader) Code(i int, add func(*Code) error) error {
 	var root entry
 	u := &r.unit
-	if err := u.open(&r.info, &r.abbrev, r.data, i, &root); err != nil {
+	if err := u.open(&r.info, r.data, i, &root, r.ownTable); err != nil {
 		return err
 	}
 	if u.kind == unitType || u.kind == unitPartial || root.language == langGo && root.is(fieldLanguage) {
@@ -200,7 +203,7 @@ func (r *Reader) splitUnit(u *unitContext, root *entry) *SplitUnit {
 func (r *Reader) splitCode(skeleton *unitContext, s *SplitUnit) error {
 	var root entry
 	u := &r.split
-	if err := u.open(&r.info, &r.abbrev, s.Data, s.Index, &root); err != nil {
+	if err := u.open(&r.info, s.Data, s.Index, &root, r.ownTable); err != nil {
 		return err
 	}
 	r.current = s.Data
@@ -434,20 +437,46 @@ func (r *Reader) other(d *Data, i int) *unitContext {
 	if u, ok := r.others[k]; ok {
 		return u
 	}
-	if len(r.others) >= maxOthers || r.otherSpecs > maxOtherSpecs {
-		clear(r.others)
-		r.otherSpecs = 0
-	}
 	u := &unitContext{}
 	var root entry
-	if u.open(&r.side, &r.abbrev, d, i, &root) != nil {
+	r.work += openWork
+	if u.open(&r.side, d, i, &root, r.tableOf) != nil {
 		u = nil
-	} else {
-		r.work += openWork * u.abbrevs.size()
-		r.otherSpecs += u.abbrevs.size()
+	}
+	if len(r.others) >= maxOthers {
+		clear(r.others)
 	}
 	r.others[k] = u
 	return u
+}
+
+// ownTable is the table of the unit that is read. The next one's goes into its place.
+func (r *Reader) ownTable(u *unitContext) (*table, error) {
+	t := &r.own[0]
+	if u == &r.split {
+		t = &r.own[1]
+	}
+	return t, t.open(&r.abbrev, u)
+}
+
+// tableOf is the table of another unit, shared with all that have the same.
+func (r *Reader) tableOf(u *unitContext) (*table, error) {
+	if t, ok := r.tables[u.tableKey()]; ok {
+		return t, nil
+	}
+	if len(r.tables) >= maxOthers || r.tableSpecs > maxTableSpecs {
+		clear(r.others) // they hold tables
+		clear(r.tables)
+		r.tableSpecs = 0
+	}
+	t := &table{}
+	if err := t.open(&r.abbrev, u); err != nil {
+		return nil, err
+	}
+	r.work += openWork * t.size()
+	r.tableSpecs += t.size()
+	r.tables[t.key] = t
+	return t, nil
 }
 
 // string reads a string. It is valid until the next call.

@@ -5,6 +5,7 @@ package dwarf
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
 	"runtime"
 	"testing"
 	"time"
@@ -101,6 +102,45 @@ func TestLongName(t *testing.T) {
 	}
 	names := &counted{}
 	if _, err := codeOf(d.NewReader(names), 0); err != nil || len(names.functions) != 1 || len(names.functions[0]) != maxString {
+		t.Errorf("%d names, %v", len(names.functions), err)
+	}
+}
+
+// TestSharedAbbreviations: what refers to thousands of units that share one big table, as a
+// compiler makes of a whole program, is complete.
+func TestSharedAbbreviations(t *testing.T) {
+	const units, size = 3000, 20 // bytes of each of the others
+	var m made
+	m.spec(1, tagCompileUnit, 1, 0, 0)
+	m.spec(2, tagSubprogram, 0, atName, formString, 0, 0)
+	m.spec(3, tagSubprogram, 0, atAbstractOrigin, formRefAddr, atLowPC, formAddr, atHighPC, formData4, 0, 0)
+	for range 1000 {
+		m.spec(4, 0x34, 0)
+		m.spec(bytes.Repeat([]byte{atName, formString}, 10)...)
+		m.spec(0, 0)
+	}
+	m.spec(0)
+	entries := []byte{1}
+	first := 11 + 1 + 17*units + 1
+	for i := range units {
+		entries = binary.LittleEndian.AppendUint32(append(entries, 3), uint32(first+size*i+12))
+		entries = binary.LittleEndian.AppendUint64(entries, uint64(0x1000+16*i))
+		entries = binary.LittleEndian.AppendUint32(entries, 16)
+	}
+	m.unit(append(entries, 0))
+	info := m.info
+	for i := range units {
+		m.unit(fmt.Appendf([]byte{1, 2}, "f%04d\x00\x00", i))
+		info = append(info, m.info...)
+	}
+	m.info = info
+	d := m.data()
+	if n, err := d.ReadUnits(); n != units+1 || err != nil {
+		t.Fatalf("%d units, %v", n, err)
+	}
+	names := &counted{}
+	c, err := codeOf(d.NewReader(names), 0)
+	if err != nil || len(c.Nodes) != units || len(names.functions) != units || names.functions[units-1] != "f2999" {
 		t.Errorf("%d names, %v", len(names.functions), err)
 	}
 }
