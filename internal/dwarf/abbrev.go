@@ -122,6 +122,7 @@ type table struct {
 	dense  []abbrev // by code - 1; producers number from 1
 	sparse map[uint64]abbrev
 	ops    []op
+	specs  int // attributes and abbreviations that were read, whatever came of them
 }
 
 // tableKey is all that a table depends on. Units share tables: what a compiler makes of a
@@ -183,12 +184,13 @@ func (t *table) read(c *cursor, sec *Section, u *unit) error {
 	c.start(sec, u.abbrev, sec.Size)
 	t.dense, t.ops = t.dense[:0], t.ops[:0]
 	clear(t.sparse)
-	specs := 0
+	t.specs = 0
 	for count := 0; c.left() > 0; count++ {
 		code := c.uleb()
 		if code == 0 || c.err != nil {
 			break
 		}
+		t.specs++ // the abbreviation itself
 		tag := c.uleb()
 		a := abbrev{tag: uint16(min(tag, 0xffff)), kind: kindOf(tag), children: c.u8() != 0, first: uint32(len(t.ops))}
 		for {
@@ -200,7 +202,7 @@ func (t *table) read(c *cursor, sec *Section, u *unit) error {
 			if attr == 0 && form == 0 || c.err != nil {
 				break
 			}
-			if specs++; specs > maxAbbrevSpecs {
+			if t.specs++; t.specs-count > maxAbbrevSpecs+1 {
 				return elffile.Errorf(elffile.TooLarge, "dwarf: more than %d attributes in a table of abbreviations", maxAbbrevSpecs)
 			}
 			t.add(a, u, attr, form, implicit)

@@ -470,10 +470,11 @@ func (r *Reader) tableOf(u *unitContext) (*table, error) {
 		r.tableSpecs = 0
 	}
 	t := &table{}
-	if err := t.open(&r.abbrev, u); err != nil {
+	err := t.open(&r.abbrev, u)
+	r.work += openWork * t.specs
+	if err != nil {
 		return nil, err
 	}
-	r.work += openWork * t.size()
 	r.tableSpecs += t.size()
 	r.tables[t.key] = t
 	return t, nil

@@ -106,20 +106,17 @@ func TestLongName(t *testing.T) {
 	}
 }
 
-// TestSharedAbbreviations: what refers to thousands of units that share one big table, as a
-// compiler makes of a whole program, is complete.
-func TestSharedAbbreviations(t *testing.T) {
-	const units, size = 3000, 20 // bytes of each of the others
+// referring is a unit that refers to all the others, whose tables are at an offset of
+// .debug_abbrev: there is what add adds. Each has a function of its own.
+func referring(t *testing.T, units int, add func(m *made)) *Data {
+	t.Helper()
+	const size = 20 // bytes of each of the others
 	var m made
 	m.spec(1, tagCompileUnit, 1, 0, 0)
 	m.spec(2, tagSubprogram, 0, atName, formString, 0, 0)
-	m.spec(3, tagSubprogram, 0, atAbstractOrigin, formRefAddr, atLowPC, formAddr, atHighPC, formData4, 0, 0)
-	for range 1000 {
-		m.spec(4, 0x34, 0)
-		m.spec(bytes.Repeat([]byte{atName, formString}, 10)...)
-		m.spec(0, 0)
-	}
-	m.spec(0)
+	m.spec(3, tagSubprogram, 0, atAbstractOrigin, formRefAddr, atLowPC, formAddr, atHighPC, formData4, 0, 0, 0)
+	table := len(m.abbrev)
+	add(&m)
 	entries := []byte{1}
 	first := 11 + 1 + 17*units + 1
 	for i := range units {
@@ -131,6 +128,7 @@ func TestSharedAbbreviations(t *testing.T) {
 	info := m.info
 	for i := range units {
 		m.unit(fmt.Appendf([]byte{1, 2}, "f%04d\x00\x00", i))
+		m.info[6] = byte(table)
 		info = append(info, m.info...)
 	}
 	m.info = info
@@ -138,10 +136,37 @@ func TestSharedAbbreviations(t *testing.T) {
 	if n, err := d.ReadUnits(); n != units+1 || err != nil {
 		t.Fatalf("%d units, %v", n, err)
 	}
+	return d
+}
+
+// TestSharedAbbreviations: what refers to thousands of units that share one big table, as a
+// compiler makes of a whole program, is complete.
+func TestSharedAbbreviations(t *testing.T) {
+	const units = 3000
+	d := referring(t, units, func(m *made) {
+		m.spec(1, tagCompileUnit, 1, 0, 0)
+		m.spec(2, tagSubprogram, 0, atName, formString, 0, 0)
+		for range 1000 {
+			m.spec(4, 0x34, 0)
+			m.spec(bytes.Repeat([]byte{atName, formString}, 10)...)
+			m.spec(0, 0)
+		}
+	})
 	names := &counted{}
 	c, err := codeOf(d.NewReader(names), 0)
 	if err != nil || len(c.Nodes) != units || len(names.functions) != units || names.functions[units-1] != "f2999" {
 		t.Errorf("%d names, %v", len(names.functions), err)
+	}
+}
+
+// TestBrokenAbbreviations: the work for tables that end beyond a limit is counted too.
+func TestBrokenAbbreviations(t *testing.T) {
+	d := referring(t, 3000, func(m *made) {
+		m.spec(1, tagCompileUnit, 1)
+		m.spec(bytes.Repeat([]byte{atName, formData1}, maxAbbrevSpecs+1)...)
+	})
+	if _, err := codeOf(d.NewReader(&counted{}), 0); !elffile.ReasonIs(err, elffile.TooLarge) {
+		t.Errorf("%v, want too_large", err)
 	}
 }
 
