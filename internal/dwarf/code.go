@@ -121,10 +121,17 @@ type frame struct {
 func (r *Reader) Code(i int, add func(*Code) error) error {
 	var root entry
 	u := &r.unit
+	h, err := readHeader(&r.info, r.data.Info, r.data.units[i])
+	switch {
+	case err != nil:
+		return err
+	case h.kind == unitType || h.kind == unitSplitType || h.kind == unitPartial:
+		return nil
+	}
 	if err := u.open(&r.info, r.data, i, &root, r.ownTable); err != nil {
 		return err
 	}
-	if u.kind == unitType || u.kind == unitPartial || root.language == langGo && root.is(fieldLanguage) {
+	if root.language == langGo && root.is(fieldLanguage) {
 		return nil
 	}
 	r.code = Code{Nodes: r.code.Nodes[:0], Spans: r.code.Spans[:0]}
@@ -142,7 +149,6 @@ func (r *Reader) Code(i int, add func(*Code) error) error {
 		}
 		r.info.seek(at)
 	}
-	var err error
 	r.current = r.data
 	if s := r.splitUnit(u, &root); s != nil {
 		err = r.splitCode(u, s)

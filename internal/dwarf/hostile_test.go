@@ -6,6 +6,8 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"os"
+	"path/filepath"
 	"runtime"
 	"testing"
 	"time"
@@ -103,6 +105,32 @@ func TestLongName(t *testing.T) {
 	names := &counted{}
 	if _, err := codeOf(d.NewReader(names), 0); err != nil || len(names.functions) != 1 || len(names.functions[0]) != maxString {
 		t.Errorf("%d names, %v", len(names.functions), err)
+	}
+}
+
+// TestTypeUnits: they say nothing of code, and are not broken for that.
+func TestTypeUnits(t *testing.T) {
+	header := filepath.Join(t.TempDir(), "types.h")
+	if err := os.WriteFile(header, []byte("struct s { int a; struct { int b; } c; } global;"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	d := openBytes(t, compile(t, "gcc", "-gdwarf-5", "-fdebug-types-section", "-include", header))
+	n, err := d.ReadUnits()
+	if n < 2 || err != nil {
+		t.Fatalf("%d units, %v", n, err)
+	}
+	r, compiled := d.NewReader(&counted{}), 0
+	for i := range n {
+		c, err := codeOf(r, i)
+		if err != nil {
+			t.Errorf("unit %d: %v", i, err)
+		}
+		if c != nil {
+			compiled++
+		}
+	}
+	if compiled != 1 {
+		t.Errorf("%d of %d units with code, want 1", compiled, n)
 	}
 }
 
