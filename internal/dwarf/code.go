@@ -271,22 +271,29 @@ func (r *Reader) entries(c *cursor, u *unitContext, c89 bool) error {
 	return c.err
 }
 
+// tooLarge ends the unit.
+func (r *Reader) tooLarge() {
+	if r.info.err == nil {
+		r.info.err = elffile.Errorf(elffile.TooLarge, "dwarf: function of more than %d ranges, or unit of ranges without end", maxSpans-partSpans)
+	}
+	r.info.fail("") // nothing more is read
+}
+
 // function adds a node for an entry that has addresses, and returns its number; that of
 // the parent where the linker removed it.
 func (r *Reader) function(u *unitContext, kind uint8, e *entry, top frame) uint32 {
 	if len(r.code.Spans) >= maxSpans || r.work > maxWork {
-		if r.info.err == nil {
-			r.info.err = elffile.Errorf(elffile.TooLarge, "dwarf: function of more than %d ranges, or unit of ranges without end", maxSpans-partSpans)
-		}
-		r.info.fail("") // nothing more is read
+		r.tooLarge()
 		return 0
 	}
 	number := uint32(len(r.code.Nodes) + 1)
 	before := len(r.code.Spans)
 	r.ranges(u, e, func(low, high uint64) {
-		if len(r.code.Spans) < maxSpans {
-			r.code.Spans = append(r.code.Spans, overlap.Span{Start: low, End: high, Name: number, Prio: uint32(len(r.code.Spans))})
+		if len(r.code.Spans) >= maxSpans {
+			r.tooLarge()
+			return
 		}
+		r.code.Spans = append(r.code.Spans, overlap.Span{Start: low, End: high, Name: number, Prio: uint32(len(r.code.Spans))})
 	})
 	if len(r.code.Spans) == before {
 		return top.node

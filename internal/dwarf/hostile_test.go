@@ -198,6 +198,35 @@ func TestBrokenAbbreviations(t *testing.T) {
 	}
 }
 
+// TestCutRanges: a list of ranges that does not fit as a whole is an error, also as the last
+// of a unit.
+func TestCutRanges(t *testing.T) {
+	var m made
+	m.spec(1, tagCompileUnit, 1, 0, 0)
+	m.spec(2, tagSubprogram, 1, atLowPC, formAddr, atHighPC, formData1, 0, 0)
+	m.spec(3, tagInlinedSubroutine, 0, atRanges, formSecOffset, 0, 0, 0)
+	var ranges []byte
+	for i := range uint64(maxRanges) {
+		ranges = binary.LittleEndian.AppendUint64(ranges, 0x1000+2*i)
+		ranges = binary.LittleEndian.AppendUint64(ranges, 0x1001+2*i)
+	}
+	list := []byte{3, 0, 0, 0, 0}
+	for more := range 2 {
+		entries := append(binary.LittleEndian.AppendUint64([]byte{1, 2}, 0x1000), 0xff)
+		entries = append(entries, bytes.Repeat(list, 1+more)...)
+		m.unit(append(entries, 0, 0))
+		d := m.data()
+		d.Ranges = asSection(ranges)
+		if _, err := d.ReadUnits(); err != nil {
+			t.Fatal(err)
+		}
+		_, err := codeOf(d.NewReader(&counted{}), 0)
+		if cut := elffile.ReasonIs(err, elffile.TooLarge); cut != (more > 0) {
+			t.Errorf("%d lists: %v", 1+more, err)
+		}
+	}
+}
+
 // TestGiantUnit: a unit with more functions, or more lines, than fit its budget of memory is
 // refused, and holds no more than the budget until it is.
 func TestGiantUnit(t *testing.T) {
