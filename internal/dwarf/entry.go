@@ -290,6 +290,9 @@ func (u *unitContext) open(c *cursor, d *Data, i int, root *entry, tableOf func(
 	if u.unit, err = readHeader(c, d.Info, d.units[i]); err != nil {
 		return err
 	}
+	if u.version == 0 { // ReadUnits saw another one
+		return elffile.Errorf(elffile.Changed, "dwarf: unit at %#x is another one now", u.off)
+	}
 	u.data, u.index = d, i
 	u.addr, u.ranges = d.Addr, d.Ranges
 	u.strOffsetsBase, u.addrBase, u.rnglistsBase, u.rangesBase, u.low = 0, 0, 0, 0, 0

@@ -198,6 +198,25 @@ func TestBrokenAbbreviations(t *testing.T) {
 	}
 }
 
+// TestOverwritten: a unit whose header is another one when it is read again.
+func TestOverwritten(t *testing.T) {
+	for at, v := range map[int]byte{4: 9, 10: 255} { // version, size of addresses
+		var m made
+		m.spec(1, tagCompileUnit, 1, 0, 0)
+		m.spec(2, tagSubprogram, 0, atRanges, formSecOffset, 0, 0, 0)
+		m.unit([]byte{1, 2, 0, 0, 0, 0, 0})
+		d := m.data()
+		d.Ranges = asSection(make([]byte, 1<<10))
+		if n, err := d.ReadUnits(); n != 1 || err != nil {
+			t.Fatalf("%d units, %v", n, err)
+		}
+		m.info[at] = v
+		if _, err := codeOf(d.NewReader(&counted{}), 0); !elffile.ReasonIs(err, elffile.Changed) {
+			t.Errorf("byte %d: %v, want file_changed", at, err)
+		}
+	}
+}
+
 // TestCutRanges: a list of ranges that does not fit as a whole is an error, also as the last
 // of a unit.
 func TestCutRanges(t *testing.T) {
