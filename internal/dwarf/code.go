@@ -3,6 +3,9 @@
 package dwarf
 
 import (
+	"maps"
+	"slices"
+
 	"github.com/hostflame/hostflame/internal/elffile"
 	"github.com/hostflame/hostflame/internal/overlap"
 )
@@ -53,6 +56,7 @@ type Reader struct {
 	tableSpecs int                      // of all these
 	split      unitContext
 	own        [2]table // of unit and split
+	scratch    table
 	table      lineTable
 	rows       lineRows
 	code       Code
@@ -482,12 +486,15 @@ func (r *Reader) tableOf(u *unitContext) (*table, error) {
 		clear(r.tables)
 		r.tableSpecs = 0
 	}
-	t := &table{}
-	err := t.open(&r.abbrev, u)
-	r.work += openWork * t.specs
+	// It is copied to size: what grows leaves several times that behind.
+	s := &r.scratch
+	s.key = tableKey{}
+	err := s.open(&r.abbrev, u)
+	r.work += openWork * s.specs
 	if err != nil {
 		return nil, err
 	}
+	t := &table{key: s.key, dense: slices.Clone(s.dense), sparse: maps.Clone(s.sparse), ops: slices.Clone(s.ops)}
 	r.tableSpecs += t.size()
 	r.tables[t.key] = t
 	return t, nil
