@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"os"
 
 	"github.com/ulikunitz/xz/lzma"
 
@@ -18,14 +19,67 @@ import (
 const (
 	maxPackedData   = 16 << 20
 	maxUnpackedData = 64 << 20
+	maxHeldData     = 4 << 20  // that is held in memory; what is more is in a file
 	maxDictionary   = 16 << 20 // of xz -6, which is what is used, 8 MiB
 	maxXZBlocks     = 1 << 10
 )
 
 // miniTable is the .symtab in .gnu_debugdata: a small ELF file, packed with xz, with the
-// symbols that distributions leave in stripped binaries. It is unpacked into a file without a
-// name, which is closed when the table is collected.
-type miniTable struct{ *symTable }
+// symbols that distributions leave in stripped binaries. Of it the names are held in memory;
+// where they are big, the whole in a file without a name, which is closed when the table is
+// evicted.
+type miniTable struct {
+	*symTable
+	file *os.File // nil: in memory
+}
+
+// fileShare is how many bytes of a file count as one of memory: a share is enough to bound
+// what is on the disk, and a descriptor counts as 1 MB at the least.
+const fileShare = 4
+
+func (t *miniTable) bytes() int64 {
+	held := int64(t.strtab.Size)
+	if t.file != nil {
+		held = t.image.Size() / fileShare
+	}
+	return t.symTable.bytes() + held
+}
+
+// unpacked takes what is unpacked: into memory, and all of it into a file where that is big.
+type unpacked struct {
+	dir  string
+	mem  []byte
+	file *os.File
+	size int64
+	err  error // of the file; that is not the fault of what is unpacked
+}
+
+func (u *unpacked) Write(p []byte) (int, error) {
+	u.size += int64(len(p))
+	if u.file == nil && u.size <= maxHeldData {
+		u.mem = append(u.mem, p...)
+		return len(p), nil
+	}
+	if u.file == nil {
+		if u.file, u.err = elffile.TempFile(u.dir); u.err != nil {
+			return 0, u.err
+		}
+		if _, u.err = u.file.Write(u.mem); u.err != nil {
+			return 0, u.err
+		}
+		u.mem = nil
+	}
+	var n int
+	n, u.err = u.file.Write(p)
+	return n, u.err
+}
+
+func (u *unpacked) content() Content {
+	if u.file != nil {
+		return wholeFile{u.file, u.size}
+	}
+	return elffile.FromBytes(u.mem)
+}
 
 func (o *Object) readMini(secs []elffile.Section) (table, error) {
 	for _, s := range o.image.SectionsNamed(secs, ".gnu_debugdata") {
@@ -39,24 +93,43 @@ func (o *Object) readMini(secs []elffile.Section) (table, error) {
 		if err := elffile.ReadAt(o.image, packed, s.Off); err != nil {
 			return nil, err
 		}
-		f, err := elffile.TempFile(o.sym.index.temp)
-		if err != nil {
-			return nil, fmt.Errorf("unpack .gnu_debugdata: %w", err)
+		u := &unpacked{dir: o.sym.index.temp}
+		_, err := unpackXZ(u, packed, maxUnpackedData)
+		var t *symTable
+		switch {
+		case u.err != nil:
+			err = fmt.Errorf("unpack .gnu_debugdata: %w", u.err)
+		case err == nil:
+			t, err = o.parseMini(u.content())
 		}
-		size, err := unpackXZ(f, packed, maxUnpackedData)
+		if err == nil && t.strtab.Size > maxHeldData {
+			return &miniTable{t, u.file}, nil
+		}
 		if err == nil {
-			var t table
-			if t, err = o.parseMini(wholeFile{f, size}); err == nil {
-				return t, nil
-			}
+			err = t.holdNames()
 		}
-		f.Close()
-		return nil, err
+		if u.file != nil {
+			u.file.Close()
+		}
+		if err != nil {
+			return nil, err
+		}
+		return &miniTable{symTable: t}, nil
 	}
 	return nil, errorf(ReasonNoSymbols, "no .gnu_debugdata")
 }
 
-func (o *Object) parseMini(c Content) (table, error) {
+// holdNames copies the names to memory: of the file nothing else is read later.
+func (t *symTable) holdNames() error {
+	b := make([]byte, t.strtab.Size)
+	if err := elffile.ReadAt(t.image, b, t.strtab.Off); err != nil {
+		return err
+	}
+	t.image, t.strtab.Off = &elffile.Image{Content: elffile.FromBytes(b)}, 0
+	return nil
+}
+
+func (o *Object) parseMini(c Content) (*symTable, error) {
 	m, err := elffile.Parse(c)
 	if err != nil {
 		return nil, err
@@ -75,11 +148,7 @@ func (o *Object) parseMini(c Content) (table, error) {
 		if s.EntSize != m.SymSize() || uint64(s.Link) >= uint64(len(secs)) {
 			return nil, errorf(ReasonMalformed, "symbol table of entries of %d bytes", s.EntSize)
 		}
-		t, err := loadSymTable(m, secs, s.Extent, secs[s.Link].Extent, false, o.sym.maxSymbols())
-		if err != nil {
-			return nil, err
-		}
-		return &miniTable{t}, nil
+		return loadSymTable(m, secs, s.Extent, secs[s.Link].Extent, false, o.sym.maxSymbols())
 	}
 	return nil, errorf(ReasonNoSymbols, "no symbols in .gnu_debugdata")
 }

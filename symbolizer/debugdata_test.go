@@ -4,11 +4,17 @@ package symbolizer
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/hostflame/hostflame/internal/elffile"
 )
 
 // TestDebugdata: the names in .gnu_debugdata, made as distributions make it, are those that
@@ -86,6 +92,57 @@ func TestHostileDebugdata(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+}
+
+// TestBigDebugdata: what is big is in a file, which is asked for again where there was no
+// place for it, and closed when the table is evicted. Small ones need none.
+func TestBigDebugdata(t *testing.T) {
+	open := func(names int) *Object {
+		mini := symbolSpec(false, elffile.SHTSymtab, specSymbol{"f", 0x1100, 0x100, globalFunc, 1})
+		mini.sections[5].data = append(mini.sections[5].data, make([]byte, names)...)
+		cmd := exec.Command("xz", "-c", "-0", "--format=xz")
+		cmd.Stdin = bytes.NewReader(mini.bytes())
+		b, err := cmd.Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		e := symbolSpec(false, elffile.SHTSymtab)
+		e.sections[4].typ = 1
+		e.sections = append(e.sections, specSection{name: ".gnu_debugdata", typ: 1, data: b})
+		path := filepath.Join(t.TempDir(), "out")
+		writeFile(t, path, string(e.bytes()))
+		s := newSymbolizer(t, Config{})
+		s.index.temp = "/nonexistent"
+		return openObject(t, s, path)
+	}
+	small := open(1 << 20)
+	if r := small.Symbolize([]uint64{0x1100})[0]; len(r.Lines) != 1 || r.Lines[0].Function != "f" {
+		t.Errorf("small: %+v", r)
+	}
+	if n := small.tables.Load().byKind[tableMini].bytes(); n < 1<<20 {
+		t.Errorf("small: counted as %d bytes", n)
+	}
+	big := open(2 * maxHeldData)
+	if r := big.Symbolize([]uint64{0x1100})[0]; r.Reason != ReasonUnreadable {
+		t.Errorf("no directory: %+v, want unreadable", r)
+	}
+	big.sym.index.temp = t.TempDir()
+	big.failed[tableMini].until = time.Now()
+	if r := big.Symbolize([]uint64{0x1100})[0]; len(r.Lines) != 1 || r.Lines[0].Function != "f" {
+		t.Errorf("big: %+v", r)
+	}
+	file := big.tables.Load().file.Load()
+	if n := big.tables.Load().byKind[tableMini].bytes(); n < 2*maxHeldData/fileShare || file == nil {
+		t.Fatalf("big: counted as %d bytes", n)
+	}
+	big.sym.memory.remove(&big.tables.Load().resident)
+	for range 1000 {
+		if _, err := file.Stat(); errors.Is(err, os.ErrClosed) {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+	t.Error("the file of an evicted table is open")
 }
 
 func second(_ int64, err error) error { return err }

@@ -3,6 +3,7 @@
 package symbolizer
 
 import (
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -80,6 +81,20 @@ type tables struct {
 	byKind [tableKinds]table
 	names  lineNames // of the index
 	frames []index.Frame
+	file   atomic.Pointer[os.File] // of a miniTable
+}
+
+// dropped closes the file of tables that are evicted, when those who use them are done. If
+// they are evicted before they have it, that is left to the garbage collector.
+func (o *Object) dropped(t *tables) {
+	o.tables.CompareAndSwap(t, nil)
+	if f := t.file.Load(); f != nil {
+		go func() {
+			o.mu.Lock()
+			defer o.mu.Unlock()
+			f.Close()
+		}()
+	}
 }
 
 // failure remembers that a table can not be read: for good where the file is to blame,
@@ -134,7 +149,7 @@ func (o *Object) memory() *tables {
 	t := o.tables.Load()
 	if t == nil {
 		t = new(tables)
-		t.drop = func() { o.tables.CompareAndSwap(t, nil) }
+		t.drop = func() { o.dropped(t) }
 		o.tables.Store(t)
 	}
 	return t
@@ -180,6 +195,9 @@ func (o *Object) load(t *tables, kind tableKind) Reason {
 	if err == nil {
 		*f = failure{}
 		t.byKind[kind] = tab
+		if m, ok := tab.(*miniTable); ok {
+			t.file.Store(m.file)
+		}
 		return ""
 	}
 	*f = failure{reason: ReasonOf(err)}

@@ -10,7 +10,7 @@ import (
 )
 
 const (
-	maxPLT       = 1 << 20 // bytes of a section
+	maxPLT       = 2 << 20 // bytes of all sections together
 	maxPLTRelocs = 1 << 16
 
 	relocGlobDatAMD64  = 6
@@ -23,20 +23,23 @@ const (
 // linker writes no symbols for them. A stub jumps to where a word of the GOT says, and the
 // relocation of that word has the name.
 type pltTable struct {
+	image *elffile.Image
 	stubs []stub
-	lines map[uint64][]Line
-	names map[uint64]string // by the address of the word
-	held  int64             // bytes of stubs and names
+	names map[uint64]elffile.Extent // by the address of the word: from where to the end of the strings
+	lines map[uint64][]Line         // of those seen
+	held  int64                     // bytes of lines
 }
 
 type stub struct{ start, end, word uint64 }
 
 func (o *Object) readPLT(secs []elffile.Section) (table, error) {
-	t := &pltTable{lines: map[uint64][]Line{}, names: map[uint64]string{}}
+	t := &pltTable{image: o.image, lines: map[uint64][]Line{}, names: map[uint64]elffile.Extent{}}
+	left := uint64(maxPLT)
 	for _, s := range o.image.SectionsNamed(secs, ".plt", ".plt.sec", ".plt.got") {
-		if s.Type == elffile.SHTNobits || s.Size > maxPLT {
+		if s.Type == elffile.SHTNobits || s.Size > left {
 			continue
 		}
+		left -= s.Size
 		b := make([]byte, s.Size)
 		if err := elffile.ReadAt(o.image, b, s.Off); err != nil {
 			return nil, err
@@ -53,10 +56,6 @@ func (o *Object) readPLT(secs []elffile.Section) (table, error) {
 	}
 	if err := t.readNames(o.image, secs); err != nil {
 		return nil, err
-	}
-	t.held = int64(len(t.stubs)) * 24
-	for _, s := range t.names {
-		t.held += int64(len(s)) + 64
 	}
 	return t, nil
 }
@@ -142,11 +141,7 @@ func (t *pltTable) readNames(m *elffile.Image, secs []elffile.Section) error {
 					if uint64(name) >= strtab.Size {
 						continue
 					}
-					text, err := p.CString(strtab.Off+uint64(name), strtab.Off+strtab.Size, maxName)
-					if err != nil {
-						return err
-					}
-					t.names[word] = cleanName(text)
+					t.names[word] = elffile.Extent{Off: strtab.Off + uint64(name), Size: strtab.Size - uint64(name)}
 				}
 			}
 		}
@@ -173,15 +168,33 @@ func (t *pltTable) lookup(addr uint64) ([]Line, error) {
 		}
 		return 0
 	})
-	if !found || t.names[t.stubs[i].word] == "" {
+	if !found {
 		return nil, nil
 	}
 	word := t.stubs[i].word
-	if t.lines[word] == nil {
-		name := t.names[word]
-		t.lines[word] = []Line{{Function: demangled(name) + "@plt", SystemName: name + "@plt"}}
+	if lines := t.lines[word]; lines != nil {
+		return lines, nil
 	}
-	return t.lines[word], nil
+	at, ok := t.names[word]
+	if !ok {
+		return nil, nil
+	}
+	p := elffile.Pager{Content: t.image}
+	text, err := p.CString(at.Off, at.Off+at.Size, maxName)
+	name := cleanName(text)
+	if name == "" || err != nil {
+		return nil, err
+	}
+	lines := []Line{{Function: demangled(name) + "@plt", SystemName: name + "@plt"}}
+	if t.held > maxHeldNames {
+		clear(t.lines)
+		t.held = 0
+	}
+	t.lines[word] = lines
+	t.held += lineSize + int64(len(name)+len(lines[0].Function))
+	return lines, nil
 }
 
-func (t *pltTable) bytes() int64 { return t.held + int64(len(t.lines))*2*lineSize }
+func (t *pltTable) bytes() int64 {
+	return int64(len(t.stubs))*24 + int64(len(t.names))*48 + t.held + 256
+}

@@ -118,9 +118,25 @@ func unitField(attr uint64) uint8 {
 // table is the abbreviations of a unit, compiled for the sizes of its addresses and
 // offsets.
 type table struct {
+	key    tableKey
 	dense  []abbrev // by code - 1; producers number from 1
 	sparse map[uint64]abbrev
 	ops    []op
+	specs  int // attributes and abbreviations that were read, whatever came of them
+}
+
+// tableKey is all that a table depends on. Units share tables: what a compiler makes of a
+// whole program has one for all.
+type tableKey struct {
+	data     *Data
+	off      uint64
+	is64     bool
+	version2 bool
+	addrSize uint8
+}
+
+func (u *unitContext) tableKey() tableKey {
+	return tableKey{u.data, u.abbrev, u.is64, u.version == 2, u.addrSize}
 }
 
 // size is what a table takes, in attributes: an abbreviation counts as one and more.
@@ -148,18 +164,33 @@ func kindOf(tag uint64) uint8 {
 	return kindOther
 }
 
+// open reads the table of a unit, if it is not that already.
+func (t *table) open(c *cursor, u *unitContext) error {
+	k := u.tableKey()
+	if t.key == k {
+		return nil
+	}
+	t.key = tableKey{}
+	if err := t.read(c, u.data.Abbrev, &u.unit); err != nil {
+		return err
+	}
+	t.key = k
+	return nil
+}
+
 // read reads the table at an offset of .debug_abbrev, whose abbreviations end with code 0
 // (DWARF 5, section 7.5.3).
 func (t *table) read(c *cursor, sec *Section, u *unit) error {
 	c.start(sec, u.abbrev, sec.Size)
 	t.dense, t.ops = t.dense[:0], t.ops[:0]
 	clear(t.sparse)
-	specs := 0
+	t.specs = 0
 	for count := 0; c.left() > 0; count++ {
 		code := c.uleb()
 		if code == 0 || c.err != nil {
 			break
 		}
+		t.specs++ // the abbreviation itself
 		tag := c.uleb()
 		a := abbrev{tag: uint16(min(tag, 0xffff)), kind: kindOf(tag), children: c.u8() != 0, first: uint32(len(t.ops))}
 		for {
@@ -171,7 +202,7 @@ func (t *table) read(c *cursor, sec *Section, u *unit) error {
 			if attr == 0 && form == 0 || c.err != nil {
 				break
 			}
-			if specs++; specs > maxAbbrevSpecs {
+			if t.specs++; t.specs-count > maxAbbrevSpecs+1 {
 				return elffile.Errorf(elffile.TooLarge, "dwarf: more than %d attributes in a table of abbreviations", maxAbbrevSpecs)
 			}
 			t.add(a, u, attr, form, implicit)

@@ -3,6 +3,9 @@
 package dwarf
 
 import (
+	"maps"
+	"slices"
+
 	"github.com/hostflame/hostflame/internal/elffile"
 	"github.com/hostflame/hostflame/internal/overlap"
 )
@@ -49,8 +52,11 @@ type Reader struct {
 
 	unit       unitContext
 	others     map[unitKey]*unitContext // whose entries are referred to by other units
-	otherSpecs int                      // of their abbreviations
+	tables     map[tableKey]*table      // of theirs
+	tableSpecs int                      // of all these
 	split      unitContext
+	own        [2]table // of unit and split
+	scratch    table
 	table      lineTable
 	rows       lineRows
 	code       Code
@@ -84,8 +90,8 @@ const (
 	infoWindow    = 256 << 10
 	otherWindow   = 16 << 10
 	maxFunctions  = 1 << 15 // that a reader remembers
-	maxOthers     = 256     // units that it remembers
-	maxOtherSpecs = 1 << 18 // of all their abbreviations
+	maxOthers     = 1 << 12 // units that it remembers, and tables of abbreviations
+	maxTableSpecs = 1 << 18 // of all these tables
 	openWork      = 16      // that reading an attribute of an abbreviation is, in ranges
 	stringsWindow = maxString
 )
@@ -95,6 +101,7 @@ func (d *Data) NewReader(names Interner) *Reader {
 	r := &Reader{
 		data: d, names: names,
 		others:    map[unitKey]*unitContext{},
+		tables:    map[tableKey]*table{},
 		functions: map[functionKey]uint32{},
 		origins:   map[ref]origin{},
 	}
@@ -118,10 +125,17 @@ type frame struct {
 func (r *Reader) Code(i int, add func(*Code) error) error {
 	var root entry
 	u := &r.unit
-	if err := u.open(&r.info, &r.abbrev, r.data, i, &root); err != nil {
+	h, err := readHeader(&r.info, r.data.Info, r.data.units[i])
+	switch {
+	case err != nil:
+		return err
+	case h.kind == unitType || h.kind == unitSplitType || h.kind == unitPartial:
+		return nil
+	}
+	if err := u.open(&r.info, r.data, i, &root, r.ownTable); err != nil {
 		return err
 	}
-	if u.kind == unitType || u.kind == unitPartial || root.language == langGo && root.is(fieldLanguage) {
+	if root.language == langGo && root.is(fieldLanguage) {
 		return nil
 	}
 	r.code = Code{Nodes: r.code.Nodes[:0], Spans: r.code.Spans[:0]}
@@ -139,7 +153,6 @@ func (r *Reader) Code(i int, add func(*Code) error) error {
 		}
 		r.info.seek(at)
 	}
-	var err error
 	r.current = r.data
 	if s := r.splitUnit(u, &root); s != nil {
 		err = r.splitCode(u, s)
@@ -200,7 +213,7 @@ func (r *Reader) splitUnit(u *unitContext, root *entry) *SplitUnit {
 func (r *Reader) splitCode(skeleton *unitContext, s *SplitUnit) error {
 	var root entry
 	u := &r.split
-	if err := u.open(&r.info, &r.abbrev, s.Data, s.Index, &root); err != nil {
+	if err := u.open(&r.info, s.Data, s.Index, &root, r.ownTable); err != nil {
 		return err
 	}
 	r.current = s.Data
@@ -262,22 +275,29 @@ func (r *Reader) entries(c *cursor, u *unitContext, c89 bool) error {
 	return c.err
 }
 
+// tooLarge ends the unit.
+func (r *Reader) tooLarge() {
+	if r.info.err == nil {
+		r.info.err = elffile.Errorf(elffile.TooLarge, "dwarf: function of more than %d ranges, or unit of ranges without end", maxSpans-partSpans)
+	}
+	r.info.fail("") // nothing more is read
+}
+
 // function adds a node for an entry that has addresses, and returns its number; that of
 // the parent where the linker removed it.
 func (r *Reader) function(u *unitContext, kind uint8, e *entry, top frame) uint32 {
 	if len(r.code.Spans) >= maxSpans || r.work > maxWork {
-		if r.info.err == nil {
-			r.info.err = elffile.Errorf(elffile.TooLarge, "dwarf: function of more than %d ranges, or unit of ranges without end", maxSpans-partSpans)
-		}
-		r.info.fail("") // nothing more is read
+		r.tooLarge()
 		return 0
 	}
 	number := uint32(len(r.code.Nodes) + 1)
 	before := len(r.code.Spans)
 	r.ranges(u, e, func(low, high uint64) {
-		if len(r.code.Spans) < maxSpans {
-			r.code.Spans = append(r.code.Spans, overlap.Span{Start: low, End: high, Name: number, Prio: uint32(len(r.code.Spans))})
+		if len(r.code.Spans) >= maxSpans {
+			r.tooLarge()
+			return
 		}
+		r.code.Spans = append(r.code.Spans, overlap.Span{Start: low, End: high, Name: number, Prio: uint32(len(r.code.Spans))})
 	})
 	if len(r.code.Spans) == before {
 		return top.node
@@ -434,20 +454,50 @@ func (r *Reader) other(d *Data, i int) *unitContext {
 	if u, ok := r.others[k]; ok {
 		return u
 	}
-	if len(r.others) >= maxOthers || r.otherSpecs > maxOtherSpecs {
-		clear(r.others)
-		r.otherSpecs = 0
-	}
 	u := &unitContext{}
 	var root entry
-	if u.open(&r.side, &r.abbrev, d, i, &root) != nil {
+	r.work += openWork
+	if u.open(&r.side, d, i, &root, r.tableOf) != nil {
 		u = nil
-	} else {
-		r.work += openWork * u.abbrevs.size()
-		r.otherSpecs += u.abbrevs.size()
+	}
+	if len(r.others) >= maxOthers {
+		clear(r.others)
 	}
 	r.others[k] = u
 	return u
+}
+
+// ownTable is the table of the unit that is read. The next one's goes into its place.
+func (r *Reader) ownTable(u *unitContext) (*table, error) {
+	t := &r.own[0]
+	if u == &r.split {
+		t = &r.own[1]
+	}
+	return t, t.open(&r.abbrev, u)
+}
+
+// tableOf is the table of another unit, shared with all that have the same.
+func (r *Reader) tableOf(u *unitContext) (*table, error) {
+	if t, ok := r.tables[u.tableKey()]; ok {
+		return t, nil
+	}
+	if len(r.tables) >= maxOthers || r.tableSpecs > maxTableSpecs {
+		clear(r.others) // they hold tables
+		clear(r.tables)
+		r.tableSpecs = 0
+	}
+	// It is copied to size: what grows leaves several times that behind.
+	s := &r.scratch
+	s.key = tableKey{}
+	err := s.open(&r.abbrev, u)
+	r.work += openWork * s.specs
+	if err != nil {
+		return nil, err
+	}
+	t := &table{key: s.key, dense: slices.Clone(s.dense), sparse: maps.Clone(s.sparse), ops: slices.Clone(s.ops)}
+	r.tableSpecs += t.size()
+	r.tables[t.key] = t
+	return t, nil
 }
 
 // string reads a string. It is valid until the next call.

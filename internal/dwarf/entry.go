@@ -45,7 +45,7 @@ type unitContext struct {
 	unit
 	data    *Data
 	index   int
-	abbrevs table
+	abbrevs *table
 
 	low                                    uint64
 	strOffsetsBase, addrBase, rnglistsBase uint64
@@ -283,13 +283,15 @@ func (u *unitContext) indexedAddress(i uint64) (uint64, bool) {
 	return little(b[:], int(u.addrSize)), true
 }
 
-// open prepares u for the i-th unit of d: abbreviations, and the bases that are in the
-// attributes of the unit's own entry, which it returns. split is the unit's skeleton, if
-// it has one.
-func (u *unitContext) open(c, ca *cursor, d *Data, i int, root *entry) error {
+// open prepares u for the i-th unit of d: abbreviations, which tableOf finds, and the bases
+// that are in the attributes of the unit's own entry, which it returns.
+func (u *unitContext) open(c *cursor, d *Data, i int, root *entry, tableOf func(u *unitContext) (*table, error)) error {
 	var err error
 	if u.unit, err = readHeader(c, d.Info, d.units[i]); err != nil {
 		return err
+	}
+	if u.version == 0 { // ReadUnits saw another one
+		return elffile.Errorf(elffile.Changed, "dwarf: unit at %#x is another one now", u.off)
 	}
 	u.data, u.index = d, i
 	u.addr, u.ranges = d.Addr, d.Ranges
@@ -301,7 +303,7 @@ func (u *unitContext) open(c, ca *cursor, d *Data, i int, root *entry) error {
 			u.strOffsetsBase, u.rnglistsBase = 16, 20
 		}
 	}
-	if err := u.abbrevs.read(ca, d.Abbrev, &u.unit); err != nil {
+	if u.abbrevs, err = tableOf(u); err != nil {
 		return err
 	}
 	// Twice: an index can come before the base that it counts from.

@@ -104,6 +104,9 @@ func (r *Reader) lineHeader(t *lineTable, u *unitContext, off uint64) error {
 		c.skipString()
 		t.dirs = append(t.dirs, text{sec, at})
 	}
+	if len(t.dirs) >= maxLineFiles { // what comes next is no file
+		c.fail("line table of more than %d directories", maxLineFiles)
+	}
 	t.files = append(t.files, lineFile{}) // numbers start at 1
 	for c.left() > 0 && len(t.files) < maxLineFiles {
 		at := c.pos()

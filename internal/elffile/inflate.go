@@ -134,11 +134,26 @@ func (z *Inflater) inflate(r io.Reader, size int64) (Content, error) {
 	if err != nil {
 		return nil, err
 	}
-	n, err := io.CopyBuffer(struct{ io.Writer }{f}, io.LimitReader(r, size), make([]byte, 256<<10))
+	w := &writer{f: f}
+	n, err := io.CopyBuffer(w, io.LimitReader(r, size), make([]byte, 256<<10))
+	if w.err != nil {
+		return nil, fmt.Errorf("decompress: %w", w.err)
+	}
 	if err != nil || n < size {
 		return nil, Errorf(Malformed, "decompress: %d bytes of %d: %w", n, size, err)
 	}
 	return sizedFile{f, size}, nil
+}
+
+// writer keeps the error of its file, for which what is decompressed is not to blame.
+type writer struct {
+	f   *os.File
+	err error
+}
+
+func (w *writer) Write(p []byte) (n int, err error) {
+	n, w.err = w.f.Write(p)
+	return n, w.err
 }
 
 // Create makes a file for size bytes of the budget, which Close closes.

@@ -60,9 +60,9 @@ func GiveWay() {
 
 // Build writes an index of what d says, in one pass over its units. What it takes has a
 // limit whatever d is: 9 MB for the hashes of names, for each worker 12 MB for the packed
-// line table of the unit that it is at, 8 MB for a part of its functions and as much for what it
-// remembers, and in the end, instead of that, 24 bytes a block. A kernel takes a quarter of
-// that. Units that are malformed are left out.
+// line table of the unit that it is at, 8 MB for a part of its functions and as much for what
+// it remembers, and in the end, instead of that, 24 bytes a block. A kernel takes a quarter of
+// what one worker may. Units that are malformed are left out.
 func Build(ctx context.Context, d *dwarf.Data, o Options) (Stats, error) {
 	n, err := d.ReadUnits()
 	if err != nil {

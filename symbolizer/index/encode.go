@@ -89,7 +89,9 @@ func (e *encoder) add(unit uint32, c *dwarf.Code) {
 		e.merge(low, high, e.nodes[s.Name-1]+1)
 		pos = high
 	})
-	e.merge(pos, ^uint64(0), 0)
+	if !e.partial {
+		e.merge(pos, ^uint64(0), 0)
+	}
 	e.endBlock()
 }
 

@@ -7,7 +7,7 @@
 //
 //	header     magic, version, CRC-32C of what follows it, size of the file, identity of the
 //	           binary, place and size of the parts, lowest address, counts
-//	parts      one for each unit: nodes, then blocks of rows
+//	parts      one for each unit, several for a big one: nodes, then blocks of rows
 //	addresses  the directory: where pieces of code start, u32 from the lowest address, sorted
 //	blocks     the block of each piece, as the offset of the file in u32; 0: nothing is known
 //	functions  name (offset in strings, u32) and first line (u32)
@@ -16,11 +16,11 @@
 //
 // A node is a function or an inlined call: number of the function, distance back to the
 // node that it was inlined into (0: none) and, where there is one, file and line of the
-// call, as varints. A block has up to blockRows rows: distance back to the unit's nodes,
+// call, as varints. A block has up to blockRows rows: distance back to the part's nodes,
 // its first address (from the lowest), number of rows; then for each row
 //
 //	varint   bytes since the row before << 2 | file differs << 1 | node differs
-//	zigzag   if the node differs: its offset among the unit's nodes + 1, less the last
+//	zigzag   if the node differs: its offset among the part's nodes + 1, less the last
 //	varint   if the file differs: its number
 //	zigzag   the line, less the last
 //
