@@ -148,17 +148,20 @@ func TestBlockLosesOnlyTheHidden(t *testing.T) {
 	before := read()
 	fio("--rw=randread", "--time_based", "--runtime=5")
 	after := read()
+	// Process 1 can run for long at the end. So that every place is taken once more:
+	fio("--rw=randread", "--io_size=16M")
+	settled := read().noEnd - before.noEnd
 	ran, whileHidden, noEnd := after.ran-before.ran, after.hidden-before.hidden, after.noEnd-before.noEnd
 	least, most := after.seen-before.seenAfter-ran, after.seenAfter-before.seen-ran
-	t.Logf("of %d completions %d to %d ran no program, %d came while process 1 was current, %d were counted as no_end",
-		after.seen-before.seen, least, most, whileHidden, noEnd)
+	t.Logf("of %d completions %d to %d ran no program, %d came while process 1 was current, %d were counted as no_end, and later %d",
+		after.seen-before.seen, least, most, whileHidden, noEnd, settled)
 	// Where process 1 is not hidden none is lost. A place that was not taken again tells
 	// nothing yet.
 	const slack = 3
 	if (least > slack || most < -slack) && (least > whileHidden+slack || most < whileHidden-slack) {
 		t.Error("completions that ran no program are not those that came while process 1 was current")
 	}
-	if noEnd > max(0, most)+slack || noEnd < least-slack {
+	if noEnd > max(0, most)+slack || settled < least-slack {
 		t.Error("completions that ran no program are not those that were counted")
 	}
 	if ran < 10_000 {
