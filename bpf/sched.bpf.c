@@ -299,7 +299,8 @@ __noinline int hf_draw_waits(struct hf_sched_cpu *cpu, struct hf_waiting *p, __u
 
 	if (!cpu || !p)
 		return 0;
-	if (p->tid) /* nothing came for it */
+	ring = bpf_map_lookup_elem(&hf_kicks, &id);
+	if (ring && p->tid) /* nothing came for it */
 		p->lost += p->drawn;
 	task = (struct task_struct *)p->task;
 	tgid = BPF_CORE_READ(task, tgid);
@@ -321,7 +322,6 @@ __noinline int hf_draw_waits(struct hf_sched_cpu *cpu, struct hf_waiting *p, __u
 	if (!p->tid)
 		return 0;
 	p->drawn = !!p->wait_ns + !!p->blocked_ns;
-	ring = bpf_map_lookup_elem(&hf_kicks, &id);
 	if (ring && bpf_ringbuf_output(ring, &kick, sizeof(kick), BPF_RB_FORCE_WAKEUP)) {
 		/* Else a later interrupt would be taken for this one. */
 		p->tid = 0;

@@ -166,6 +166,10 @@ func openWaits(s *Sched, tables *Tables, hook string) (_ *Waits, err error) {
 	}
 	// Without that address, which takes CAP_SYSLOG, stacks begin with how the hook is called.
 	_, _ = coll.Programs[waitsProgHfFindSchedule].Run(&ebpf.RunOptions{})
+	// What was drawn before could not be taken.
+	if err = coll.Maps[waitsMapHfWaitings].Put(uint32(0), make([]waitsHfWaiting, cpus)); err != nil {
+		return nil, fmt.Errorf("begin to count drawn waits: %w", err)
+	}
 	var l link.Link
 	if hook == waitsProgHfWaitFinish {
 		l, err = link.Kprobe(symbol, coll.Programs[hook], nil)
@@ -183,10 +187,6 @@ func openWaits(s *Sched, tables *Tables, hook string) (_ *Waits, err error) {
 		if err = w.tryKick(); err != nil {
 			return nil, err
 		}
-	}
-	// What was drawn before could not be taken.
-	if err = coll.Maps[waitsMapHfWaitings].Put(uint32(0), make([]waitsHfWaiting, cpus)); err != nil {
-		return nil, fmt.Errorf("begin to count drawn waits: %w", err)
 	}
 	if err = w.tail.Put(uint32(0), coll.Programs[waitsProgHfWaitCulprit]); err != nil {
 		return nil, fmt.Errorf("attach to the end of hf_sched_switch: %w", err)
