@@ -70,6 +70,7 @@ func (c ioCounts) since(before ioCounts) ioCounts {
 		b := before[op]
 		for i := range s.Total.Cells {
 			s.Total.Cells[i] -= b.Total.Cells[i]
+			s.DeviceTime.Cells[i] -= b.DeviceTime.Cells[i]
 		}
 		for i := range s.Depth.Cells {
 			s.Depth.Cells[i] -= b.Depth.Cells[i]

@@ -3,13 +3,16 @@
 package bpf
 
 import (
+	"math"
 	"os"
 	"path/filepath"
+	"reflect"
 	"testing"
 
 	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 
+	"github.com/hostflame/hostflame/internal/histogram"
 	"github.com/hostflame/hostflame/internal/kerneltest"
 )
 
@@ -51,7 +54,12 @@ func newSampledBlock(t *testing.T, rate int, early bool) *Block {
 type sampledIO struct {
 	samples                          int
 	requests, bytes, latency, device uint64
+	weight                           uint64 // the greatest
+	devices                          []weighed
 }
+
+// weighed is the device time of a request, and for how many it stands.
+type weighed struct{ ns, weight uint64 }
 
 // Below the rate every request is sampled, with what it was; above, the weights make up for
 // those that are not.
@@ -83,6 +91,10 @@ func testBlockStacks(t *testing.T, early bool) {
 			w.bytes += s.IO.Bytes * uint64(s.Weight)
 			w.latency += s.Value * uint64(s.Weight)
 			w.device += s.IO.DeviceTime * uint64(s.Weight)
+			w.weight = max(w.weight, uint64(s.Weight))
+			if s.IO.DeviceTime > 0 { // else it is an empty flush, which is never issued
+				w.devices = append(w.devices, weighed{s.IO.DeviceTime, uint64(s.Weight)})
+			}
 		}
 		counts, _ = measure(t, b, device, func() {
 			for op := range sampled {
@@ -137,10 +149,13 @@ func testBlockStacks(t *testing.T, early bool) {
 	counts, sampled := load(measureDevice, 80)
 	for op, w := range sampled {
 		c := counts[op]
-		want := sampledIO{int(c.Total.Count()), c.Total.Count(), c.Size.Sum, w.latency, c.DeviceTime.Sum}
+		got := *w
+		got.devices = nil
+		want := sampledIO{samples: int(c.Total.Count()), requests: c.Total.Count(), bytes: c.Size.Sum,
+			latency: w.latency, device: c.DeviceTime.Sum, weight: 1}
 		// All but the walks of their stacks.
-		if *w != want || w.latency > c.Total.Sum || w.latency < w.device {
-			t.Errorf("%s: sampled %+v, counted %+v in %d ns", op, *w, want, c.Total.Sum)
+		if !reflect.DeepEqual(got, want) || w.latency > c.Total.Sum || w.latency < w.device {
+			t.Errorf("%s: sampled %+v, counted %+v in %d ns", op, got, want, c.Total.Sum)
 		}
 	}
 
@@ -158,8 +173,6 @@ func testBlockStacks(t *testing.T, early bool) {
 			// The requests of a run that was left are all that can be too many or missing.
 			{"requests", w.requests, c.Total.Count(), 0.1},
 			{"bytes", w.bytes, c.Size.Sum, 0.1},
-			// A part of it can be of few requests.
-			{"device time", w.device, c.DeviceTime.Sum, 0.4},
 		} {
 			ratio := float64(x.sampled) / float64(x.true)
 			t.Logf("%s %s: %d samples say %d, counted %d: %.3f", op, x.what, w.samples, x.sampled, x.true, ratio)
@@ -167,5 +180,50 @@ func testBlockStacks(t *testing.T, early bool) {
 				t.Errorf("%s: samples say %d %s, counted %d", op, x.sampled, x.what, x.true)
 			}
 		}
+		holdDeviceTime(t, op, w, c.DeviceTime)
+	}
+}
+
+// holdDeviceTime compares the device time that the samples say with what was counted. One
+// request of 30 ms can be half of all the time and be sampled or not, so it is the time of
+// the 99 % that are shortest, within five standard deviations; of the others the samples say
+// no more than if all were taken.
+func holdDeviceTime(t *testing.T, op string, w *sampledIO, counted histogram.Snapshot) {
+	t.Helper()
+	cuts := histogram.Time().Cuts
+	var below, last, squares uint64
+	var least, most float64
+	for cell := 0; cell < len(cuts) && below*100 < counted.Count()*99; cell++ {
+		n := counted.Cells[cell]
+		below += n
+		least += float64(n * last)
+		last = cuts[cell]
+		most += float64(n * last)
+		squares += n * last * last
+	}
+	if last == 0 || below*100 < counted.Count()*99 {
+		t.Fatalf("%s: %d of %d device times have a cell", op, below, counted.Count())
+	}
+	var requests, said, beyond uint64
+	for _, d := range w.devices {
+		if d.ns > last {
+			beyond += d.ns * d.weight
+			continue
+		}
+		requests += d.weight
+		said += d.ns * d.weight
+	}
+	// Of each run of requests one was drawn.
+	slack := 5 * math.Sqrt(float64(w.weight)*float64(squares))
+	t.Logf("%s: %d requests of up to %d ns, samples say %d; they took %.0f to %.0f ns, samples say %d (+-%.0f); the others: %d",
+		op, below, last, requests, least, most, said, slack, beyond)
+	if ratio := float64(requests) / float64(below); ratio < 0.9 || ratio > 1.1 {
+		t.Errorf("%s: samples say %d requests of up to %d ns, counted %d", op, requests, last, below)
+	}
+	if float64(said) < least-slack || float64(said) > most+slack {
+		t.Errorf("%s: samples say %d ns on the device, counted %.0f to %.0f (+-%.0f)", op, said, least, most, slack)
+	}
+	if rest := float64(counted.Sum) - least; float64(beyond) > float64(w.weight)*rest {
+		t.Errorf("%s: samples say %d ns of the longest, counted at most %.0f", op, beyond, rest)
 	}
 }
