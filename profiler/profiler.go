@@ -43,9 +43,9 @@ type Source interface {
 type Feed struct {
 	Source   Source
 	Profiles []bpf.Profile // what its samples are of
-	// Losses returns what the kernel side lost of a profile, by reason, since it was loaded.
-	// May be nil.
-	Losses func(bpf.Profile) map[string]uint64
+	// Losses returns what the kernel side lost of them, by reason, since it was loaded. May be
+	// nil.
+	Losses func() map[string]uint64
 	// Observe makes samples of what has begun and not ended. It is called before the drain
 	// that begins or ends a window or a capture. May be nil.
 	Observe func() error

@@ -213,7 +213,7 @@ func TestLastWindow(t *testing.T) {
 	var windows []*Window
 	r := run(t, func(c *Config) {
 		n := uint64(0)
-		c.Feeds[0].Losses = func(bpf.Profile) map[string]uint64 {
+		c.Feeds[0].Losses = func() map[string]uint64 {
 			n += 5
 			return map[string]uint64{"ring_full": n, "no_ring": 3}
 		}

@@ -78,13 +78,11 @@ func (p *Profiler) losses() []map[string]uint64 {
 		t := &p.types[i]
 		all[i] = map[string]uint64{}
 		for _, f := range p.cfg.Feeds {
-			for _, profile := range f.Profiles {
-				if f.Losses == nil || !t.takes(profile) {
-					continue
-				}
-				for reason, n := range f.Losses(profile) {
-					all[i][reason] += n
-				}
+			if f.Losses == nil || !slices.ContainsFunc(f.Profiles, t.takes) {
+				continue
+			}
+			for reason, n := range f.Losses() {
+				all[i][reason] += n
 			}
 		}
 		if n := p.undecodable(t); n > 0 {

@@ -39,7 +39,7 @@ func TestTypes(t *testing.T) {
 	both := Type{Name: "both", Samples: []bpf.Profile{bpf.ProfileCPU, bpf.ProfileRunqueue}, Values: []Value{{ValueType{"n", "count"}, weighed}}}
 	r := run(t, func(c *Config) {
 		c.Types = append(c.Types, waitType(), both)
-		c.Feeds = append(c.Feeds, Feed{Source: waits, Profiles: []bpf.Profile{bpf.ProfileRunqueue}, Losses: func(bpf.Profile) map[string]uint64 {
+		c.Feeds = append(c.Feeds, Feed{Source: waits, Profiles: []bpf.Profile{bpf.ProfileRunqueue}, Losses: func() map[string]uint64 {
 			return map[string]uint64{"ring_full": atomic.AddUint64(&lost, 1)}
 		}})
 	}, func(w *Window) { windows <- w })

@@ -37,14 +37,14 @@ func feeds(k *kernel, cpu profiler.Source) []profiler.Feed {
 	if k.waits != nil {
 		list = append(list, profiler.Feed{
 			Source: k.waits, Profiles: []bpf.Profile{bpf.ProfileRunqueue, bpf.ProfileCulprit, bpf.ProfileOffCPU},
-			Losses:  func(bpf.Profile) map[string]uint64 { return lossesOf(k.waits.Dropped) },
+			Losses:  func() map[string]uint64 { return lossesOf(k.waits.Dropped) },
 			Observe: k.waits.Observe,
 		})
 	}
 	if k.block != nil && k.block.HasStacks() {
 		list = append(list, profiler.Feed{
 			Source: k.block, Profiles: []bpf.Profile{bpf.ProfileBlockIO},
-			Losses: func(bpf.Profile) map[string]uint64 { return lossesOf(k.block.StackLosses) },
+			Losses: func() map[string]uint64 { return lossesOf(k.block.StackLosses) },
 		})
 	}
 	return list
@@ -52,7 +52,7 @@ func feeds(k *kernel, cpu profiler.Source) []profiler.Feed {
 
 // cpuFeed are the samples of CPU time, drained through source.
 func cpuFeed(c *bpf.CPU, source profiler.Source) profiler.Feed {
-	return profiler.Feed{Source: source, Profiles: []bpf.Profile{bpf.ProfileCPU}, Losses: func(bpf.Profile) map[string]uint64 { return lossesOf(c.Dropped) }}
+	return profiler.Feed{Source: source, Profiles: []bpf.Profile{bpf.ProfileCPU}, Losses: func() map[string]uint64 { return lossesOf(c.Dropped) }}
 }
 
 // lossesOf is what was lost, by reason.
