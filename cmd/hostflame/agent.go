@@ -11,6 +11,7 @@ import (
 	"os"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -44,6 +45,7 @@ type agent struct {
 	pusher     *otlp.Exporter // nil when OTLP is off
 	accounting *accounting
 	handler    lateHandler
+	hung       atomic.Bool // something did not end in its time
 }
 
 // run serves on listeners, which it closes, until ctx ends or something essential fails.
@@ -70,7 +72,12 @@ func (a *agent) run(ctx context.Context, listeners []net.Listener) error {
 	if a.kernel, err = attach(a.flags.config(), a.flags.waitSampling(), *a.flags.ioRate, a.log); err != nil {
 		return err
 	}
-	defer a.kernel.close()
+	defer func() {
+		// What still uses it would fault.
+		if !a.hung.Load() {
+			a.kernel.close()
+		}
+	}()
 	sym := symbolizer.New(symbolizer.Config{
 		Cache: a.flags.openSymbolCache(a.log), Debuginfod: debuginfod(*a.flags.debuginfod),
 	})
@@ -211,6 +218,7 @@ func (a *agent) await(work *sync.WaitGroup, d time.Duration, what string) {
 	select {
 	case <-done:
 	case <-time.After(d):
+		a.hung.Store(true)
 		a.log.Warn("gave up waiting", "for", what, "after", d)
 	}
 }
