@@ -42,8 +42,10 @@ func (s *stack) testCulprit(t *testing.T) {
 		if name := phaseOf(sample, functions); name != "" {
 			functions[name].ns += ns
 			known += ns
-			// A wait of d stands for less than d and the mean, which is 10 ms or little more.
-			squares += ns * (ns/waits + 15e6)
+			// A wait of d stands for less than d and the mean of the draws. Each waits half of
+			// the time, and 8 strata of processes that share 100 samples a second have 12.5
+			// each: 40 ms.
+			squares += ns * (ns/waits + 40e6)
 		}
 	}
 	t.Logf("%.3f s of waiting, in %d rows", all/1e9, len(p.Sample))
