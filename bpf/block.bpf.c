@@ -81,8 +81,9 @@ static __always_inline void to_device(struct hf_block_places *e, struct hf_block
 	s->issue = now;
 }
 
-/* The key of the sample that is to be taken, 0: none. */
-static __always_inline __u64 start(struct hf_block_places *e, struct hf_block_request *s, struct request *rq, __u64 now)
+/* The key of the sample that is to be taken, 0: none. now is 0 where the kernel's stamp will do. */
+static __always_inline __u64 start(struct hf_block_places *e, struct hf_block_request *s, struct request *rq,
+				   struct task_struct *task, __u64 now)
 {
 	/* The tag is free again, so the request before has ended. Its end ran no program: some
 	 * virtual machines hide process 1 from BPF, and with it the interrupts that come while it
@@ -95,16 +96,17 @@ static __always_inline __u64 start(struct hf_block_places *e, struct hf_block_re
 	s->issue = 0;
 	s->bytes = rq->__data_len;
 	s->start = now;
-	s->word = hf_by_container ? attribute(rq, true) : 0;
-	if (!hf_stack_rate)
+	s->word = hf_by_container ? attribute(rq, task) : 0;
+	if (!hf_stack_rate || !draw(e, s, operation(rq->cmd_flags & REQ_OP_MASK)))
 		return 0;
-	draw(e, s, operation(rq->cmd_flags & REQ_OP_MASK));
-	return s->sampled ? sample_key(s) : 0;
+	if (!now)
+		s->start = bpf_ktime_get_ns() | 1;
+	return sample_key(s);
 }
 
 static __noinline __u64 slow_start(struct request *rq)
 {
-	struct request_queue *q = rq->q;
+	struct request_queue *q = queue_of(rq);
 	struct hf_block_places *e = learn_queue(q);
 	struct hf_block_request *s;
 
@@ -117,13 +119,50 @@ static __noinline __u64 slow_start(struct request *rq)
 		s = find_state(e, rq);
 	}
 	/* What has no place is counted when it completes. */
-	return s ? start(e, s, rq, bpf_ktime_get_ns()) : 0;
+	return s ? start(e, s, rq, (struct task_struct *)bpf_get_current_task_btf(), bpf_ktime_get_ns() & ~1ULL) : 0;
+}
+
+/* Whether the kernel is about to read the same clock for a stamp of its own: with a plug it does
+ * so once, and all that come into it have that (blk_time_get_ns). */
+static __always_inline bool kernel_stamps(struct request *rq, struct task_struct *task)
+{
+	__u32 op = rq->cmd_flags & REQ_OP_MASK;
+	struct blk_plug *plug = NULL;
+
+	if (!bpf_core_field_exists(plug->cur_ktime) || (op != OP(READ) && op != OP(WRITE)))
+		return false;
+	plug = task->plug;
+	return !plug || !plug->cur_ktime;
+}
+
+/* Our stamp of a start, 0 where the kernel's is as good: it was, for all of the last ones of the
+ * queue that were compared. */
+static __always_inline __u64 stamp(struct hf_block_places *e, struct request *rq, struct task_struct *task)
+{
+	bool kernels = kernel_stamps(rq, task);
+
+	if (likely(kernels && e->stamped >= HF_STAMPS))
+		return 0;
+	return (bpf_ktime_get_ns() & ~1ULL) | kernels;
+}
+
+/* Compares a stamp of ours with the kernel's, which is right after it or is something else. */
+static __always_inline void compare(struct hf_block_places *e, struct hf_block_request *s, struct request *rq)
+{
+	bool stamped = rq->rq_flags & hf_io_stat;
+
+	if (s->start ? !(s->start & 1) : stamped)
+		return;
+	if (!stamped || rq->start_time_ns - s->start > HF_STAMP_NS)
+		e->stamped = 0;
+	else if (e->stamped < HF_STAMPS)
+		e->stamped++;
 }
 
 static __always_inline __u64 handle_start(struct request *rq)
 {
-	__u64 now = bpf_ktime_get_ns();
-	struct hf_block_places *e = find_queue(rq->q);
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
+	struct hf_block_places *e = find_queue(queue_of(rq));
 	struct hf_block_request *s = NULL;
 
 	hf_ran(HF_RAN_START);
@@ -131,7 +170,7 @@ static __always_inline __u64 handle_start(struct request *rq)
 		s = find_state(e, rq);
 	if (unlikely(!s))
 		return slow_start(rq);
-	return start(e, s, rq, now);
+	return start(e, s, rq, task, stamp(e, rq, task));
 }
 
 /* True when what is stored is of an earlier use of the same request: its end and the
@@ -145,7 +184,7 @@ static __always_inline bool is_stale(struct hf_block_request *s, struct request 
 static __noinline int slow_issue(struct request *rq)
 {
 	bool flush = is_flush_rq(rq->rq_flags, rq->cmd_flags & REQ_OP_MASK);
-	struct hf_block_places *e = learn_queue(rq->q);
+	struct hf_block_places *e = learn_queue(queue_of(rq));
 	struct hf_block_request *s;
 
 	if (!e)
@@ -161,7 +200,7 @@ static __noinline int slow_issue(struct request *rq)
 		 * stamped, for each use. */
 		s->start = flush ? rq->start_time_ns : 0;
 		s->bytes = rq->__data_len;
-		s->word = hf_by_container && !flush ? attribute(rq, false) : 0;
+		s->word = hf_by_container && !flush ? attribute(rq, NULL) : 0;
 		if (!flush)
 			adopt(s, rq);
 	} else if (at_device(s)) {
@@ -175,7 +214,7 @@ static __noinline int slow_issue(struct request *rq)
 static __always_inline int handle_issue(struct request *rq)
 {
 	__u64 now = bpf_ktime_get_ns();
-	struct hf_block_places *e = find_queue(rq->q);
+	struct hf_block_places *e = find_queue(queue_of(rq));
 	struct hf_block_request *s = NULL;
 	__u32 bytes = rq->__data_len;
 
@@ -260,7 +299,7 @@ static __noinline int slow_done(struct request *rq, __u8 status, __u32 bytes)
 	__u64 now = bpf_ktime_get_ns(), start = 0, issue = 0, key = 0, total, on_device;
 	__u32 sampled = 0, data_done = 0, slot = HF_SLOT_OTHER, charged = 0, failed = status ? error_class(status) + 1 : 0, depth = 0;
 	bool flush = is_flush_rq(rq_flags, op);
-	struct request_queue *q = rq->q;
+	struct request_queue *q = queue_of(rq);
 	struct hf_block_request *s = NULL;
 	struct hf_block_places *e;
 	struct hf_block_io *io;
@@ -298,6 +337,8 @@ static __noinline int slow_done(struct request *rq, __u8 status, __u32 bytes)
 			give_back(e, rq);
 		start = s->start;
 		issue = s->issue;
+		if (e && !flush)
+			compare(e, s, rq);
 		sampled = s->sampled;
 		data_done = s->data_done;
 		slot = s->slot;
@@ -407,7 +448,7 @@ static __always_inline void add_cells(struct hf_block_io *io, struct hf_request_
 static __always_inline int handle_done(struct request *rq, __u8 status, __u32 bytes)
 {
 	__u64 now = bpf_ktime_get_ns(), start, total, on_device;
-	struct hf_block_places *e = find_queue(rq->q);
+	struct hf_block_places *e = find_queue(queue_of(rq));
 	__u32 rq_flags = rq->rq_flags, cmd_flags = rq->cmd_flags, op = cmd_flags & REQ_OP_MASK, device_cell;
 	struct hf_block_request *s = NULL;
 	enum hf_operation operation;
@@ -435,6 +476,8 @@ static __always_inline int handle_done(struct request *rq, __u8 status, __u32 by
 	io = cells_of(e->device, operation);
 	if (unlikely(!io))
 		return slow_done(rq, status, bytes);
+	if (unlikely(e->stamped < HF_STAMPS))
+		compare(e, s, rq);
 	total = now - start;
 	on_device = now - s->issue;
 	bytes = s->bytes;
@@ -465,7 +508,7 @@ static __always_inline int handle_done(struct request *rq, __u8 status, __u32 by
 static __always_inline int handle_requeue(struct request *rq)
 {
 	__u32 op = rq->cmd_flags & REQ_OP_MASK;
-	struct hf_block_places *e = learn_queue(rq->q);
+	struct hf_block_places *e = learn_queue(queue_of(rq));
 	struct hf_block_request *s;
 	struct hf_block_io *io;
 
@@ -486,7 +529,7 @@ static __always_inline int handle_requeue(struct request *rq)
 /* rq goes into another that waits, and will neither be issued nor complete. */
 static __always_inline int handle_absorb(struct request *rq)
 {
-	struct hf_block_places *e = find_queue(rq->q);
+	struct hf_block_places *e = find_queue(queue_of(rq));
 	struct hf_block_request *s;
 	struct hf_block_io *io;
 
@@ -564,7 +607,7 @@ static __always_inline __u64 handle_bio(struct bio *bio)
 SEC("tp_btf/block_io_start")
 int BPF_PROG(hf_block_start, struct request *rq)
 {
-	__u64 key = handle_start(hf_untrusted(rq));
+	__u64 key = handle_start(rq);
 
 	return key ? take(ctx, key) : 0;
 }
@@ -580,13 +623,13 @@ int BPF_PROG(hf_block_bio, struct bio *bio)
 SEC("tp_btf/block_rq_issue")
 int BPF_PROG(hf_block_issue, struct request *rq)
 {
-	return handle_issue(hf_untrusted(rq));
+	return handle_issue(rq);
 }
 
 SEC("tp_btf/block_rq_complete")
 int BPF_PROG(hf_block_done, struct request *rq, __u8 error, unsigned int bytes)
 {
-	return handle_done(hf_untrusted(rq), error, bytes);
+	return handle_done(rq, error, bytes);
 }
 
 SEC("tp_btf/writeback_bdi_register")
@@ -598,13 +641,13 @@ int BPF_PROG(hf_block_disk)
 SEC("tp_btf/block_rq_requeue")
 int BPF_PROG(hf_block_requeue, struct request *rq)
 {
-	return handle_requeue(hf_untrusted(rq));
+	return handle_requeue(rq);
 }
 
 SEC("tp_btf/block_rq_merge")
 int BPF_PROG(hf_block_absorb, struct request *rq)
 {
-	return handle_absorb(hf_untrusted(rq));
+	return handle_absorb(rq);
 }
 
 SEC("tp_btf/block_bio_backmerge")

@@ -226,7 +226,7 @@ func newBlock(cfg BlockConfig, k blockHooks) (_ *Block, err error) {
 		if err != nil {
 			return nil, err
 		}
-		b.stacks = newBlockStacks(r, b.deviceName)
+		b.stacks = newBlockStacks(r, b.deviceName, coll.Variables[blockVarHfStackSecond])
 	}
 	// Backwards: what tells of new disks comes before what relies on it.
 	for _, name := range slices.Backward(append(slices.Clone(b.programs), blockProgHfCgroupRmdir)) {
@@ -252,7 +252,7 @@ func newBlock(cfg BlockConfig, k blockHooks) (_ *Block, err error) {
 }
 
 // OwnStart tells whether the start of a request is stamped by the hooks, at
-// block_io_start, which Linux 6.5 and newer have. Else it is the kernel's stamp, which
+// block_io_start, which Linux 6.5 and newer have, or by the kernel right behind. Else it is the kernel's stamp, which
 // is of the allocation of the request, perhaps as one of a batch; and where the device's
 // queue/iostats is off there is none: then the total is the device time.
 func (b *Block) OwnStart() bool { return b.ownStart }

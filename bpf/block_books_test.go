@@ -24,15 +24,15 @@ type booksJudge struct{ objs booksObjects }
 
 // newJudgedBlock returns a Block and its judge, nil where the kernel does not say when it
 // closes its books (block_io_done, since Linux 6.5).
-func newJudgedBlock(t *testing.T) (*Block, *booksJudge) {
+func newJudgedBlock(t *testing.T, config BlockConfig) (*Block, *booksJudge) {
 	t.Helper()
 	j := newBooksJudge(t)
 	if j == nil {
-		return newTestBlock(t), nil
+		return newTestBlockOf(t, config), nil
 	}
 	// Programs run in the order in which they were attached.
 	attach(t, j.objs.BooksDone, j.objs.BooksComplete, j.objs.BooksStart)
-	b := newTestBlock(t)
+	b := newTestBlockOf(t, config)
 	attach(t, j.objs.BooksCompleted, j.objs.BooksStarted)
 	return b, j
 }

@@ -58,7 +58,7 @@ __u64 hf_blkcg_root = 0;
 /* What the request is charged to, NULL where there is no such thing. */
 static __always_inline struct blkcg *charge_of(struct request *rq)
 {
-	struct bio *bio = rq->bio;
+	struct bio *bio = bio_of(rq);
 
 	if (!bio || !bpf_core_field_exists(bio->bi_blkg) || !bio->bi_blkg)
 		return NULL;
@@ -80,15 +80,10 @@ static __always_inline __u64 charged_id(struct request *rq)
 	return cgroup ? cgroup->kn->id : 0;
 }
 
-static __always_inline struct css_set *cgroups_of_current(void)
-{
-	return ((struct task_struct *)bpf_get_current_task_btf())->cgroups;
-}
-
 /* Of blkio, where that is on v1. */
-static __always_inline struct cgroup_subsys_state *submitter_v1(void)
+static __always_inline struct cgroup_subsys_state *blkio_v1(struct task_struct *task)
 {
-	struct css_set___many *set = (struct css_set___many *)cgroups_of_current();
+	struct css_set___many *set = (struct css_set___many *)task->cgroups;
 
 	/* One of them is left when the program is loaded: a fixed offset needs no helper. */
 	switch (bpf_core_enum_value(enum cgroup_subsys_id, io_cgrp_id)) {
@@ -101,7 +96,7 @@ static __always_inline struct cgroup_subsys_state *submitter_v1(void)
 }
 
 /* attribute, for what is not the last one's, which it becomes. */
-static __noinline __u32 attribute_anew(struct hf_last_slot *last, struct request *rq, bool submitting)
+static __noinline __u32 attribute_anew(struct hf_last_slot *last, struct request *rq, struct task_struct *submitter)
 {
 	struct blkcg *blkcg = charge_of(rq);
 	bool charged = blkcg && blkcg->css.parent;
@@ -110,17 +105,17 @@ static __noinline __u32 attribute_anew(struct hf_last_slot *last, struct request
 
 	if (blkcg && !charged)
 		hf_blkcg_root = (__u64)blkcg;
-	if (charged || !submitting) {
+	if (charged || !submitter) {
 		if (!blkcg)
 			return 0;
 		cgroup = blkcg->css.cgroup;
 	} else if (hf_blkio_v1) {
-		struct cgroup_subsys_state *css = submitter_v1();
+		struct cgroup_subsys_state *css = blkio_v1(submitter);
 
 		cgroup = css->cgroup;
 		whose = (__u64)css;
 	} else {
-		cgroup = cgroups_of_current()->dfl_cgrp;
+		cgroup = submitter->cgroups->dfl_cgrp;
 		whose = (__u64)cgroup;
 	}
 	last->epoch = hf_slot_epoch;
@@ -130,8 +125,8 @@ static __noinline __u32 attribute_anew(struct hf_last_slot *last, struct request
 }
 
 /* Whose the request is: the slot and charged of hf_block_request.word. Where its start is
- * not seen the current task is anybody: then what is charged to the root is the root's. */
-static __always_inline __u32 attribute(struct request *rq, bool submitting)
+ * not seen that is not known (NULL): then what is charged to the root is the root's. */
+static __always_inline __u32 attribute(struct request *rq, struct task_struct *submitter)
 {
 	__u64 whose = (__u64)charge_of(rq), root = hf_blkcg_root;
 	struct hf_last_slot *last;
@@ -142,11 +137,11 @@ static __always_inline __u32 attribute(struct request *rq, bool submitting)
 		return 0;
 	if (!whose || whose == root) {
 		charged = 0;
-		if (submitting)
-			whose = hf_blkio_v1 ? (__u64)submitter_v1() : (__u64)cgroups_of_current()->dfl_cgrp;
+		if (submitter)
+			whose = hf_blkio_v1 ? (__u64)blkio_v1(submitter) : (__u64)submitter->cgroups->dfl_cgrp;
 	}
 	if (unlikely(!root || last->whose != whose || last->epoch != hf_slot_epoch || last->slot == HF_SLOT_OTHER))
-		return attribute_anew(last, rq, submitting);
+		return attribute_anew(last, rq, submitter);
 	return last->slot << HF_SLOT_SHIFT | charged;
 }
 

@@ -74,6 +74,26 @@ func writeIn(t *testing.T, cgroup, file string, seek, n int) {
 // writeWith is writeIn with other flags of open than O_DIRECT.
 func writeWith(t *testing.T, flag int, cgroup, file string, seek, n int) {
 	t.Helper()
+	// An inode is whose who made it dirty first, its creator.
+	inCgroup(t, cgroup, func() {
+		f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|flag, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		buf := alignedBuffer(t, 16<<10)
+		for i := range n {
+			if _, err := f.WriteAt(buf, int64(seek+i)*16<<10); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
+
+// inCgroup runs fn while this process, and so what it starts, is in a cgroup of the hierarchy
+// of block I/O.
+func inCgroup(t *testing.T, cgroup string, fn func()) {
+	t.Helper()
 	mount, own := ioHierarchy(t)
 	move := func(dir string) {
 		t.Helper()
@@ -81,20 +101,9 @@ func writeWith(t *testing.T, flag int, cgroup, file string, seek, n int) {
 			t.Fatal(err)
 		}
 	}
-	// An inode is whose who made it dirty first, its creator.
 	move(cgroup)
 	defer move(filepath.Join(mount, own))
-	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|flag, 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	buf := alignedBuffer(t, 16<<10)
-	for i := range n {
-		if _, err := f.WriteAt(buf, int64(seek+i)*16<<10); err != nil {
-			t.Fatal(err)
-		}
-	}
+	fn()
 }
 
 // chargesIO tells whether the kernel charges block I/O to a cgroup.

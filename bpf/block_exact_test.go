@@ -293,7 +293,7 @@ func TestBlockMerges(t *testing.T) {
 		t.Run(scheduler, func(t *testing.T) {
 			device, _ := loopDevice(t)
 			setScheduler(t, device, scheduler)
-			b, judge := newJudgedBlock(t)
+			b, judge := newJudgedBlock(t, BlockConfig{})
 			counts, books, beyond := measureBeside(t, b, judge, device, func() {
 				for _, rw := range []string{"write", "read", "randwrite"} {
 					fio(t, device, "--rw="+rw, "--bs=4k", "--size=16M", "--direct=1", "--ioengine=libaio",
@@ -318,7 +318,7 @@ func TestBlockMerges(t *testing.T) {
 // Zeroes that the device writes by itself are an operation of their own.
 func TestBlockWriteZeroes(t *testing.T) {
 	device, _ := loopDevice(t)
-	b, judge := newJudgedBlock(t)
+	b, judge := newJudgedBlock(t, BlockConfig{})
 	const ranges, length = 19, 64 << 10
 	counts, books, beyond := measureBeside(t, b, judge, device, func() {
 		f, err := os.OpenFile(device, os.O_RDWR, 0)

@@ -33,7 +33,7 @@ const volatile bool hf_disk_seen = false;
  * whose end was not seen is overwritten by the next. */
 struct hf_block_request {
 	__u64 rq;    /* the request, 0: none */
-	__u64 start; /* ns, 0: not seen */
+	__u64 start; /* ns, 0: not seen, or the kernel's; odd: the kernel's is to be compared with it */
 	__u64 issue; /* of the last issue, ns, 0: not with the device; with data_done the device time */
 	union {
 		__u32 bytes;  /* the most seen: bios merge in after the start, parts complete before the end */
@@ -52,6 +52,8 @@ struct hf_block_request {
 		};
 	};
 };
+#define HF_STAMPS 64
+#define HF_STAMP_NS 20000 /* from our stamp to the kernel's: an interrupt can come between */
 #define HF_SLOT_SHIFT 13
 #define HF_CHARGED (1U << 20)
 #define HF_MAX_DEPTH 8191
@@ -72,7 +74,8 @@ struct hf_block_places {
 	__u32 device;   /* slot + 1, 0: none */
 	__u32 busy;     /* being written */
 	__u32 full;     /* no places left for it */
-	__u32 pad[2];
+	__u32 stamped;  /* starts in a row that the kernel stamped as we did, up to HF_STAMPS */
+	__u32 pad;
 };
 _Static_assert(sizeof(struct hf_block_places) == 64, "a cache line");
 
@@ -166,6 +169,7 @@ static __noinline int learn(struct hf_block_places *e, struct request_queue *q)
 		return 0;
 	__sync_lock_test_and_set(&e->queue, 0);
 	e->full = !reserve(e, q);
+	e->stamped = 0;
 	if (e->diskseq != disk->diskseq)
 		forget_issued(e);
 	e->diskseq = disk->diskseq;
@@ -174,6 +178,26 @@ static __noinline int learn(struct hf_block_places *e, struct request_queue *q)
 	__sync_lock_test_and_set(&e->queue, (__u64)q);
 	__sync_lock_test_and_set(&e->busy, 0);
 	return 0;
+}
+
+/* Loads of pointers from a request that a hook was given; those of numbers are cheaper
+ * without the cast, which makes the kernel check the address of each. */
+static __always_inline struct request_queue *queue_of(struct request *rq)
+{
+	rq = hf_untrusted(rq);
+	return rq->q;
+}
+
+static __always_inline struct bio *bio_of(struct request *rq)
+{
+	rq = hf_untrusted(rq);
+	return rq->bio;
+}
+
+static __always_inline __u32 context_of(struct request *rq)
+{
+	rq = hf_untrusted(rq);
+	return rq->mq_hctx->queue_num;
 }
 
 /* The queue's entry, if it is known. That its disk is still the same is looked at where
@@ -204,19 +228,19 @@ static __always_inline struct hf_block_request *find_state(struct hf_block_place
 	if ((__u32)tag >= e->depth)
 		return NULL;
 	if (e->contexts > 1)
-		i += rq->mq_hctx->queue_num * e->depth;
+		i += context_of(rq) * e->depth;
 	return state_at(e, i + tag);
 }
 
 static __always_inline struct hf_block_request *find_flush_state(struct hf_block_places *e, struct request *rq)
 {
-	return state_at(e, e->hardware + rq->mq_hctx->queue_num);
+	return state_at(e, e->hardware + context_of(rq));
 }
 
 /* The place of the hardware context that rq goes through. */
 static __always_inline struct hf_block_request *find_context(struct hf_block_places *e, struct request *rq)
 {
-	return state_at(e, e->hardware > 1 ? rq->mq_hctx->queue_num : 0);
+	return state_at(e, e->hardware > 1 ? context_of(rq) : 0);
 }
 
 /* find_queue for all that is not known yet or not any more. */

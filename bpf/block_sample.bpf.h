@@ -15,8 +15,10 @@ struct hf_block_end *hf_export_end __attribute__((unused));
  * before it leaves some out; 0: none at all. */
 const volatile __u32 hf_stack_rate = 0;
 
-#define HF_INTERVAL_NS 1000000000ULL
 #define HF_MAX_WEIGHT_LOG2 31
+
+/* User space adds one each second: to read the clock would cost more than the draw. */
+__u32 hf_stack_second = 0;
 
 /* Of one device and operation on one CPU. Of each 2^period requests that follow each other
  * one is taken, at a place that was drawn before, and has that weight: how many there are
@@ -24,8 +26,8 @@ const volatile __u32 hf_stack_rate = 0;
  * changes, and where a run is left, depends on earlier requests and the time only, not on the
  * place, so the weights are unbiased. A device that is slow shares its budget with no fast one. */
 struct hf_block_rate {
-	__u64 since;  /* start of the interval */
 	__u64 random; /* state of the draws, Knuth's MMIX; a helper would cost more */
+	__u32 second; /* hf_stack_second */
 	__u32 seen;   /* requests in it */
 	__u32 period; /* log2 */
 	__u32 left;   /* of the run */
@@ -82,7 +84,7 @@ static __always_inline void forget_drawn(__u64 bio)
  * before it stand in front of it. */
 static __always_inline void adopt(struct hf_block_request *s, struct request *rq)
 {
-	struct bio *at = rq->bio;
+	struct bio *at = bio_of(rq);
 	struct hf_drawn *d;
 
 	if (!hf_bio_start || !hf_drawn)
@@ -103,20 +105,21 @@ static __always_inline void adopt(struct hf_block_request *s, struct request *rq
 }
 
 /* Draws whether the request's stack is taken, and if so notes it in s. */
-static __always_inline void draw(struct hf_block_places *e, struct hf_block_request *s, enum hf_operation op)
+static __always_inline bool draw(struct hf_block_places *e, struct hf_block_request *s, enum hf_operation op)
 {
+	__u32 second = hf_stack_second;
 	__u32 i = (e->device - 1) * HF_OPERATIONS + op;
 	struct hf_block_rate *r = bpf_map_lookup_elem(&hf_block_rates, &i);
 
 	if (!r)
-		return;
-	if (unlikely(s->start - r->since > HF_INTERVAL_NS)) {
+		return false;
+	if (unlikely(r->second != second)) {
 		/* As many as the last interval had would have been right; never more than twice as
 		 * many as at its end, for what comes in bursts. */
 		if (r->period && (__u64)r->seen < (__u64)hf_stack_rate << (r->period - 1))
 			r->period--;
-		r->since = s->start;
-		r->random += s->start; /* so that no two CPUs draw alike */
+		r->second = second;
+		r->random += bpf_get_prandom_u32(); /* so that no two CPUs draw alike */
 		r->seen = 0;
 		r->left = 0;
 	} else if (unlikely(r->seen >= (__u64)hf_stack_rate << r->period && r->period < HF_MAX_WEIGHT_LOG2)) {
@@ -129,26 +132,26 @@ static __always_inline void draw(struct hf_block_places *e, struct hf_block_requ
 		r->take = r->random >> 33 & (r->left - 1);
 	}
 	r->seen++;
-	if (--r->left == r->take) {
-		s->sampled = 1;
-		s->weight = r->period;
-	}
+	if (--r->left != r->take)
+		return false;
+	s->sampled = 1;
+	s->weight = r->period;
+	return true;
 }
 
 /* Draws whether the stack of the bio's submitter is taken; its key then, else 0. */
 static __always_inline __u64 draw_bio(struct hf_block_places *e, struct bio *bio)
 {
-	struct hf_block_request s = {.start = bpf_ktime_get_ns()};
+	struct hf_block_request s = {};
 	struct hf_drawn d = {};
 	__u64 key = (__u64)bio;
 
 	/* What was not met again is of an earlier use of the bio. */
 	if (unlikely(hf_drawn))
 		forget_drawn(key);
-	draw(e, &s, operation(bio->bi_opf & REQ_OP_MASK));
-	if (!s.sampled)
+	if (!draw(e, &s, operation(bio->bi_opf & REQ_OP_MASK)))
 		return 0;
-	d.start = s.start;
+	d.start = s.start = bpf_ktime_get_ns();
 	d.weight = s.weight;
 	if (bpf_map_update_elem(&hf_block_drawn, &key, &d, BPF_NOEXIST)) {
 		struct hf_counters *c = hf_counters();

@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"time"
 	"unsafe"
+
+	"github.com/cilium/ebpf"
 )
 
 // BlockIO is what a sample of ProfileBlockIO says of its request.
@@ -34,6 +36,9 @@ const DefaultStackRate = 50
 // blockUnknown is HF_BLOCK_UNKNOWN.
 const blockUnknown = ^uint64(0)
 
+// aboutASecond is less than one: drains that are a second apart begin one each.
+const aboutASecond = 900 * time.Millisecond
+
 // maxPending bounds the samples whose requests have not ended, some 2 KB each.
 const maxPending = 4096
 
@@ -42,6 +47,9 @@ const maxPending = 4096
 type blockStacks struct {
 	rings   *rings
 	devices func(slot uint32) (string, error)
+	second  *ebpf.Variable // of the kernel side: which second it is
+	seconds uint32
+	since   time.Time // when the second began
 
 	pending map[uint64]*Sample // by key
 	order   []uint64           // keys in the order in which their samples came; some have left
@@ -51,9 +59,9 @@ type blockStacks struct {
 	evicted     atomic.Uint64 // samples whose end did not come, by weight
 }
 
-func newBlockStacks(r *rings, devices func(uint32) (string, error)) *blockStacks {
+func newBlockStacks(r *rings, devices func(uint32) (string, error), second *ebpf.Variable) *blockStacks {
 	return &blockStacks{
-		rings: r, devices: devices,
+		rings: r, devices: devices, second: second,
 		pending: map[uint64]*Sample{},
 		early:   map[uint64]blockHfBlockEnd{}, late: map[uint64]blockHfBlockEnd{},
 	}
@@ -64,6 +72,12 @@ func (b *blockStacks) drain(fn func(*Sample)) error {
 	var failed error
 	b.late, b.early = b.early, b.late
 	clear(b.early)
+	if now := time.Now(); now.Sub(b.since) > aboutASecond {
+		b.seconds, b.since = b.seconds+1, now
+		if err := b.second.Set(b.seconds); err != nil {
+			return fmt.Errorf("begin a second of samples: %w", err)
+		}
+	}
 	err := b.rings.read(func(record []byte) error {
 		if len(record) != int(unsafe.Sizeof(blockHfBlockEnd{})) {
 			if err := b.rings.sample.decode(record); err != nil {

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
@@ -97,6 +98,7 @@ func testBlockStacks(t *testing.T, early bool) {
 			}
 		}
 		counts, _ = measure(t, b, device, func() {
+			time.Sleep(1100 * time.Millisecond) // what is left out is by the requests of a second
 			for op := range sampled {
 				sampled[op] = &sampledIO{}
 			}

@@ -27,8 +27,13 @@ import (
 
 func newTestBlock(t *testing.T) *Block {
 	t.Helper()
+	return newTestBlockOf(t, BlockConfig{})
+}
+
+func newTestBlockOf(t *testing.T, config BlockConfig) *Block {
+	t.Helper()
 	kerneltest.Require(t)
-	b, err := NewBlock(BlockConfig{})
+	b, err := NewBlock(config)
 	if err != nil {
 		t.Fatalf("%+v", err)
 	}

@@ -98,7 +98,8 @@ type blockHfBlockPlaces struct {
 	Device   uint32
 	Busy     uint32
 	Full     uint32
-	Pad      [2]uint32
+	Stamped  uint32
+	Pad      uint32
 }
 
 type blockHfBlockRequest struct {
@@ -201,6 +202,7 @@ const (
 	blockVarHfSlotEpoch           = "hf_slot_epoch"
 	blockVarHfSlotsTaken          = "hf_slots_taken"
 	blockVarHfStackRate           = "hf_stack_rate"
+	blockVarHfStackSecond         = "hf_stack_second"
 	blockVarHfStates              = "hf_states"
 	blockVarHfTimeCuts            = "hf_time_cuts"
 	blockVarHfTimeFirst           = "hf_time_first"
@@ -326,6 +328,7 @@ type blockVariableSpecs struct {
 	HfSlotEpoch           *ebpf.VariableSpec `ebpf:"hf_slot_epoch"`
 	HfSlotsTaken          *ebpf.VariableSpec `ebpf:"hf_slots_taken"`
 	HfStackRate           *ebpf.VariableSpec `ebpf:"hf_stack_rate"`
+	HfStackSecond         *ebpf.VariableSpec `ebpf:"hf_stack_second"`
 	HfStates              *ebpf.VariableSpec `ebpf:"hf_states"`
 	HfTimeCuts            *ebpf.VariableSpec `ebpf:"hf_time_cuts"`
 	HfTimeFirst           *ebpf.VariableSpec `ebpf:"hf_time_first"`
@@ -436,6 +439,7 @@ type blockVariables struct {
 	HfSlotEpoch           *ebpf.Variable `ebpf:"hf_slot_epoch"`
 	HfSlotsTaken          *ebpf.Variable `ebpf:"hf_slots_taken"`
 	HfStackRate           *ebpf.Variable `ebpf:"hf_stack_rate"`
+	HfStackSecond         *ebpf.Variable `ebpf:"hf_stack_second"`
 	HfStates              *ebpf.Variable `ebpf:"hf_states"`
 	HfTimeCuts            *ebpf.Variable `ebpf:"hf_time_cuts"`
 	HfTimeFirst           *ebpf.Variable `ebpf:"hf_time_first"`

@@ -287,7 +287,7 @@ func TestCPURingFull(t *testing.T) {
 // A ring that is half full ends a wait early, an empty one does not.
 func TestCPUWait(t *testing.T) {
 	c := newCPU(t, 99)
-	go burnDeep(2*MaxUserFrames, 2*time.Second)
+	go burnDeep(2*MaxUserFrames, 3*time.Second)
 	start := time.Now()
 	if err := c.Wait(context.Background(), 10*time.Second); err != nil {
 		t.Fatal(err)

@@ -78,7 +78,7 @@ struct {
  * Nobody reads the rings, user space empties them. Filled where that is how samples are taken. */
 struct hf_kick_ring {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 4096);
+	__uint(max_entries, 65536); /* a page, whatever that is */
 };
 
 struct {

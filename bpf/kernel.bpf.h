@@ -15,7 +15,8 @@ extern void *bpf_rdonly_cast(const void *p, __u32 type) __ksym __attribute__((we
 
 /* p for many paths to many loads of pointers: for each of them that is from what a hook was
  * given, Linux from 6.4 on goes through all of its types when it verifies (type_is_rcu in
- * kernel/bpf/verifier.c), but not from this. It costs nothing at run time. */
+ * kernel/bpf/verifier.c), but not from this. The cast itself is nothing at run time, but each load through it has its
+ * address checked first. */
 #define hf_untrusted(p) (bpf_rdonly_cast ? bpf_rdonly_cast(p, bpf_core_type_id_kernel(typeof(*(p)))) : (void *)(p))
 
 typedef _Bool bool;
@@ -168,6 +169,10 @@ struct sched_info {
 	unsigned long long last_queued;  /* 0 when not waiting */
 };
 
+struct blk_plug {
+	__u64 cur_ktime; /* since da4c8c3d0975 (6.9) */
+};
+
 struct task_struct {
 	unsigned int __state;
 	int on_rq;
@@ -186,6 +191,7 @@ struct task_struct {
 	__u64 start_boottime; /* since cf25e24db61c (5.5) */
 	__u64 self_exec_id;   /* 64 bits since d1e7fd6462ca (5.7) */
 	struct css_set *cgroups;
+	struct blk_plug *plug;
 	char comm[16];
 };
 

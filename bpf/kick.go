@@ -18,28 +18,27 @@ import (
 type kicks []kick
 
 type kick struct {
-	outer    *ebpf.Map // where it is
 	ring     *ebpf.Map
 	consumer []byte // its first page is the position of the reader,
 	producer []byte // its second that of the writer: kernel/bpf/ringbuf.c
 }
 
-// newKicks makes rings for so many kicks a second of a kind on each CPU, and puts them into
-// outer. They come in bursts, and are emptied once a second.
-func newKicks(outer *ebpf.Map, perSecond int) (_ kicks, err error) {
+// newKicks makes rings for so many kicks a second of a kind on each of the CPUs. They come in
+// bursts, and are emptied once a second.
+func newKicks(cpus, perSecond int) (_ kicks, err error) {
 	const record = 16
 	size, page := os.Getpagesize(), os.Getpagesize()
 	for size < 8*record*perSecond && size < 16<<20 {
 		size *= 2
 	}
-	ks := make(kicks, 0, outer.MaxEntries())
+	ks := make(kicks, 0, cpus)
 	defer func() {
 		if err != nil {
 			ks.close()
 		}
 	}()
-	for cpu := range outer.MaxEntries() {
-		k := kick{outer: outer}
+	for cpu := range cpus {
+		var k kick
 		if k.ring, err = ebpf.NewMap(&ebpf.MapSpec{Name: "hf_kick", Type: ebpf.RingBuf, MaxEntries: uint32(size)}); err != nil {
 			return nil, fmt.Errorf("create the kick of CPU %d: %w", cpu, err)
 		}
@@ -50,9 +49,6 @@ func newKicks(outer *ebpf.Map, perSecond int) (_ kicks, err error) {
 		}
 		if err != nil {
 			return nil, fmt.Errorf("map the kick of CPU %d: %w", cpu, err)
-		}
-		if err = outer.Put(cpu, k.ring); err != nil {
-			return nil, fmt.Errorf("install the kick of CPU %d: %w", cpu, err)
 		}
 	}
 	return ks, nil
@@ -66,10 +62,19 @@ func (ks kicks) empty() {
 	}
 }
 
-// uninstall takes the rings out of where the kernel side finds them.
-func (ks kicks) uninstall() error {
-	for cpu, k := range ks {
-		if err := k.outer.Delete(uint32(cpu)); err != nil {
+// install puts the rings to where the kernel side finds them.
+func (ks kicks) install(outer *ebpf.Map) error {
+	rings := make([]*ebpf.Map, len(ks))
+	for i := range ks {
+		rings[i] = ks[i].ring
+	}
+	return putMaps(outer, rings)
+}
+
+// uninstall takes them out again.
+func (ks kicks) uninstall(outer *ebpf.Map) error {
+	for cpu := range ks {
+		if err := outer.Delete(uint32(cpu)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("take out the kick of CPU %d: %w", cpu, err)
 		}
 	}

@@ -52,11 +52,31 @@ func newRings(outer *ebpf.Map, size int) (_ *rings, err error) {
 		if err := r.poller.add(m.FD()); err != nil {
 			return nil, fmt.Errorf("watch ring of CPU %d: %w", cpu, err)
 		}
-		if err := outer.Put(cpu, m); err != nil {
-			return nil, fmt.Errorf("install ring of CPU %d: %w", cpu, err)
-		}
+	}
+	if err := putMaps(outer, r.inner); err != nil {
+		return nil, fmt.Errorf("install rings: %w", err)
 	}
 	return r, nil
+}
+
+// putMaps puts the maps into an array of maps, in its order. Each change of one waits until
+// no program can be using what was there (maybe_wait_bpf_programs), some 10 ms, so all are
+// one change, where the kernel can do that (5.14).
+func putMaps(outer *ebpf.Map, inner []*ebpf.Map) error {
+	keys, fds := make([]uint32, len(inner)), make([]uint32, len(inner))
+	for i, m := range inner {
+		keys[i], fds[i] = uint32(i), uint32(m.FD())
+	}
+	_, err := outer.BatchUpdate(keys, fds, nil)
+	if !errors.Is(err, ebpf.ErrNotSupported) {
+		return err
+	}
+	for i, m := range inner {
+		if err := outer.Put(uint32(i), m); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // drain hands every sample in the rings to fn, ring by ring; within a ring in order of

@@ -243,7 +243,7 @@ static __always_inline void hf_account(struct task_struct *task, struct cfs_rq *
 {
 	__u64 until, quota = hf_throttled(task, queue, t, cells, ktime, ktime - ns, &until);
 
-	if (!quota && !t->moved_ns && ns <= hf_age(ktime, cpu->runs[cpu->newest % HF_RUNS])) {
+	if (!quota && !t->moved_ns && (__s64)ns <= hf_age(ktime, cpu->runs[cpu->newest % HF_RUNS])) {
 		if (cpu->runner < HF_RUNNERS)
 			cells->waited_for[cpu->runner] += ns;
 		w->culprit = cpu->runner;

@@ -52,17 +52,18 @@ struct hf_sched_cpu {
 	hf_run grid[HF_GRID_RUNS];
 };
 
-static __always_inline __u64 hf_age(__u64 now, hf_run run)
+/* Of another CPU's it can have begun after now: less than 0 then. */
+static __always_inline __s64 hf_age(__u64 now, hf_run run)
 {
-	return ((now << 8) - (run & ~255ULL)) >> 8;
+	return (__s64)((now << 8) - (run & ~255ULL)) >> 8;
 }
 
 /* Nobody of a throttled container runs, so what others ran meanwhile is not why it waits. */
-static __always_inline void hf_blame(struct hf_sched_slot *cells, struct hf_wait *w, __u32 runner, __u64 age)
+static __always_inline void hf_blame(struct hf_sched_slot *cells, struct hf_wait *w, __u32 runner, __s64 age)
 {
 	__u64 ns, quota;
 
-	if (age > w->end)
+	if (age > (__s64)w->end)
 		age = w->end;
 	if ((__s64)(age - w->age) <= 0)
 		return;

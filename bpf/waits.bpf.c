@@ -24,6 +24,9 @@ enum {
 /* User frames of a task that is being switched out: some ten us of walking. */
 #define HF_CULPRIT_FRAMES 64
 
+/* A program of a tracepoint, and what calls those. */
+#define HF_TRACEPOINT_FRAMES 2
+
 /* Kernel frames above schedule(), how the hook is called. */
 const volatile __u32 hf_skip_frames = 0;
 
@@ -91,7 +94,8 @@ static __always_inline __u8 hf_futex_state(struct task_struct *task)
 static __always_inline int handle_culprit(void *ctx, struct task_struct *victim)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task_btf();
-	struct hf_moment at = { .profile = HF_PROFILE_CULPRIT, .weight = 1, .user_frames = HF_CULPRIT_FRAMES };
+	struct hf_moment at = { .profile = HF_PROFILE_CULPRIT, .weight = 1,
+				.skip = HF_TRACEPOINT_FRAMES, .user_frames = HF_CULPRIT_FRAMES };
 	__u32 cpu = bpf_get_smp_processor_id(), zero = 0, used;
 	struct hf_waiting *p;
 	struct hf_scratch *s;

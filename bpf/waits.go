@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_waiting waits waits.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
+//go:generate go tool bpf2go -cc clang-19 -strip llvm-strip-19 -target amd64,arm64 -no-global-types -type hf_waiting -type hf_counters waits waits.bpf.c -- -O2 -g -Wall -Werror -mcpu=v3 -I. -I/usr/include/x86_64-linux-gnu
 
 // State is what a thread was blocked for, as far as the kernel tells without its stack.
 type State uint8
@@ -155,6 +155,8 @@ func openWaits(s *Sched, tables *Tables, hook string) (_ *Waits, err error) {
 	}}
 	defer func() {
 		if err != nil {
+			// s goes on drawing.
+			w.kicks.uninstall(s.coll.Maps[schedMapHfKicks])
 			w.Close()
 		}
 	}()
@@ -166,10 +168,6 @@ func openWaits(s *Sched, tables *Tables, hook string) (_ *Waits, err error) {
 	}
 	// Without that address, which takes CAP_SYSLOG, stacks begin with how the hook is called.
 	_, _ = coll.Programs[waitsProgHfFindSchedule].Run(&ebpf.RunOptions{})
-	// What was drawn before could not be taken.
-	if err = coll.Maps[waitsMapHfWaitings].Put(uint32(0), make([]waitsHfWaiting, cpus)); err != nil {
-		return nil, fmt.Errorf("begin to count drawn waits: %w", err)
-	}
 	var l link.Link
 	if hook == waitsProgHfWaitFinish {
 		l, err = link.Kprobe(symbol, coll.Programs[hook], nil)
@@ -181,12 +179,22 @@ func openWaits(s *Sched, tables *Tables, hook string) (_ *Waits, err error) {
 	}
 	w.links = append(w.links, l)
 	if hook == waitsProgHfWaitKick {
-		if w.kicks, err = newKicks(s.coll.Maps[schedMapHfKicks], cmp.Or(s.sampling.PerSecond, DefaultWalks)); err != nil {
+		if w.kicks, err = newKicks(cpus, cmp.Or(s.sampling.PerSecond, DefaultWalks)); err != nil {
 			return nil, err
+		}
+		if err = w.kicks.install(s.coll.Maps[schedMapHfKicks]); err != nil {
+			return nil, fmt.Errorf("install kicks: %w", err)
 		}
 		if err = w.tryKick(); err != nil {
 			return nil, err
 		}
+	}
+	// What was drawn before could not be taken, and is no loss.
+	if err = coll.Maps[waitsMapHfWaitings].Put(uint32(0), make([]waitsHfWaiting, cpus)); err != nil {
+		return nil, fmt.Errorf("begin to count drawn waits: %w", err)
+	}
+	if err = coll.Maps[waitsMapHfCount].Put(uint32(0), make([]waitsHfCounters, cpus)); err != nil {
+		return nil, fmt.Errorf("begin to count: %w", err)
 	}
 	if err = w.tail.Put(uint32(0), coll.Programs[waitsProgHfWaitCulprit]); err != nil {
 		return nil, fmt.Errorf("attach to the end of hf_sched_switch: %w", err)
@@ -208,9 +216,6 @@ func (w *Waits) tryKick() error {
 			return nil
 		}
 		time.Sleep(time.Millisecond)
-	}
-	if err := w.kicks.uninstall(); err != nil {
-		return err
 	}
 	return errNotKicked
 }

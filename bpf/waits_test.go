@@ -3,11 +3,13 @@
 package bpf
 
 import (
+	"errors"
 	"math"
 	"os"
 	"os/exec"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -326,14 +328,23 @@ func TestWaitsObserveTheBlocked(t *testing.T) {
 			}
 		})
 	}
-	observe()
+	// What was observed ends somewhere in a walk: the sum is known to half of both.
+	around := func() (middle time.Time, half time.Duration) {
+		before := time.Now()
+		observe()
+		half = time.Since(before) / 2
+		return before.Add(half), half
+	}
+	from, one := around()
 	got = sampled{}
-	start := time.Now()
-	for range 20 {
+	for range 19 {
 		time.Sleep(100 * time.Millisecond)
 		observe()
 	}
-	got.check(t, "a sleep", uint64(time.Since(start)), 0.03)
+	time.Sleep(100 * time.Millisecond)
+	until, other := around()
+	exact := until.Sub(from)
+	got.check(t, "a sleep", uint64(exact), 0.03+float64(one+other)/float64(exact))
 }
 
 // Each way into the thread that is switched in that there is here.
@@ -348,6 +359,25 @@ func TestWaitsHook(t *testing.T) {
 	}
 }
 
+// kernelSymbol is the address of a function of the kernel, 0 where that is a secret.
+func kernelSymbol(t *testing.T, name string) (address uint64) {
+	t.Helper()
+	b, err := os.ReadFile("/proc/kallsyms")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) == 3 && f[2] == name {
+			if address, err = strconv.ParseUint(f[0], 16, 64); err != nil {
+				t.Fatal(err)
+			}
+			return address
+		}
+	}
+	t.Fatalf("the kernel has no %s", name)
+	return 0
+}
+
 func testWaitsHook(t *testing.T, hook string) {
 	s, err := NewSched(SchedConfig{CgroupV1: CPUControllerV1()})
 	if err != nil {
@@ -360,15 +390,25 @@ func testWaitsHook(t *testing.T, hook string) {
 	}
 	t.Cleanup(func() { tables.Close() })
 	w, err := openWaits(s, tables, hook)
+	if errors.Is(err, errNotKicked) {
+		t.Skip(err)
+	}
 	if err != nil {
 		t.Fatalf("%+v", err)
 	}
 	t.Cleanup(func() { w.Close() })
-	runThreads(t, "5", "2", "10")
-	user := 0
+	threads := runThreads(t, "5", "2", "10")
+	schedule := kernelSymbol(t, "__schedule")
+	user, kernel, above := 0, 0, 0
 	w.drainFor(t, 2*time.Second, func(x *Sample) {
 		if len(x.User) > 0 && x.Profile == ProfileRunqueue {
 			user++
+		}
+		if len(x.Kernel) > 0 && x.PID == uint32(threads.Process.Pid) {
+			kernel++
+			if x.Kernel[0]-schedule >= 8192 {
+				above++
+			}
 		}
 		if len(x.Kernel) == 0 && x.KernelOutcome == OutcomeComplete {
 			t.Error("complete, and no kernel frames")
@@ -376,5 +416,11 @@ func testWaitsHook(t *testing.T, hook string) {
 	})
 	if user == 0 {
 		t.Error("no user stacks of waits")
+	}
+	// How the hook is called is not part of the stack, but for a kprobe. New threads have not
+	// come from schedule().
+	t.Logf("%d of %d kernel stacks begin above schedule()", above, kernel)
+	if schedule != 0 && hook != waitsProgHfWaitFinish && (kernel == 0 || above*10 > kernel) {
+		t.Errorf("%d of %d kernel stacks do not begin in schedule()", above, kernel)
 	}
 }

@@ -13,6 +13,13 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type waitsHfCounters struct {
+	_         structs.HostLayout
+	Dropped   [9]uint64
+	Runs      [16]uint64
+	Delivered uint64
+}
+
 type waitsHfWaiting struct {
 	_             structs.HostLayout
 	WaitNs        uint64
