@@ -265,14 +265,6 @@ static __always_inline void count_flags(struct hf_block_io *io, __u32 op, __u32 
 		io->flagged[HF_BLOCK_METADATA]++;
 }
 
-/* blk_status_t to what it is counted as. */
-static __always_inline enum hf_block_error error_class(__u8 status)
-{
-	if (status == 10)
-		return HF_BLOCK_ERROR_IO;
-	return status && status < HF_BLOCK_ERROR_OTHER ? status : HF_BLOCK_ERROR_OTHER;
-}
-
 /* A request: how long it took, and how much of that on the device, or HF_BLOCK_NEVER or
  * HF_BLOCK_UNKNOWN. Not static: the verifier then looks at the branches only once. */
 __noinline int hf_count_slowly(struct hf_block_io *io, __u64 total, __u64 on_device, __u32 bytes)
