@@ -51,6 +51,7 @@ func TestEndToEnd(t *testing.T) {
 	s.start(t)
 	t.Run("Scrape", s.testFirstScrape) // before anything has happened
 	s.startLoad(t)
+	t.Run("BlockIOProfile", s.testBlockIOProfile) // while fio runs
 	t.Run("Load", func(t *testing.T) {
 		t.Run("Pprof", parallel(s.testPprof))
 		t.Run("Capture", parallel(s.testCapture))

@@ -39,7 +39,7 @@ func startFio(t *testing.T, s *stack, d time.Duration) *fio {
 	f := &fio{device: deviceOf(t, path)}
 	f.before = s.readReads(t, f.device)
 	f.cmd = exec.Command("fio", "--name=e2e", "--filename="+path, "--size=64M", "--rw=randread", "--bs=4k",
-		"--direct=1", "--ioengine=psync", "--time_based", fmt.Sprintf("--runtime=%d", int(d.Seconds())), "--output-format=json")
+		"--direct=1", "--ioengine=psync", "--thread", "--time_based", fmt.Sprintf("--runtime=%d", int(d.Seconds())), "--output-format=json")
 	f.cmd.Stdout = &f.out
 	if err := f.cmd.Start(); err != nil {
 		t.Fatalf("start fio: %v", err)

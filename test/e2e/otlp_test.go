@@ -112,8 +112,8 @@ func metric(messages []*metricspb.MetricsData, name string) (total float64, foun
 	return 0, false
 }
 
-// testCollector reads what the Collector wrote: the metrics, and the burning functions in
-// their shares.
+// testCollector reads what the Collector wrote: the metrics, the burning functions in
+// their shares, and the reads of fio.
 func (s *stack) testCollector(t *testing.T) {
 	eventually(t, 40*time.Second, func() error {
 		messages := s.lastMetrics(t)
@@ -139,6 +139,7 @@ func (s *stack) testCollector(t *testing.T) {
 		}
 		return errors.Join(shares(values, "load::", 5), shares(values, "main.", 5))
 	})
+	eventually(t, 20*time.Second, func() error { return s.checkBlockIOPushed(t) })
 	for _, d := range s.lastMetrics(t) {
 		for _, rm := range d.GetResourceMetrics() {
 			attributes := map[string]string{}
