@@ -9,8 +9,8 @@
 package bpf
 
 import (
-	"errors"
 	"bytes"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
