@@ -254,7 +254,7 @@ enum hf_operation {
 	HF_OPERATIONS = 6,
 };
 
-/* Why a request failed: its blk_status_t (include/linux/blk_types.h), of which the first
+/* Why a request or bio failed: its blk_status_t (include/linux/blk_types.h), of which the first
  * ten are the same in all kernels since 4.13. */
 enum hf_block_error {
 	HF_BLOCK_ERROR_IO = 0, /* BLK_STS_IOERR */
@@ -306,7 +306,7 @@ _Static_assert(sizeof(struct hf_block_io) <= 32768, "limit of a per-CPU map valu
 struct hf_bio_io {
 	__u64 total_ns;
 	__u64 bytes;
-	__u64 errors;
+	__u64 errors[16]; /* by enum hf_block_error; a power of two */
 	__u64 sizes[HF_SIZE_CELLS];
 	__u64 times[256]; /* HF_TIME_CELLS, and a power of two */
 };

@@ -100,7 +100,7 @@ static __always_inline __u64 start(struct hf_block_places *e, struct hf_block_re
 	if (!hf_stack_rate || !draw(e, s, operation(rq->cmd_flags & REQ_OP_MASK)))
 		return 0;
 	if (!now)
-		s->start = bpf_ktime_get_ns() | 1;
+		s->start = bpf_ktime_get_ns() | HF_COMPARE;
 	return sample_key(s);
 }
 
@@ -119,7 +119,7 @@ static __noinline __u64 slow_start(struct request *rq)
 		s = find_state(e, rq);
 	}
 	/* What has no place is counted when it completes. */
-	return s ? start(e, s, rq, (struct task_struct *)bpf_get_current_task_btf(), bpf_ktime_get_ns() & ~1ULL) : 0;
+	return s ? start(e, s, rq, (struct task_struct *)bpf_get_current_task_btf(), bpf_ktime_get_ns() & ~HF_COMPARE) : 0;
 }
 
 /* Whether the kernel is about to read the same clock for a stamp of its own: with a plug it does
@@ -143,7 +143,7 @@ static __always_inline __u64 stamp(struct hf_block_places *e, struct request *rq
 
 	if (likely(kernels && e->stamped >= HF_STAMPS))
 		return 0;
-	return (bpf_ktime_get_ns() & ~1ULL) | kernels;
+	return (bpf_ktime_get_ns() & ~HF_COMPARE) | (kernels ? HF_COMPARE : 0);
 }
 
 /* Compares a stamp of ours with the kernel's, which is right after it or is something else. */
@@ -151,12 +151,18 @@ static __always_inline void compare(struct hf_block_places *e, struct hf_block_r
 {
 	bool stamped = rq->rq_flags & hf_io_stat;
 
-	if (s->start ? !(s->start & 1) : stamped)
+	__s64 behind;
+
+	if (s->start ? !(s->start & HF_COMPARE) : stamped)
 		return;
-	if (!stamped || rq->start_time_ns - s->start > HF_STAMP_NS)
+	behind = rq->start_time_ns - started(s);
+	/* Where a stack is taken, that comes between them. */
+	if (stamped && behind >= 0 && (behind <= HF_STAMP_NS || s->sampled)) {
+		if (e->stamped < HF_STAMPS)
+			e->stamped++;
+	} else if (e->stamped) {
 		e->stamped = 0;
-	else if (e->stamped < HF_STAMPS)
-		e->stamped++;
+	}
 }
 
 static __always_inline __u64 handle_start(struct request *rq)
@@ -259,14 +265,6 @@ static __always_inline void count_flags(struct hf_block_io *io, __u32 op, __u32 
 		io->flagged[HF_BLOCK_METADATA]++;
 }
 
-/* blk_status_t to what it is counted as. */
-static __always_inline enum hf_block_error error_class(__u8 status)
-{
-	if (status == 10)
-		return HF_BLOCK_ERROR_IO;
-	return status && status < HF_BLOCK_ERROR_OTHER ? status : HF_BLOCK_ERROR_OTHER;
-}
-
 /* A request: how long it took, and how much of that on the device, or HF_BLOCK_NEVER or
  * HF_BLOCK_UNKNOWN. Not static: the verifier then looks at the branches only once. */
 __noinline int hf_count_slowly(struct hf_block_io *io, __u64 total, __u64 on_device, __u32 bytes)
@@ -335,7 +333,7 @@ static __noinline int slow_done(struct request *rq, __u8 status, __u32 bytes)
 	if (s && s->rq == (__u64)rq) {
 		if (at_device(s))
 			give_back(e, rq);
-		start = s->start;
+		start = started(s);
 		issue = s->issue;
 		if (e && !flush)
 			compare(e, s, rq);
@@ -463,8 +461,8 @@ static __always_inline int handle_done(struct request *rq, __u8 status, __u32 by
 		return slow_done(rq, status, bytes);
 	/* As in slow_done. */
 	start = rq->start_time_ns;
-	if (s->start > start)
-		start = s->start;
+	if (started(s) > start)
+		start = started(s);
 	if (unlikely(s->issue < start))
 		return slow_done(rq, status, bytes);
 	if (op == OP(READ))

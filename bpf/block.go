@@ -59,7 +59,8 @@ type BlockConfig struct {
 // Sizes are those of requests that carry data. A request with an error counts as any
 // other, and once as error, of the class of the first part that failed, be it all of its
 // bytes or some. One that was merged into another counts as a merge and not as a request,
-// as in diskstats; the other keeps its own start.
+// as in diskstats; the other keeps its own start, or begins with the earlier of both where
+// its start is the kernel's stamp.
 //
 // A request that the driver sent back was issued more than once: its device time is from
 // the last issue, what was before that is queue time.

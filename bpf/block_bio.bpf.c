@@ -11,6 +11,10 @@
 
 #include <bpf/bpf_tracing.h>
 
+/* blk_status_t of a bio that must not wait (REQ_NOWAIT) and would: no error of the device,
+ * who sent it sends it again. The number is the same since 4.13. */
+#define BLK_STS_AGAIN 12
+
 enum {
 	HF_RAN_QUEUE = 0,
 	HF_RAN_COMPLETE = 1,
@@ -38,6 +42,17 @@ struct {
 	__type(key, __u32);
 	__type(value, struct hf_bio_io);
 } hf_bio_cells SEC(".maps");
+
+static __always_inline void count_error(struct hf_bio_io *io, __u8 status)
+{
+	__u32 class;
+
+	if (!status || status == BLK_STS_AGAIN)
+		return;
+	class = error_class(status);
+	bpf_barrier(class);
+	io->errors[class & 15]++;
+}
 
 static __always_inline int handle_queue(struct bio *bio)
 {
@@ -80,8 +95,7 @@ static __always_inline int handle_complete(struct bio *bio)
 			io->bytes += s->bytes;
 			io->sizes[hf_size_cell(s->bytes)]++;
 		}
-		if (bio->bi_status)
-			io->errors++;
+		count_error(io, bio->bi_status);
 	}
 	bpf_map_delete_elem(&hf_bio_state, &key);
 	return 0;

@@ -37,11 +37,11 @@ type BlockBio struct {
 
 // BlockBioCells are the bios of one device and operation, cumulative.
 type BlockBioCells struct {
-	Device    string             // name of the whole device, as in /proc/diskstats
-	Operation string             // as in BlockCells
-	Total     histogram.Snapshot // ns, partition histogram.Time
-	Size      histogram.Snapshot // bytes, partition histogram.Size; of those that carry data
-	Errors    uint64
+	Device    string              // name of the whole device, as in /proc/diskstats
+	Operation string              // as in BlockCells
+	Total     histogram.Snapshot  // ns, partition histogram.Time
+	Size      histogram.Snapshot  // bytes, partition histogram.Size; of those that carry data
+	Errors    [BlockErrors]uint64 // bios that failed; not those that only would have had to wait (BLK_STS_AGAIN)
 }
 
 // NewBlockBio attaches if there is something to measure. It needs what NewBlock does.
@@ -131,7 +131,9 @@ func newBioCells(device, operation string, perCPU []blockBioHfBioIo) BlockBioCel
 		}
 		c.Total.Sum += p.TotalNs
 		c.Size.Sum += p.Bytes
-		c.Errors += p.Errors
+		for j := range c.Errors {
+			c.Errors[j] += p.Errors[j]
+		}
 	}
 	return c
 }

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* What the layers of block I/O have in common: the slots of the devices, and the operations. */
+/* What the layers of block I/O have in common: the slots of the devices, the operations,
+ * and the classes of errors. */
 #ifndef HF_BLOCK_DEVICE_BPF_H
 #define HF_BLOCK_DEVICE_BPF_H
 
@@ -35,6 +36,14 @@ static __always_inline enum hf_operation operation(__u32 op)
 	if (op == OP(DISCARD))
 		return HF_OPERATION_DISCARD;
 	return HF_OPERATION_OTHER;
+}
+
+/* blk_status_t to what it is counted as. */
+static __always_inline enum hf_block_error error_class(__u8 status)
+{
+	if (status == 10)
+		return HF_BLOCK_ERROR_IO;
+	return status && status < HF_BLOCK_ERROR_OTHER ? status : HF_BLOCK_ERROR_OTHER;
 }
 
 struct hf_claim {

@@ -166,8 +166,14 @@ func TestBlockMapper(t *testing.T) {
 			t.Errorf("%s: %d, want %d, in /proc/diskstats %d", x.what, x.ours, x.want, x.book)
 		}
 	}
-	if n := after["read"].Errors - before["read"].Errors; n != failing {
-		t.Errorf("%d errors, want %d", n, failing)
+	for op, c := range after {
+		want := [BlockErrors]uint64{}
+		if op == "read" {
+			want[BlockErrorIO] = failing
+		}
+		if got := errorsSince(c, before[op]); got != want {
+			t.Errorf("%s: errors %v, want %v", op, got, want)
+		}
 	}
 	for _, d := range counts.differences(books, nil) {
 		t.Errorf("below: %s", d)
@@ -182,6 +188,56 @@ func TestBlockMapper(t *testing.T) {
 		t.Errorf("%d bios in flight, want none", n)
 	}
 	awaitIdle(t, requests, loop)
+}
+
+// errorsSince are the errors of c that before did not have, by class.
+func errorsSince(c, before BlockBioCells) [BlockErrors]uint64 {
+	for class := range c.Errors {
+		c.Errors[class] -= before.Errors[class]
+	}
+	return c.Errors
+}
+
+// A bio that must not wait for a device that is suspended comes back at once, for another
+// try: that is no error.
+func TestBlockMapperNoWait(t *testing.T) {
+	requireFile(t, "/dev/mapper/control")
+	loop, _ := loopDevice(t)
+	const name, suspend, suspended = "hostflame-nowait", 6, 2 // DM_DEV_SUSPEND, DM_SUSPEND_FLAG
+	device := mappedDevice(t, name, mapperTarget{0, 16 << 20 / 512, "linear", loop + " 2048"})
+	bios := newTestBio(t)
+	f, err := os.OpenFile(device, os.O_RDONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	buf := alignedBuffer(t, 4096)
+	before := bioCells(t, bios, device)["read"]
+	mapper(t, suspend, name, suspended)
+	const refused, reads = 17, 23
+	func() {
+		defer mapper(t, suspend, name, 0)
+		for i := range int64(refused) {
+			if _, err := unix.Preadv2(int(f.Fd()), [][]byte{buf}, i*4096, unix.RWF_NOWAIT); !errors.Is(err, unix.EAGAIN) {
+				t.Fatalf("read without waiting of a device that is suspended: %v, want EAGAIN", err)
+			}
+		}
+	}()
+	for i := range int64(reads) {
+		if _, err := f.ReadAt(buf, i*4096); err != nil {
+			t.Fatal(err)
+		}
+	}
+	after := bioCells(t, bios, device)["read"]
+	if n := after.Total.Count() - before.Total.Count(); n != refused+reads {
+		t.Errorf("%d bios, want %d sent back and %d read", n, refused, reads)
+	}
+	if got := errorsSince(after, before); got != [BlockErrors]uint64{} {
+		t.Errorf("errors %v, want none", got)
+	}
+	if n := openBios(t, bios); n != 0 {
+		t.Errorf("%d bios in flight, want none", n)
+	}
 }
 
 // mirrorOf makes a mirror of loop devices, and returns its path.

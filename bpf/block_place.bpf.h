@@ -33,7 +33,7 @@ const volatile bool hf_disk_seen = false;
  * whose end was not seen is overwritten by the next. */
 struct hf_block_request {
 	__u64 rq;    /* the request, 0: none */
-	__u64 start; /* ns, 0: not seen, or the kernel's; odd: the kernel's is to be compared with it */
+	__u64 start; /* ns, 0: not seen, or the kernel's; with HF_COMPARE the kernel's is to be like it */
 	__u64 issue; /* of the last issue, ns, 0: not with the device; with data_done the device time */
 	union {
 		__u32 bytes;  /* the most seen: bios merge in after the start, parts complete before the end */
@@ -52,6 +52,7 @@ struct hf_block_request {
 		};
 	};
 };
+#define HF_COMPARE 1ULL
 #define HF_STAMPS 64
 #define HF_STAMP_NS 20000 /* from our stamp to the kernel's: an interrupt can come between */
 #define HF_SLOT_SHIFT 13
@@ -59,6 +60,11 @@ struct hf_block_request {
 #define HF_MAX_DEPTH 8191
 _Static_assert(HF_SLOTS <= 128 && HF_SLOT_OTHER == 0, "a slot has 7 bits, and word 0 says nothing");
 _Static_assert(sizeof(struct hf_block_request) == 32, "half a cache line");
+
+static __always_inline __u64 started(struct hf_block_request *s)
+{
+	return s->start & ~HF_COMPARE;
+}
 
 /* Where the requests of one request_queue have their places: from base on one for each
  * hardware context itself, one for the flush request of each, then hardware context *

@@ -24,7 +24,7 @@ var operationNames = [blockHfOperationHF_OPERATIONS]string{
 	blockHfOperationHF_OPERATION_OTHER:        "other",
 }
 
-// BlockError is why a request failed (enum hf_block_error).
+// BlockError is why a request or bio failed (enum hf_block_error).
 type BlockError uint8
 
 // BlockErrorIO is what most failures are.

@@ -17,7 +17,7 @@ type blockBioHfBioIo struct {
 	_       structs.HostLayout
 	TotalNs uint64
 	Bytes   uint64
-	Errors  uint64
+	Errors  [16]uint64
 	Sizes   [24]uint64
 	Times   [256]uint64
 }

@@ -61,7 +61,7 @@ func newRings(outer *ebpf.Map, size int) (_ *rings, err error) {
 
 // putMaps puts the maps into an array of maps, in its order. Each change of one waits until
 // no program can be using what was there (maybe_wait_bpf_programs), some 10 ms, so all are
-// one change, where the kernel can do that (5.14).
+// one change, where the kernel can do that (5.19).
 func putMaps(outer *ebpf.Map, inner []*ebpf.Map) error {
 	keys, fds := make([]uint32, len(inner)), make([]uint32, len(inner))
 	for i, m := range inner {

@@ -10,6 +10,7 @@ package bpf
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -231,6 +232,9 @@ func (s *Sample) decode(record []byte) error {
 		Stop:          stop,
 		Stack:         stack,
 		StackStart:    stop.SP - redZone,
+	}
+	if h.MeanNs > 0 && h.Value == 0 {
+		return errors.New("decode sample: it was drawn by time and took none")
 	}
 	if h.MeanNs > 0 {
 		s.Duration = h.Value

@@ -168,6 +168,11 @@ func openWaits(s *Sched, tables *Tables, hook string) (_ *Waits, err error) {
 	}
 	// Without that address, which takes CAP_SYSLOG, stacks begin with how the hook is called.
 	_, _ = coll.Programs[waitsProgHfFindSchedule].Run(&ebpf.RunOptions{})
+	// What was drawn before can not be taken.
+	forget := func() error { return coll.Maps[waitsMapHfWaitings].Put(uint32(0), make([]waitsHfWaiting, cpus)) }
+	if err = forget(); err != nil {
+		return nil, fmt.Errorf("begin to take drawn waits: %w", err)
+	}
 	var l link.Link
 	if hook == waitsProgHfWaitFinish {
 		l, err = link.Kprobe(symbol, coll.Programs[hook], nil)
@@ -189,8 +194,8 @@ func openWaits(s *Sched, tables *Tables, hook string) (_ *Waits, err error) {
 			return nil, err
 		}
 	}
-	// What was drawn before could not be taken, and is no loss.
-	if err = coll.Maps[waitsMapHfWaitings].Put(uint32(0), make([]waitsHfWaiting, cpus)); err != nil {
+	// Nor is it a loss.
+	if err = forget(); err != nil {
 		return nil, fmt.Errorf("begin to count drawn waits: %w", err)
 	}
 	if err = coll.Maps[waitsMapHfCount].Put(uint32(0), make([]waitsHfCounters, cpus)); err != nil {

@@ -47,7 +47,7 @@ type BlockContainerIO struct {
 type BlockBio struct {
 	Device, Operation string
 	Total, Size       histogram.Snapshot // as in Block
-	Errors            uint64
+	Errors            map[string]uint64  // bios that ended with an error, by class; all classes are there
 }
 
 // BlockReader reads the block layer's counters.
@@ -111,7 +111,7 @@ func newBlockGroup(r BlockReader, created time.Time) group {
 		bioSize: desc("hostflame_block_bio_size_bytes",
 			"Size of bios of block devices that have no requests."),
 		bioErrors: desc("hostflame_block_bio_errors_total",
-			"Bios of block devices that have no requests that ended with an error."),
+			"Bios of block devices that have no requests that ended with an error, by class.", "class"),
 		containerLatency: byContainer("latency_seconds",
 			"Time of a container's block I/O requests from their start to their last byte."),
 		containerQueue: byContainer("queue_latency_seconds",
@@ -158,7 +158,9 @@ func (g *blockGroup) collect(emit func(prometheus.Metric)) error {
 	for _, s := range bios {
 		b.add(newHistogram(g.bioLatency, timeLayout(), s.Total, g.created, s.Device, s.Operation))
 		b.add(newHistogram(g.bioSize, sizeLayout(), s.Size, g.created, s.Device, s.Operation))
-		b.add(counter(g.bioErrors, g.created, float64(s.Errors), s.Device, s.Operation))
+		for class, n := range s.Errors {
+			b.add(counter(g.bioErrors, g.created, float64(n), s.Device, s.Operation, class))
+		}
 	}
 	for _, c := range containers {
 		for op, s := range c.Operations {

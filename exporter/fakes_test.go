@@ -79,7 +79,7 @@ func (f *fakeBlock) ReadBlockContainers() ([]BlockContainer, error) {
 
 func (f *fakeBlock) ReadBlockBios() ([]BlockBio, error) {
 	read := testBlock("zram0", "read", 5)
-	return []BlockBio{{"zram0", "read", read.Total, read.Size, 3}}, f.err
+	return []BlockBio{{"zram0", "read", read.Total, read.Size, map[string]uint64{"io": 3, "medium": 0}}}, f.err
 }
 
 func (f *fakeBlock) ReadInFlight() (map[string]int, error) { return map[string]int{"vda": 7}, f.err }

@@ -79,6 +79,15 @@ func blocked(c bpf.SchedCells) map[string]histogram.Snapshot {
 	return map[string]histogram.Snapshot{"block_io": c.BlockedIO, "other": c.Blocked}
 }
 
+// errorsByClass are the counts of the label `class`.
+func errorsByClass(errors [bpf.BlockErrors]uint64) map[string]uint64 {
+	byClass := make(map[string]uint64, len(errors))
+	for class, n := range errors {
+		byClass[bpf.BlockError(class).String()] = n
+	}
+	return byClass
+}
+
 type blockReader struct {
 	block *bpf.Block
 	bio   *bpf.BlockBio // nil where it does not work
@@ -98,12 +107,9 @@ func (r blockReader) ReadBlock() ([]exporter.Block, error) {
 		list[i] = exporter.Block{
 			Device: c.Device, Operation: c.Operation,
 			Total: c.Total, Queue: c.Queue, DeviceTime: c.DeviceTime, Size: c.Size, Depth: c.Depth,
-			Errors:  map[string]uint64{},
+			Errors:  errorsByClass(c.Errors),
 			Flagged: map[string]uint64{"sync": c.Sync, "readahead": c.Readahead, "metadata": c.Metadata},
 			Merges:  c.Merges, Requeues: c.Requeues, Splits: c.Splits,
-		}
-		for class, n := range c.Errors {
-			list[i].Errors[bpf.BlockError(class).String()] = n
 		}
 	}
 	return list, nil
@@ -140,7 +146,9 @@ func (r blockReader) ReadBlockBios() ([]exporter.BlockBio, error) {
 	}
 	list := make([]exporter.BlockBio, len(cells))
 	for i, c := range cells {
-		list[i] = exporter.BlockBio(c)
+		list[i] = exporter.BlockBio{
+			Device: c.Device, Operation: c.Operation, Total: c.Total, Size: c.Size, Errors: errorsByClass(c.Errors),
+		}
 	}
 	return list, nil
 }

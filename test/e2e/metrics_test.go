@@ -85,7 +85,7 @@ func (s *stack) testFirstScrape(t *testing.T) {
 			t.Errorf("%s is not in the first scrape", name)
 		}
 	}
-	for _, operation := range []string{"read", "write", "flush", "discard", "other"} {
+	for _, operation := range []string{"read", "write", "flush", "discard", "write-zeroes", "other"} {
 		for _, name := range []string{"hostflame_block_io_latency_seconds", "hostflame_block_io_errors_total"} {
 			if _, n := value(families, name, map[string]string{"operation": operation}); n == 0 {
 				t.Errorf("%s{operation=%q} is not in the first scrape", name, operation)
