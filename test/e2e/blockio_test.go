@@ -62,6 +62,13 @@ func (s *stack) blockIO(t *testing.T, device, operation string, least time.Durat
 
 // testBlockIOProfile takes profiles while fio reads.
 func (s *stack) testBlockIOProfile(t *testing.T) {
+	// It has read its own pages then, which are not direct reads.
+	eventually(t, 30*time.Second, func() error {
+		if n := s.fio.account(t, "syscr"); n < 1000 {
+			return fmt.Errorf("fio has called read %d times", n)
+		}
+		return nil
+	})
 	t.Run("Reads", parallel(s.testBlockIOReads))
 	t.Run("Writes", parallel(func(t *testing.T) {
 		if list := s.fio.samples(s.blockIO(t, s.fio.device, "write", 0)); len(list) > 0 {
@@ -77,9 +84,9 @@ func (s *stack) testBlockIOProfile(t *testing.T) {
 
 // testBlockIOReads takes the reads of fio, all and the longer ones.
 func (s *stack) testBlockIOReads(t *testing.T) {
-	before := s.fio.didRead(t)
+	before := s.fio.account(t, "read_bytes")
 	all := s.blockIO(t, s.fio.device, "read", 0)
-	did := s.fio.didRead(t) - before
+	did := s.fio.account(t, "read_bytes") - before
 	var requests, latency, bytes, inKernel, inUser int64
 	for _, sample := range s.fio.samples(all) {
 		requests += sample.Value[0]
@@ -103,7 +110,8 @@ func (s *stack) testBlockIOReads(t *testing.T) {
 	if bytes < did/2 || bytes > did*3/2 {
 		t.Errorf("%d bytes were read by fio, it says %d", bytes, did)
 	}
-	if bytes != 4096*requests {
+	// A page fault of its own can be among them, and stand for many.
+	if bytes < 4096*requests || bytes > 4096*requests*5/4 {
 		t.Errorf("%d reads of fio have %d bytes, want 4096 each", requests, bytes)
 	}
 	if inKernel < requests*9/10 || inUser < requests*9/10 {
@@ -127,17 +135,16 @@ func (f *fio) samples(p *profile.Profile) (list []*profile.Sample) {
 	return list
 }
 
-// didRead is how many bytes fio has read from the disk, by the kernel's account (proc_pid_io(5)).
-func (f *fio) didRead(t *testing.T) int64 {
+// account is what the kernel has counted of fio (proc_pid_io(5)).
+func (f *fio) account(t *testing.T, name string) (n int64) {
 	t.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", f.cmd.Process.Pid))
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, rest, _ := strings.Cut(string(b), "\nread_bytes: ")
-	var n int64
+	_, rest, _ := strings.Cut(string(b), "\n"+name+": ")
 	if _, err := fmt.Sscan(rest, &n); err != nil {
-		t.Fatalf("read_bytes of fio: %v in\n%s", err, b)
+		t.Fatalf("%s of fio: %v in\n%s", name, err, b)
 	}
 	return n
 }
