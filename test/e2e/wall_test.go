@@ -71,13 +71,14 @@ func checkWall(t *testing.T, a *agent.Agent, program, dir string, seconds int) {
 	for _, phase := range phaseStates {
 		functions[phase.function], states[phase.function] = new(estimate), map[string]float64{}
 	}
-	var all estimate
+	var all, whole estimate
 	for _, sample := range p.Sample {
 		tid := sample.NumLabel["tid"][0]
 		if threads[tid] == nil {
 			threads[tid] = new(estimate)
 		}
 		threads[tid].add(sample)
+		whole.add(sample)
 		if name := phaseOf(sample, functions); name != "" {
 			all.add(sample)
 			functions[name].add(sample)
@@ -89,28 +90,33 @@ func checkWall(t *testing.T, a *agent.Agent, program, dir string, seconds int) {
 		t.Errorf("threads %v, want two", threads)
 	}
 	for tid, e := range threads {
-		t.Logf("thread %d: %.3f s of %.3f s, standard error %.3f s", tid, e.ns/1e9, wall/1e9, e.deviation()/1e9)
-		if math.Abs(e.ns-wall) > 0.02*wall+4*e.deviation() {
+		deviation := whole.deviation(wall - (e.ns - e.drawn))
+		t.Logf("thread %d: %.3f s of %.3f s, standard error %.3f s", tid, e.ns/1e9, wall/1e9, deviation/1e9)
+		if math.Abs(e.ns-wall) > 0.02*wall+4*deviation {
 			t.Errorf("thread %d: %.3f s of %.3f s", tid, e.ns/1e9, wall/1e9)
 		}
 	}
-	said, total := map[string]float64{}, 0.0
+	type times struct{ wall, off float64 } // ns
+	said, total := map[string]times{}, times{}
 	for line := range strings.Lines(phases.Wait()) {
 		var name string
 		var wall, cpu float64
 		if _, err := fmt.Sscanf(line, "%s wall %f cpu %f", &name, &wall, &cpu); err != nil {
 			t.Fatalf("phases said %q: %v", line, err)
 		}
-		said[name] = wall
-		total += wall
+		said[name] = times{wall, wall - cpu}
+		total.wall += wall
+		total.off += wall - cpu
 	}
 	for name, phase := range phaseStates {
-		e, state := functions[phase.function], states[phase.function]
-		got, want := 100*e.ns/all.ns, 100*said[name]/total
-		allowed := max(3, 400*e.deviation()/all.ns)
-		t.Logf("%s: %.1f %% of the time, it says %.1f %% (allowed %.1f); %.2v", phase.function, got, want, allowed, state)
+		e, state, truth := functions[phase.function], states[phase.function], said[name]
+		got, want := e.ns/all.ns, truth.wall/total.wall
+		// Its own error counts in the sum, too.
+		its, rest := (1-want)*whole.deviation(truth.off), want*whole.deviation(total.off-truth.off)
+		allowed := max(0.03, 4*math.Hypot(its, rest)/total.wall)
+		t.Logf("%s: %.1f %% of the time, it says %.1f %% (allowed %.1f); %.2v", phase.function, 100*got, 100*want, 100*allowed, state)
 		if math.Abs(got-want) > allowed {
-			t.Errorf("%s has %.1f %% of the time, want %.1f within %.1f", phase.function, got, want, allowed)
+			t.Errorf("%s has %.1f %% of the time, want %.1f within %.1f", phase.function, 100*got, 100*want, 100*allowed)
 		}
 		if phase.state == "" {
 			continue
@@ -133,16 +139,25 @@ func phaseOf(s *profile.Sample, functions map[string]*estimate) string {
 	return ""
 }
 
-// estimate is a sum over samples that were drawn by time, and its variance.
-type estimate struct{ ns, variance float64 }
+// estimate is a sum over samples that were drawn by time, in ns.
+type estimate struct {
+	ns      float64
+	drawn   float64 // of it, what was not on a CPU: that comes at a fixed rate
+	squares float64
+}
 
 // add adds a row: n samples of about one value each.
 func (e *estimate) add(s *profile.Sample) {
 	n, ns := float64(s.Value[0]), float64(s.Value[1])
 	e.ns += ns
-	if s.Label["state"][0] != "cpu" { // those come at a fixed rate
-		e.variance += ns * ns / n
+	if s.Label["state"][0] != "cpu" {
+		e.drawn += ns
+		e.squares += ns * ns / n
 	}
 }
 
-func (e *estimate) deviation() float64 { return math.Sqrt(e.variance) }
+// deviation is the standard deviation of the sum of samples like those of e, when they are
+// drawn from ns of time: a time of d is drawn with p = 1 - exp(-d/T) and counts as d/p, the
+// variance of which is less than d T. Not that of the samples which came: where there are few,
+// it is small whenever the sum is.
+func (e *estimate) deviation(ns float64) float64 { return math.Sqrt(max(0, ns) * e.squares / e.drawn) }
