@@ -39,6 +39,9 @@ func seated(t *testing.T, s *Sched) map[int]schedHfTask {
 func stored(t *testing.T, s *Sched, tid int) (task schedHfTask, ok bool) {
 	t.Helper()
 	fd, err := unix.PidfdOpen(tid, unix.PIDFD_THREAD)
+	if errors.Is(err, unix.EINVAL) { // before Linux 6.9, for the first thread of a process only
+		fd, err = unix.PidfdOpen(tid, 0)
+	}
 	if err != nil {
 		t.Fatalf("open pidfd of thread %d: %v", tid, err)
 	}
