@@ -174,7 +174,7 @@ func TestBlockEqualsDiskstats(t *testing.T) {
 	quiesce(t, device)
 	// A completion that the kernel hides from BPF is no fault of ours; another round then.
 	hidden := hiddenCompletions(t, device)
-	for range 5 {
+	for range rounds {
 		before := hidden.read(t)
 		differences := compareWithDiskstats(t, b, device)
 		if hidden.read(t) != before {
@@ -186,7 +186,7 @@ func TestBlockEqualsDiskstats(t *testing.T) {
 		}
 		return
 	}
-	t.Error("completions came while process 1 was current in each of 5 rounds: no judgement")
+	t.Errorf("completions came while process 1 was current in each of %d rounds: no judgement", rounds)
 }
 
 // compareWithDiskstats makes a known load on device and returns where our counts differ from
