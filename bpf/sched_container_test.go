@@ -242,15 +242,20 @@ func bothMethods(t *testing.T, test func(t *testing.T, s *Sched)) {
 	hurry(t)
 	for _, stamps := range []bool{false, true} {
 		t.Run(map[bool]string{false: "sched_info", true: "stamps"}[stamps], func(t *testing.T) {
+			hidden := hiddenArrivals(t)
 			s, err := NewSched(SchedConfig{CgroupV1: CPUControllerV1(), stampWakeups: stamps})
 			if err != nil {
 				t.Fatalf("%+v", err)
 			}
 			defer s.Close()
+			arrivalsBefore[s] = hidden
 			test(t, s)
 		})
 	}
 }
+
+// arrivalsBefore has hiddenArrivals from before each Sched of bothMethods.
+var arrivalsBefore = map[*Sched]uint64{}
 
 const causesFor = 2 * time.Second
 

@@ -181,7 +181,7 @@ func observe(t *testing.T, s *Sched, j *judge) (o observation) {
 			o.verdict = j.read(t)
 		}
 	}
-	o.hidden = hiddenArrivals(t)
+	o.hidden = hiddenArrivals(t) // the last, so that what was dropped is of no more
 	return o
 }
 
