@@ -180,11 +180,11 @@ func measureDevice(t *testing.T, b *Block, device string, load func()) (ioCounts
 // measureBeside is measureDevice with what the judge measured.
 func measureBeside(t *testing.T, b *Block, judge *booksJudge, device string, load func()) (ioCounts, ioBooks, *outside) {
 	t.Helper()
-	hidden := hiddenCompletions(t, device)
+	hidden := kerneltest.CountHiddenCompletions(t, device, "")
 	for range rounds {
-		seen := hidden.read(t)
+		seen := hidden.Read(t)
 		counts, books, beyond := during(t, b, judge, device, load)
-		if hidden.read(t) == seen {
+		if hidden.Read(t) == seen {
 			return counts, books, beyond
 		}
 	}
@@ -248,7 +248,7 @@ func awaitIdle(t *testing.T, b *Block, device string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n, hidden := n[filepath.Base(device)], hiddenSince[b].read(t); n < 0 || uint64(n) > hidden {
+	if n, hidden := n[filepath.Base(device)], hiddenSince[b].Read(t); n < 0 || uint64(n) > hidden {
 		t.Errorf("%d requests of %s in flight, the kernel has none, and %d completions were hidden", n, device, hidden)
 	}
 }
