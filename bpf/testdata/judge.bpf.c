@@ -74,6 +74,7 @@ struct {
 
 struct judge_task {
 	__u64 queued;    /* ktime since when it waits, else 0 */
+	__u64 woken;     /* that is from a wakeup */
 	__u64 slept;     /* ktime since when it sleeps, else 0 */
 	__u64 switching; /* the same by judge_switching */
 	__u64 waking;    /* ktime of the sched_waking that ends that, else 0 */
@@ -125,9 +126,12 @@ static __always_inline void stamp(struct task_struct *task, __u64 now)
 	t = bpf_task_storage_get(&tasks, task, NULL, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (!t)
 		return;
-	/* A task that was preempted on its way to sleep waits since then. */
-	if (!t->queued)
+	/* A task that was preempted on its way to sleep waits since then. One that is woken
+	 * twice has run meanwhile, unseen, as process 1 does where it is hidden. */
+	if (!t->queued || t->woken) {
 		t->queued = now;
+		t->woken = 1;
+	}
 	if (t->slept) {
 		c = cgroup_of(task);
 		if (c) {
@@ -200,6 +204,7 @@ int BPF_PROG(judge_switch, bool preempt, struct task_struct *prev, struct task_s
 		t = bpf_task_storage_get(&tasks, prev, NULL, BPF_LOCAL_STORAGE_GET_F_CREATE);
 		if (t) {
 			t->queued = preempt || prev->__state == 0 ? now : 0;
+			t->woken = 0;
 			t->slept = t->queued ? 0 : now;
 			t->switching = c->switching;
 			t->waking = 0;
@@ -217,7 +222,7 @@ int BPF_PROG(judge_switch, bool preempt, struct task_struct *prev, struct task_s
 				add(&group->waits, 1);
 				add(&group->wait_ns, now - t->queued);
 			}
-			t->queued = 0;
+			t->queued = t->woken = 0;
 		} else {
 			c->unknown++;
 			group = t && t->slept ? cgroup_of(next) : NULL;
