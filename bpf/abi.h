@@ -215,8 +215,9 @@ struct hf_rqlength {
 	__u64 cells[HF_LENGTH_CELLS];
 };
 
-/* What the scheduler hooks know of a task. */
+/* What the scheduler hooks know of a task. What every switch touches is in the first 64 bytes. */
 struct hf_task {
+	__u64 task;         /* its address; 0: nobody has the seat */
 	__u64 out_ns;       /* ktime of its last switch-out, 0 if none was seen */
 	__u64 run_delay_ns; /* run_delay up to which the hook has counted */
 	__u64 arrivals;     /* sched_info.pcount, likewise */
@@ -225,17 +226,25 @@ struct hf_task {
 	__u8 slot;
 	__u8 runnable;      /* at the last switch-out */
 	__u8 fresh;         /* no switch-in counted yet */
+	__u8 moved;         /* to another CPU, while it waited */
+	__u64 drawn_ns;     /* ktime up to which its blocked time has been drawn from */
+	__u32 tid;          /* in the initial pid namespace, when it became known */
 	__u8 moved_asleep;  /* queued elsewhere while it slept: see hf_sched_move */
+	__u8 unseated;      /* in task storage */
+	__u8 pad[2];
+	/* If runnable: */
 	__u64 queue;        /* address of the cfs_rq that it waits in, and how long that had */
 	__u64 throttled_ns; /* been throttled when it began to */
-	__u64 quota_ns;     /* of the wait, what it was throttled in queues before */
-	__u64 moved_ns;     /* ktime of the last move while it waited, else 0 */
+	__u32 rt_throttled; /* at the switch-out: real-time tasks had used up their time */
+	/* If moved: */
 	__u32 moved_from;   /* CPU */
-	__u32 rt_throttled; /* at the last switch-out: real-time tasks had used up their time */
+	__u64 moved_ns;     /* ktime of the last move */
+	__u64 quota_ns;     /* of the wait, what it was throttled in queues before */
 	__u64 woken_ns;     /* ktime; only where there is no sched_info */
 	__u64 known_ns;     /* run_delay when the task became known */
-	__u64 drawn_ns;     /* ktime up to which its blocked time has been drawn from */
+	__u64 pad2;
 };
+_Static_assert(sizeof(struct hf_task) == 128, "of two cache lines, the second seldom");
 
 /* The hook's books and the kernel's, over the tasks alive. */
 struct hf_accounting {

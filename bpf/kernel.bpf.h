@@ -329,6 +329,7 @@ enum rqf_flags {
 
 #define CSS_ONLINE (1 << 1)
 #define MAX_RT_PRIO 100
+#define TASK_DEAD 0x80 /* the last state of all; has this value in all kernels since 4.15 */
 #define VM_EXEC 0x00000004
 #define PF_EXITING 0x00000004
 #define PF_KTHREAD 0x00200000

@@ -13,6 +13,7 @@
 #include "histogram.bpf.h"
 #include "rqclock.bpf.h"
 #include "sched_runs.bpf.h"
+#include "task.bpf.h"
 #include <bpf/bpf_core_read.h>
 #include <bpf/bpf_tracing.h>
 
@@ -49,13 +50,6 @@ struct {
 } hf_sched_cells SEC(".maps");
 
 struct {
-	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct hf_task);
-} hf_tasks SEC(".maps");
-
-struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
@@ -70,12 +64,16 @@ struct {
 	__type(value, __u32);
 } hf_sched_tail SEC(".maps");
 
-/* Makes the storage of a task, or finds it. What the kernel booked before stays out. */
-static __always_inline struct hf_task *know(struct task_struct *task, bool asleep)
+/* Makes a task known that was born just now, or whatever it did before. What the kernel booked
+ * before stays out. */
+static __always_inline struct hf_task *know(struct task_struct *task, bool born)
 {
-	struct hf_task first = { .fresh = true };
+	struct hf_task first = { .task = HF_SEAT_TAKEN, .tid = task->pid, .fresh = true }, *t;
 
-	if (asleep)
+	/* One that is born where another died can not be it. */
+	if (!born && (t = known(task)))
+		return t;
+	if (!born && task->__state && !task->on_rq)
 		first.out_ns = bpf_ktime_get_ns();
 	if (!hf_stamp_wakeups) {
 		/* In this order: an arrival in between then shows as a missing one. */
@@ -84,12 +82,51 @@ static __always_inline struct hf_task *know(struct task_struct *task, bool aslee
 		first.run_delay_ns = task->sched_info.run_delay;
 		first.known_ns = first.run_delay_ns;
 	}
+	t = hf_seat_of(task);
+	if (t && (t->task == (__u64)task || !__sync_val_compare_and_swap(&t->task, 0, HF_SEAT_TAKEN))) {
+		*t = first;
+		__sync_lock_test_and_set(&t->task, (__u64)task); /* after the rest */
+		return t;
+	}
+	first.unseated = true;
 	return bpf_task_storage_get(&hf_tasks, task, &first, BPF_LOCAL_STORAGE_GET_F_CREATE);
 }
 
-static __always_inline struct hf_task *known(struct task_struct *task)
+/* What is known of the task, copied if it has no seat: one of the two on this CPU that are switched.
+ * Not inline, because it is rare. */
+static __noinline struct hf_task *hf_borrow(struct task_struct *task, __u32 which)
 {
-	return bpf_task_storage_get(&hf_tasks, task, NULL, 0);
+	struct hf_task *stored = bpf_task_storage_get(&hf_tasks, task, NULL, 0), *t;
+	__u32 seat = (1 << hf_seat_bits) + 2 * bpf_get_smp_processor_id() + which;
+
+	t = bpf_map_lookup_elem(&hf_seats, &seat);
+	if (!stored || !t)
+		return NULL;
+	*t = *stored;
+	return t;
+}
+
+static __noinline int hf_give_back(struct task_struct *task, struct hf_task *t)
+{
+	struct hf_task *stored = bpf_task_storage_get(&hf_tasks, task, NULL, 0);
+
+	if (stored)
+		*stored = *t;
+	return 0;
+}
+
+/* Ends with hf_done. */
+static __always_inline struct hf_task *hf_switched(struct task_struct *task, __u32 which)
+{
+	struct hf_task *t = hf_seated(task);
+
+	return t ? t : hf_borrow(task, which);
+}
+
+static __always_inline void hf_done(struct task_struct *task, struct hf_task *t)
+{
+	if (t->unseated)
+		hf_give_back(task, t);
 }
 
 /* How long tasks in a queue have been throttled, in ns that only grow. */
@@ -206,13 +243,13 @@ static __always_inline __u64 hf_throttled(struct task_struct *task, struct cfs_r
 	__u64 ns = hf_throttled_ns(queue), past;
 
 	*until = ktime;
-	if (t->rt_throttled) {
+	if (t->runnable && t->rt_throttled) {
 		past = hf_rt_throttled_most(task, queue);
 		if (past < ktime - since)
 			*until = since + past;
 		return *until - since;
 	}
-	if (!ns && !t->quota_ns)
+	if (!ns && !t->moved)
 		return 0;
 	/* The first to be switched in after a throttling, in its container and on this CPU,
 	 * learns of it. */
@@ -230,7 +267,7 @@ static __always_inline __u64 hf_throttled(struct task_struct *task, struct cfs_r
 	if (cells->throttled_until)
 		*until = cells->throttled_until;
 	if (t->runnable)
-		return t->quota_ns + (t->queue == (__u64)queue ? ns - t->throttled_ns : 0);
+		return (t->moved ? t->quota_ns : 0) + (t->queue == (__u64)queue ? ns - t->throttled_ns : 0);
 	if (since >= cells->throttled_until)
 		return 0;
 	return cells->throttled_until - (since > cells->throttled_from ? since : cells->throttled_from);
@@ -243,7 +280,7 @@ static __always_inline void hf_account(struct task_struct *task, struct cfs_rq *
 {
 	__u64 until, quota = hf_throttled(task, queue, t, cells, ktime, ktime - ns, &until);
 
-	if (!quota && !t->moved_ns && (__s64)ns <= hf_age(ktime, cpu->runs[cpu->newest % HF_RUNS])) {
+	if (!quota && !t->moved && (__s64)ns <= hf_age(ktime, cpu->runs[cpu->newest % HF_RUNS])) {
 		if (cpu->runner < HF_RUNNERS)
 			cells->waited_for[cpu->runner] += ns;
 		w->culprit = cpu->runner;
@@ -257,7 +294,7 @@ static __always_inline void hf_account(struct task_struct *task, struct cfs_rq *
 	w->quota_age = ktime - until;
 	w->slot = slot;
 	w->end = ns;
-	if (t->moved_ns && ktime - t->moved_ns < ns) {
+	if (t->moved && ktime - t->moved_ns < ns) {
 		w->end = ktime - t->moved_ns;
 		hf_blame_runs(cpu, cells, w);
 		w->end = ns;
@@ -385,9 +422,9 @@ static __always_inline bool handle_switch_in(struct task_struct *prev, struct ta
 	} else {
 		drop(reason);
 	}
-	t->runnable = t->fresh = t->moved_asleep = false;
-	t->quota_ns = t->moved_ns = t->woken_ns = 0;
-	t->rt_throttled = 0;
+	t->runnable = t->fresh = t->moved = t->moved_asleep = false;
+	if (hf_stamp_wakeups)
+		t->woken_ns = 0;
 	return blamed;
 }
 
@@ -403,12 +440,14 @@ static __always_inline void handle_switch_out(struct task_struct *task, struct c
 	}
 	t->out_ns = ktime;
 	t->runnable = runnable;
-	if (!runnable)
+	if (!runnable) {
+		if (task->__state == TASK_DEAD && !t->unseated)
+			t->task = 0;
 		return;
+	}
 	t->queue = (__u64)queue;
 	t->throttled_ns = hf_throttled_ns(queue);
-	if (task->prio < MAX_RT_PRIO)
-		t->rt_throttled = hf_rt_throttled(task, queue);
+	t->rt_throttled = task->prio < MAX_RT_PRIO && hf_rt_throttled(task, queue);
 	if (runner == HF_RUNNER_NOBODY)
 		return; /* its quota is used up */
 	cells = bpf_map_lookup_elem(&hf_sched_cells, &slot);
@@ -449,7 +488,7 @@ static __always_inline bool handle_switch(bool preempt, struct task_struct *prev
 	hf_run_ends(cpu, ktime, rq, !prev->pid);
 
 	if (next->pid) {
-		in = known(next);
+		in = hf_switched(next, 0);
 		if (in) {
 			slot = hf_slot_of_task(cgroups, in);
 		} else {
@@ -459,12 +498,16 @@ static __always_inline bool handle_switch(bool preempt, struct task_struct *prev
 	}
 	runner = hf_runner_of(next, slot);
 	if (prev->pid)
-		out = known(prev);
+		out = hf_switched(prev, 1);
 	/* The kernel keeps a preempted task queued whatever its state. */
-	if (out)
+	if (out) {
 		handle_switch_out(prev, from, out, out->slot, ktime, preempt || prev->__state == 0, runner);
-	if (in)
+		hf_done(prev, out);
+	}
+	if (in) {
 		wanted = handle_switch_in(prev, next, to, in, cpu, slot, ktime, now, clock);
+		hf_done(next, in);
+	}
 
 	if (runner != cpu->runner)
 		hf_run_begins(cpu, ktime, runner);
@@ -486,7 +529,7 @@ int BPF_PROG(hf_task_newtask, struct task_struct *task)
 {
 	hf_ran(HF_TASK_NEWTASK);
 	if (task->pid)
-		know(task, false);
+		know(task, true);
 	return 0;
 }
 
@@ -515,9 +558,12 @@ int BPF_PROG(hf_sched_move, struct task_struct *task)
 		return 0;
 	}
 	queue = task->se.cfs_rq;
+	if (!t->moved)
+		t->quota_ns = 0;
 	if (t->runnable && t->queue == (__u64)queue)
 		t->quota_ns += hf_throttled_ns(queue) - t->throttled_ns;
 	t->queue = 0;
+	t->moved = true;
 	t->moved_ns = bpf_ktime_get_ns();
 	t->moved_from = queue->rq->cpu;
 	return 0;
@@ -549,7 +595,7 @@ int BPF_PROG(hf_sched_wakenew, struct task_struct *task)
 	return handle_wakeup(task);
 }
 
-/* Walks the tasks: makes the storage that is missing, and sums the books. */
+/* Walks the tasks: makes known those that are not, and sums the books. */
 SEC("iter/task")
 int hf_task_iter(struct bpf_iter__task *ctx)
 {
@@ -560,10 +606,10 @@ int hf_task_iter(struct bpf_iter__task *ctx)
 	__u32 zero = 0;
 
 	hf_ran(HF_TASK_ITER);
-	if (!task)
+	if (!task || task->__state == TASK_DEAD) /* has left its seat */
 		return 0;
 	sum = bpf_map_lookup_elem(&hf_accounts, &zero);
-	t = know(task, task->__state && !task->on_rq);
+	t = know(task, false);
 	if (!sum || !t || hf_stamp_wakeups)
 		return 0;
 	run_delay = task->sched_info.run_delay;

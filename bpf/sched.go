@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/bits"
 	"strconv"
 	"sync"
 
@@ -40,6 +41,7 @@ type SchedConfig struct {
 	// For tests:
 	stampWakeups bool // although there is sched_info
 	slots        int  // so many, if not 0
+	seatBits     int  // 1 << seatBits seats for threads, if not 0
 }
 
 // Sched measures the run-queue latency of every switch-in of every thread, why it waited,
@@ -64,6 +66,7 @@ type Sched struct {
 	iter     *link.Iter
 	stamps   bool // wakeups are stamped, there is no sched_info
 	cgroupV1 bool
+	seatBits int
 	sampling WaitSampling
 	cancel   context.CancelFunc
 	tended   sync.WaitGroup
@@ -117,10 +120,13 @@ func openSched(cfg SchedConfig) (*Sched, error) {
 	variables[schedVarHfTimeCuts] = index.Cuts
 	variables[schedVarHfCgroupV1] = cfg.CgroupV1
 	variables[schedVarHfStampWakeups] = stamps
+	seatBits := cmp.Or(cfg.seatBits, seatBits(cpus))
+	variables[schedVarHfSeatBits] = uint32(seatBits)
 	if err := setVariables(spec, variables); err != nil {
 		return nil, err
 	}
 	spec.Maps[schedMapHfSchedCells].MaxEntries = uint32(cmp.Or(cfg.slots, schedSlots(cpus)))
+	spec.Maps[schedMapHfSeats].MaxEntries = uint32(1<<seatBits + 2*cpus)
 	spec.Maps[schedMapHfKicks].MaxEntries = uint32(cpus)
 	// In the order of hf_ran's argument.
 	programs := []string{schedProgHfSchedSwitch, schedProgHfTaskNewtask, schedProgHfTaskIter, schedProgHfSchedMove}
@@ -137,7 +143,7 @@ func openSched(cfg SchedConfig) (*Sched, error) {
 	if err != nil {
 		return nil, fmt.Errorf("load sched object: %w", err)
 	}
-	s := &Sched{stamps: stamps, cgroupV1: cfg.CgroupV1, sampling: cfg.Sampling, object: object{coll: coll, programs: programs, reasons: reasons}}
+	s := &Sched{stamps: stamps, cgroupV1: cfg.CgroupV1, seatBits: seatBits, sampling: cfg.Sampling, object: object{coll: coll, programs: programs, reasons: reasons}}
 	name := cfg.ContainerName
 	if name == nil {
 		name = func(cgroup uint64) string { return strconv.FormatUint(cgroup, 10) }
@@ -170,6 +176,10 @@ func (s *Sched) know() error {
 	}
 	return s.walk()
 }
+
+// seatBits is the logarithm of how many threads can have a seat (task.bpf.h), of 128 bytes. More
+// are counted as exactly, only slower.
+func seatBits(cpus int) int { return min(max(12+bits.Len(uint(cpus-1)), 13), 16) }
 
 // requireGroupScheduling returns ErrNoGroupScheduling where a field that the hook reads is
 // absent.

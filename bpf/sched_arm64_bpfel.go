@@ -146,6 +146,7 @@ const (
 
 type schedHfTask struct {
 	_           structs.HostLayout
+	Task        uint64
 	OutNs       uint64
 	RunDelayNs  uint64
 	Arrivals    uint64
@@ -154,16 +155,21 @@ type schedHfTask struct {
 	Slot        uint8
 	Runnable    uint8
 	Fresh       uint8
+	Moved       uint8
+	DrawnNs     uint64
+	Tid         uint32
 	MovedAsleep uint8
+	Unseated    uint8
+	Pad         [2]uint8
 	Queue       uint64
 	ThrottledNs uint64
-	QuotaNs     uint64
-	MovedNs     uint64
-	MovedFrom   uint32
 	RtThrottled uint32
+	MovedFrom   uint32
+	MovedNs     uint64
+	QuotaNs     uint64
 	WokenNs     uint64
 	KnownNs     uint64
-	DrawnNs     uint64
+	Pad2        uint64
 }
 
 // Names of all BPF objects in the ELF.
@@ -177,6 +183,7 @@ const (
 	schedMapHfSchedCells      = "hf_sched_cells"
 	schedMapHfSchedCpus       = "hf_sched_cpus"
 	schedMapHfSchedTail       = "hf_sched_tail"
+	schedMapHfSeats           = "hf_seats"
 	schedMapHfSlotsFree       = "hf_slots_free"
 	schedMapHfTasks           = "hf_tasks"
 	schedMapHfWaitings        = "hf_waitings"
@@ -197,6 +204,8 @@ const (
 	schedVarHfExportSlot      = "hf_export_slot"
 	schedVarHfLog2Byte        = "hf_log2_byte"
 	schedVarHfLog2Fraction    = "hf_log2_fraction"
+	schedVarHfOrigin          = "hf_origin"
+	schedVarHfSeatBits        = "hf_seat_bits"
 	schedVarHfSlotEpoch       = "hf_slot_epoch"
 	schedVarHfSlotsTaken      = "hf_slots_taken"
 	schedVarHfStampWakeups    = "hf_stamp_wakeups"
@@ -267,6 +276,7 @@ type schedMapSpecs struct {
 	HfSchedCells *ebpf.MapSpec `ebpf:"hf_sched_cells"`
 	HfSchedCpus  *ebpf.MapSpec `ebpf:"hf_sched_cpus"`
 	HfSchedTail  *ebpf.MapSpec `ebpf:"hf_sched_tail"`
+	HfSeats      *ebpf.MapSpec `ebpf:"hf_seats"`
 	HfSlotsFree  *ebpf.MapSpec `ebpf:"hf_slots_free"`
 	HfTasks      *ebpf.MapSpec `ebpf:"hf_tasks"`
 	HfWaitings   *ebpf.MapSpec `ebpf:"hf_waitings"`
@@ -286,6 +296,8 @@ type schedVariableSpecs struct {
 	HfExportSlot      *ebpf.VariableSpec `ebpf:"hf_export_slot"`
 	HfLog2Byte        *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
 	HfLog2Fraction    *ebpf.VariableSpec `ebpf:"hf_log2_fraction"`
+	HfOrigin          *ebpf.VariableSpec `ebpf:"hf_origin"`
+	HfSeatBits        *ebpf.VariableSpec `ebpf:"hf_seat_bits"`
 	HfSlotEpoch       *ebpf.VariableSpec `ebpf:"hf_slot_epoch"`
 	HfSlotsTaken      *ebpf.VariableSpec `ebpf:"hf_slots_taken"`
 	HfStampWakeups    *ebpf.VariableSpec `ebpf:"hf_stamp_wakeups"`
@@ -321,6 +333,7 @@ type schedMaps struct {
 	HfSchedCells *ebpf.Map `ebpf:"hf_sched_cells"`
 	HfSchedCpus  *ebpf.Map `ebpf:"hf_sched_cpus"`
 	HfSchedTail  *ebpf.Map `ebpf:"hf_sched_tail"`
+	HfSeats      *ebpf.Map `ebpf:"hf_seats"`
 	HfSlotsFree  *ebpf.Map `ebpf:"hf_slots_free"`
 	HfTasks      *ebpf.Map `ebpf:"hf_tasks"`
 	HfWaitings   *ebpf.Map `ebpf:"hf_waitings"`
@@ -335,6 +348,7 @@ func (m *schedMaps) Close() error {
 		m.HfSchedCells,
 		m.HfSchedCpus,
 		m.HfSchedTail,
+		m.HfSeats,
 		m.HfSlotsFree,
 		m.HfTasks,
 		m.HfWaitings,
@@ -355,6 +369,8 @@ type schedVariables struct {
 	HfExportSlot      *ebpf.Variable `ebpf:"hf_export_slot"`
 	HfLog2Byte        *ebpf.Variable `ebpf:"hf_log2_byte"`
 	HfLog2Fraction    *ebpf.Variable `ebpf:"hf_log2_fraction"`
+	HfOrigin          *ebpf.Variable `ebpf:"hf_origin"`
+	HfSeatBits        *ebpf.Variable `ebpf:"hf_seat_bits"`
 	HfSlotEpoch       *ebpf.Variable `ebpf:"hf_slot_epoch"`
 	HfSlotsTaken      *ebpf.Variable `ebpf:"hf_slots_taken"`
 	HfStampWakeups    *ebpf.Variable `ebpf:"hf_stamp_wakeups"`

@@ -189,16 +189,14 @@ func booked(t *testing.T, l *workload) (sum uint64) {
 // counted sums what the hook has counted for the threads of the load.
 func counted(t *testing.T, s *Sched, l *workload) (sum uint64) {
 	t.Helper()
+	seats := seated(t, s)
 	for _, tid := range threads(t, l.cmd.Process.Pid) {
-		fd, err := unix.PidfdOpen(tid, unix.PIDFD_THREAD)
-		if err != nil {
-			t.Fatalf("open pidfd of thread %d: %v", tid, err)
+		task, ok := seats[tid]
+		if !ok {
+			task, ok = stored(t, s, tid)
 		}
-		var task schedHfTask
-		err = s.coll.Maps[schedMapHfTasks].Lookup(int32(fd), &task)
-		unix.Close(fd)
-		if err != nil {
-			t.Fatalf("look up thread %d: %v", tid, err)
+		if !ok {
+			t.Fatalf("nothing is known of thread %d", tid)
 		}
 		sum += task.RunDelayNs - task.KnownNs
 	}

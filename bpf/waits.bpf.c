@@ -12,6 +12,7 @@
 #include "regs.bpf.h"
 #include "sample.bpf.h"
 #include "draw.bpf.h"
+#include "task.bpf.h"
 #include <bpf/bpf_tracing.h>
 
 /* Positions in the program list, for hf_ran. */
@@ -35,13 +36,6 @@ __u64 hf_schedule;
 __u32 hf_kick_frames;
 #define HF_SCHEDULE_BYTES 8192 /* __schedule and schedule() behind it, at most */
 #define HF_KICK_FRAMES 16
-
-struct {
-	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct hf_task);
-} hf_tasks SEC(".maps");
 
 /* Of the walk over the threads, of which there is one at a time; it can be preempted. */
 struct hf_walked {
@@ -298,7 +292,7 @@ int hf_blocked_iter(struct bpf_iter__task *ctx)
 	if (!task || task->on_rq || !task->__state || task->flags & PF_EXITING)
 		return 0;
 	w = bpf_map_lookup_elem(&hf_walked, &zero);
-	t = bpf_task_storage_get(&hf_tasks, task, NULL, 0);
+	t = known(task);
 	if (!w || !t || !t->out_ns || t->runnable)
 		return 0;
 	now = bpf_ktime_get_ns();

@@ -114,6 +114,7 @@ func openWaits(s *Sched, tables *Tables, hook string) (_ *Waits, err error) {
 	size := ringSize(3 * cmp.Or(s.sampling.PerSecond, DefaultWalks))
 	variables := s.sampling.variables()
 	variables[waitsVarHfCgroupV1] = s.cgroupV1
+	variables[waitsVarHfSeatBits] = uint32(s.seatBits)
 	variables[waitsVarHfRingHalf] = uint64(size / 2)
 	variables[waitsVarHfMaxFrames] = maxFrames()
 	variables[waitsVarHfAddressMask] = AddressMask()
@@ -139,8 +140,11 @@ func openWaits(s *Sched, tables *Tables, hook string) (_ *Waits, err error) {
 		return nil, fmt.Errorf("count CPUs: %w", err)
 	}
 	spec.Maps[waitsMapHfRings].MaxEntries = uint32(cpus)
+	spec.Maps[waitsMapHfSeats].MaxEntries = s.coll.Maps[schedMapHfSeats].MaxEntries()
 	spec.Maps[waitsMapHfKicks].MaxEntries = uint32(cpus)
 	replace := tables.replace(spec)
+	replace[waitsMapHfSeats] = s.coll.Maps[schedMapHfSeats]
+	replace[".data.origin"] = s.coll.Maps[".data.origin"]
 	replace[waitsMapHfTasks] = s.coll.Maps[schedMapHfTasks]
 	replace[waitsMapHfWaitings] = s.coll.Maps[schedMapHfWaitings]
 	replace[waitsMapHfKicks] = s.coll.Maps[schedMapHfKicks]

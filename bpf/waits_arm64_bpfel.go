@@ -51,6 +51,7 @@ const (
 	waitsMapHfPlaces           = "hf_places"
 	waitsMapHfRings            = "hf_rings"
 	waitsMapHfScratch          = "hf_scratch"
+	waitsMapHfSeats            = "hf_seats"
 	waitsMapHfTables           = "hf_tables"
 	waitsMapHfTasks            = "hf_tasks"
 	waitsMapHfWaitings         = "hf_waitings"
@@ -82,8 +83,10 @@ const (
 	waitsVarHfLog2Byte         = "hf_log2_byte"
 	waitsVarHfLog2Fraction     = "hf_log2_fraction"
 	waitsVarHfMaxFrames        = "hf_max_frames"
+	waitsVarHfOrigin           = "hf_origin"
 	waitsVarHfRingHalf         = "hf_ring_half"
 	waitsVarHfSchedule         = "hf_schedule"
+	waitsVarHfSeatBits         = "hf_seat_bits"
 	waitsVarHfSkipFrames       = "hf_skip_frames"
 	waitsVarHfTimeCuts         = "hf_time_cuts"
 	waitsVarHfTimeFirst        = "hf_time_first"
@@ -153,6 +156,7 @@ type waitsMapSpecs struct {
 	HfPlaces   *ebpf.MapSpec `ebpf:"hf_places"`
 	HfRings    *ebpf.MapSpec `ebpf:"hf_rings"`
 	HfScratch  *ebpf.MapSpec `ebpf:"hf_scratch"`
+	HfSeats    *ebpf.MapSpec `ebpf:"hf_seats"`
 	HfTables   *ebpf.MapSpec `ebpf:"hf_tables"`
 	HfTasks    *ebpf.MapSpec `ebpf:"hf_tasks"`
 	HfWaitings *ebpf.MapSpec `ebpf:"hf_waitings"`
@@ -183,8 +187,10 @@ type waitsVariableSpecs struct {
 	HfLog2Byte         *ebpf.VariableSpec `ebpf:"hf_log2_byte"`
 	HfLog2Fraction     *ebpf.VariableSpec `ebpf:"hf_log2_fraction"`
 	HfMaxFrames        *ebpf.VariableSpec `ebpf:"hf_max_frames"`
+	HfOrigin           *ebpf.VariableSpec `ebpf:"hf_origin"`
 	HfRingHalf         *ebpf.VariableSpec `ebpf:"hf_ring_half"`
 	HfSchedule         *ebpf.VariableSpec `ebpf:"hf_schedule"`
+	HfSeatBits         *ebpf.VariableSpec `ebpf:"hf_seat_bits"`
 	HfSkipFrames       *ebpf.VariableSpec `ebpf:"hf_skip_frames"`
 	HfTimeCuts         *ebpf.VariableSpec `ebpf:"hf_time_cuts"`
 	HfTimeFirst        *ebpf.VariableSpec `ebpf:"hf_time_first"`
@@ -219,6 +225,7 @@ type waitsMaps struct {
 	HfPlaces   *ebpf.Map `ebpf:"hf_places"`
 	HfRings    *ebpf.Map `ebpf:"hf_rings"`
 	HfScratch  *ebpf.Map `ebpf:"hf_scratch"`
+	HfSeats    *ebpf.Map `ebpf:"hf_seats"`
 	HfTables   *ebpf.Map `ebpf:"hf_tables"`
 	HfTasks    *ebpf.Map `ebpf:"hf_tasks"`
 	HfWaitings *ebpf.Map `ebpf:"hf_waitings"`
@@ -236,6 +243,7 @@ func (m *waitsMaps) Close() error {
 		m.HfPlaces,
 		m.HfRings,
 		m.HfScratch,
+		m.HfSeats,
 		m.HfTables,
 		m.HfTasks,
 		m.HfWaitings,
@@ -267,8 +275,10 @@ type waitsVariables struct {
 	HfLog2Byte         *ebpf.Variable `ebpf:"hf_log2_byte"`
 	HfLog2Fraction     *ebpf.Variable `ebpf:"hf_log2_fraction"`
 	HfMaxFrames        *ebpf.Variable `ebpf:"hf_max_frames"`
+	HfOrigin           *ebpf.Variable `ebpf:"hf_origin"`
 	HfRingHalf         *ebpf.Variable `ebpf:"hf_ring_half"`
 	HfSchedule         *ebpf.Variable `ebpf:"hf_schedule"`
+	HfSeatBits         *ebpf.Variable `ebpf:"hf_seat_bits"`
 	HfSkipFrames       *ebpf.Variable `ebpf:"hf_skip_frames"`
 	HfTimeCuts         *ebpf.Variable `ebpf:"hf_time_cuts"`
 	HfTimeFirst        *ebpf.Variable `ebpf:"hf_time_first"`
