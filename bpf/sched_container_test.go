@@ -265,20 +265,21 @@ func awaitRunsEverywhere(t *testing.T, s *Sched) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	counters := func() (perCPU []cpuHfCounters) {
-		if err := s.coll.Maps[cpuMapHfCount].Lookup(uint32(0), &perCPU); err != nil {
+	switches := func(cpu int) uint64 {
+		var perCPU []schedHfSchedCpu
+		if err := s.coll.Maps[schedMapHfSchedCpus].Lookup(uint32(0), &perCPU); err != nil {
 			t.Fatal(err)
 		}
-		return perCPU
+		return perCPU[cpu].Switches
 	}
 	for _, cpu := range cpus {
 		stop, stopped := make(chan struct{}), make(chan error, 1)
 		go func() { stopped <- switchOn(cpu, stop) }()
-		before := counters()[cpu].Runs[0]
-		for end := time.Now().Add(5 * time.Second); counters()[cpu].Runs[0] == before; time.Sleep(time.Millisecond) {
+		before := switches(cpu)
+		for end := time.Now().Add(5 * time.Second); switches(cpu) == before; time.Sleep(time.Millisecond) {
 			if time.Now().After(end) {
 				stats, err := s.Stats()
-				t.Errorf("%s does not run on CPU %d of %v: %+v; %+v, %v", s.programs[0], cpu, cpus, counters(), stats, err)
+				t.Errorf("%s ran %d times on CPU %d of %v, and no more: %+v, %v", s.programs[0], before, cpu, cpus, stats, err)
 				for _, l := range s.links {
 					info, err := l.Info()
 					t.Logf("link %+v, %v", info, err)
