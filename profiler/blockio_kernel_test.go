@@ -185,7 +185,8 @@ func TestBlockIOByFunction(t *testing.T) {
 	if nanos <= 0 || nanos > numbers["syncns"] {
 		t.Errorf("syncKnown: %d ns of I/O in %d ns of fsync", nanos, numbers["syncns"])
 	}
-	t.Logf("%v; profile: %d syncs' writes, %d ns; %d reads and %d bytes hidden; comments %q", numbers, requests, nanos, hiddenReads, hiddenBytes, got.p.Comments)
+	t.Logf("%v; profile: %d syncs' writes, %d ns; %d reads and %d bytes hidden; %d rows, stacks %v; comments %q",
+		numbers, requests, nanos, hiddenReads, hiddenBytes, len(got.p.Sample), p.Stats().Stacks["blockio"], got.p.Comments)
 	if none.err != nil || len(none.p.Sample) != 0 {
 		t.Errorf("%d samples of reads that took an hour: %v", len(none.p.Sample), none.err)
 	}
