@@ -226,12 +226,12 @@ func TestBlockByContainer(t *testing.T) {
 	if !chargesIO(t, one) && !b.OwnStart() {
 		t.Skip("without the io controller the kernel charges the root, and who submits is not seen")
 	}
-	hidden := countTracepoint(t, "block/block_rq_complete", true)
+	hidden := kerneltest.CountHiddenCompletions(t, "", "")
 	writeIn(t, one, file, 0, 211)
 	writeIn(t, two, file, 1024, 53)
 	writeIn(t, one, file, 2048, 7)
 	got := containersByName(t, b)
-	lost := hidden.read(t) * 16384
+	lost := hidden.Read(t) * 16384
 	for name, blocks := range map[string]uint64{"one": 218, "two": 53} {
 		c := got[name]
 		if len(c.Operations) == 0 {
@@ -299,7 +299,7 @@ func TestBlockByContainerOfSubmitter(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	hidden := countTracepoint(t, "block/block_rq_complete", true)
+	hidden := kerneltest.CountHiddenCompletions(t, "", "")
 	for _, how := range []struct {
 		name   string
 		write  func()
@@ -322,11 +322,11 @@ func TestBlockByContainerOfSubmitter(t *testing.T) {
 		}, "/", true, want},
 	} {
 		unix.Sync()
-		before, lost := writtenBytes(t, b), hidden.read(t)
+		before, lost := writtenBytes(t, b), hidden.Read(t)
 		sampledWrites(t, b)
 		how.write()
 		after, sampled := writtenBytes(t, b), sampledWrites(t, b)
-		lost = block * (hidden.read(t) - lost)
+		lost = block * (hidden.Read(t) - lost)
 		of := map[string]uint64{}
 		for name := range after {
 			of[name] = after[name] - before[name]

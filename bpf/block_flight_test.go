@@ -50,7 +50,7 @@ func TestBlockInFlight(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, hidden := seriesOf(t, b, name)["read"], hiddenSince[b].read(t)
+	r, hidden := seriesOf(t, b, name)["read"], hiddenSince[b].Read(t)
 	n := r.Total.Count()
 	unseen := n - r.DeviceTime.Count()
 	mean, fios := float64(r.Total.Sum)/float64(n), report.Read.Clat.Mean

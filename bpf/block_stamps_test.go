@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/hostflame/hostflame/internal/histogram"
+	"github.com/hostflame/hostflame/internal/kerneltest"
 )
 
 // stampsOf is how many starts of the device in a row the kernel stamped as we did.
@@ -80,7 +81,7 @@ func TestBlockStamps(t *testing.T) {
 			}
 		}
 	}
-	hidden := hiddenCompletions(t, device)
+	hidden := kerneltest.CountHiddenCompletions(t, device, "")
 	// What is lost of n reads, and what half of the others took at most, in ns.
 	measure := func(what string, prepare func(), n int) (lost, median uint64) {
 		t.Helper()
@@ -92,7 +93,7 @@ func TestBlockStamps(t *testing.T) {
 			}
 			return dropped[DropNoStart] + dropped[DropNoEnd]
 		}
-		unseen := hidden.read(t)
+		unseen := hidden.Read(t)
 		counts, _ := countsDuring(t, b, device, func() {
 			lost = losses()
 			prepare()
@@ -100,7 +101,7 @@ func TestBlockStamps(t *testing.T) {
 			lost = losses() - lost
 		})
 		total := counts["read"].Total
-		unseen = hidden.read(t) - unseen
+		unseen = hidden.Read(t) - unseen
 		var below uint64
 		for i, cut := range histogram.Time().Cuts {
 			if below += total.Cells[i]; 2*below >= total.Count() {
@@ -129,13 +130,13 @@ func TestBlockStamps(t *testing.T) {
 		t.Errorf("reads take %d ns by the kernel's stamps, %d ns by ours", kernels, ours)
 	}
 	t.Cleanup(func() { os.WriteFile(iostats, []byte("1"), 0) })
-	if lost, _ := measure("without", func() { setIostats("0") }, 2000); lost > 3+hidden.read(t) {
+	if lost, _ := measure("without", func() { setIostats("0") }, 2000); lost > 3+hidden.Read(t) {
 		t.Errorf("%d reads lost after iostats were turned off", lost)
 	}
 	if stamps := stampsOf(t, b, device); stamps != 0 {
 		t.Errorf("without iostats %d starts were stamped", stamps)
 	}
-	if lost, _ := measure("with them again", func() { setIostats("1") }, 2000); lost > 3+hidden.read(t) {
+	if lost, _ := measure("with them again", func() { setIostats("1") }, 2000); lost > 3+hidden.Read(t) {
 		t.Errorf("%d reads lost after iostats were turned on", lost)
 	}
 	if again := stampsOf(t, b, device); again != stamps {

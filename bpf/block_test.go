@@ -38,12 +38,12 @@ func newTestBlockOf(t *testing.T, config BlockConfig) *Block {
 		t.Fatalf("%+v", err)
 	}
 	t.Cleanup(func() { b.Close() })
-	hiddenSince[b] = countTracepoint(t, "block/block_rq_complete", true)
+	hiddenSince[b] = kerneltest.CountHiddenCompletions(t, "", "")
 	return b
 }
 
 // hiddenSince counts, for each newTestBlock, the completions that the kernel hid from it.
-var hiddenSince = map[*Block]tracepointCounter{}
+var hiddenSince = map[*Block]kerneltest.TracepointCounter{}
 
 func output(t *testing.T, name string, args ...string) string {
 	t.Helper()
@@ -173,11 +173,11 @@ func TestBlockEqualsDiskstats(t *testing.T) {
 	b := newTestBlock(t)
 	quiesce(t, device)
 	// A completion that the kernel hides from BPF is no fault of ours; another round then.
-	hidden := hiddenCompletions(t, device)
-	for range 5 {
-		before := hidden.read(t)
+	hidden := kerneltest.CountHiddenCompletions(t, device, "")
+	for range rounds {
+		before := hidden.Read(t)
 		differences := compareWithDiskstats(t, b, device)
-		if hidden.read(t) != before {
+		if hidden.Read(t) != before {
 			t.Logf("a completion came while process 1 was current; %q", differences)
 			continue
 		}
@@ -186,7 +186,7 @@ func TestBlockEqualsDiskstats(t *testing.T) {
 		}
 		return
 	}
-	t.Error("completions came while process 1 was current in each of 5 rounds: no judgement")
+	t.Errorf("completions came while process 1 was current in each of %d rounds: no judgement", rounds)
 }
 
 // compareWithDiskstats makes a known load on device and returns where our counts differ from
@@ -575,7 +575,7 @@ func TestBlockDisksAtOldAddresses(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { b.Close() })
-		hidden := countTracepoint(t, "block/block_rq_complete", true)
+		hidden := kerneltest.CountHiddenCompletions(t, "", "")
 		for i := range 8 {
 			name, remove := numberedLoop(t, 980+i)
 			if err := configureLoop("/dev/"+name, file); err != nil {
@@ -588,7 +588,7 @@ func TestBlockDisksAtOldAddresses(t *testing.T) {
 			}
 			remove()
 			// The kernel looks for partitions, too.
-			n := seriesOf(t, b, name)["read"].Total.Count() + hidden.read(t)
+			n := seriesOf(t, b, name)["read"].Total.Count() + hidden.Read(t)
 			if n < uint64(reads) || n > uint64(reads)+50 {
 				t.Errorf("%d reads of %s, made %d (told of new disks: %v)", n, name, reads, told)
 			}

@@ -20,41 +20,46 @@ type judgeJudgeBooks struct {
 }
 
 type judgeJudgeCells struct {
-	_        structs.HostLayout
-	WaitNs   uint64
-	Wait     [240]uint64
-	Unknown  uint64
-	Unbooked uint64
+	_         structs.HostLayout
+	Switching uint64
+	WaitNs    uint64
+	Wait      [240]uint64
+	Unknown   uint64
+	Unbooked  uint64
 }
 
 type judgeJudgeCgroup struct {
-	_       structs.HostLayout
-	Waits   uint64
-	WaitNs  uint64
-	Sleeps  uint64
-	SleepNs uint64
-	DeadNs  uint64
+	_            structs.HostLayout
+	Waits        uint64
+	WaitNs       uint64
+	Sleeps       uint64
+	SleepNs      uint64
+	LeastSleepNs uint64
+	MostSleepNs  uint64
+	DeadNs       uint64
 }
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	judgeMapAlive        = "alive"
-	judgeMapCells        = "cells"
-	judgeMapCgroups      = "cgroups"
-	judgeMapDead         = "dead"
-	judgeMapLiving       = "living"
-	judgeMapTasks        = "tasks"
-	judgeProgJudgeAlive  = "judge_alive"
-	judgeProgJudgeBirth  = "judge_birth"
-	judgeProgJudgeOccupy = "judge_occupy"
-	judgeProgJudgeSwitch = "judge_switch"
-	judgeProgJudgeWakeup = "judge_wakeup"
-	judgeVarHfCgroupV1   = "hf_cgroup_v1"
-	judgeVarHfLog2Byte   = "hf_log2_byte"
-	judgeVarHfTimeCuts   = "hf_time_cuts"
-	judgeVarHfTimeFirst  = "hf_time_first"
+	judgeMapAlive           = "alive"
+	judgeMapCells           = "cells"
+	judgeMapCgroups         = "cgroups"
+	judgeMapDead            = "dead"
+	judgeMapLiving          = "living"
+	judgeMapTasks           = "tasks"
+	judgeProgJudgeAlive     = "judge_alive"
+	judgeProgJudgeBirth     = "judge_birth"
+	judgeProgJudgeOccupy    = "judge_occupy"
+	judgeProgJudgeSwitch    = "judge_switch"
+	judgeProgJudgeSwitching = "judge_switching"
+	judgeProgJudgeWakeup    = "judge_wakeup"
+	judgeProgJudgeWaking    = "judge_waking"
+	judgeVarHfCgroupV1      = "hf_cgroup_v1"
+	judgeVarHfLog2Byte      = "hf_log2_byte"
+	judgeVarHfTimeCuts      = "hf_time_cuts"
+	judgeVarHfTimeFirst     = "hf_time_first"
 )
 
 // loadJudge returns the embedded CollectionSpec for judge.
@@ -99,11 +104,13 @@ type judgeSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type judgeProgramSpecs struct {
-	JudgeAlive  *ebpf.ProgramSpec `ebpf:"judge_alive"`
-	JudgeBirth  *ebpf.ProgramSpec `ebpf:"judge_birth"`
-	JudgeOccupy *ebpf.ProgramSpec `ebpf:"judge_occupy"`
-	JudgeSwitch *ebpf.ProgramSpec `ebpf:"judge_switch"`
-	JudgeWakeup *ebpf.ProgramSpec `ebpf:"judge_wakeup"`
+	JudgeAlive     *ebpf.ProgramSpec `ebpf:"judge_alive"`
+	JudgeBirth     *ebpf.ProgramSpec `ebpf:"judge_birth"`
+	JudgeOccupy    *ebpf.ProgramSpec `ebpf:"judge_occupy"`
+	JudgeSwitch    *ebpf.ProgramSpec `ebpf:"judge_switch"`
+	JudgeSwitching *ebpf.ProgramSpec `ebpf:"judge_switching"`
+	JudgeWakeup    *ebpf.ProgramSpec `ebpf:"judge_wakeup"`
+	JudgeWaking    *ebpf.ProgramSpec `ebpf:"judge_waking"`
 }
 
 // judgeMapSpecs contains maps before they are loaded into the kernel.
@@ -181,11 +188,13 @@ type judgeVariables struct {
 //
 // It can be passed to loadJudgeObjects or ebpf.CollectionSpec.LoadAndAssign.
 type judgePrograms struct {
-	JudgeAlive  *ebpf.Program `ebpf:"judge_alive"`
-	JudgeBirth  *ebpf.Program `ebpf:"judge_birth"`
-	JudgeOccupy *ebpf.Program `ebpf:"judge_occupy"`
-	JudgeSwitch *ebpf.Program `ebpf:"judge_switch"`
-	JudgeWakeup *ebpf.Program `ebpf:"judge_wakeup"`
+	JudgeAlive     *ebpf.Program `ebpf:"judge_alive"`
+	JudgeBirth     *ebpf.Program `ebpf:"judge_birth"`
+	JudgeOccupy    *ebpf.Program `ebpf:"judge_occupy"`
+	JudgeSwitch    *ebpf.Program `ebpf:"judge_switch"`
+	JudgeSwitching *ebpf.Program `ebpf:"judge_switching"`
+	JudgeWakeup    *ebpf.Program `ebpf:"judge_wakeup"`
+	JudgeWaking    *ebpf.Program `ebpf:"judge_waking"`
 }
 
 func (p *judgePrograms) Close() error {
@@ -194,7 +203,9 @@ func (p *judgePrograms) Close() error {
 		p.JudgeBirth,
 		p.JudgeOccupy,
 		p.JudgeSwitch,
+		p.JudgeSwitching,
 		p.JudgeWakeup,
+		p.JudgeWaking,
 	)
 }
 

@@ -3,10 +3,12 @@
 package bpf
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -242,15 +244,82 @@ func bothMethods(t *testing.T, test func(t *testing.T, s *Sched)) {
 	hurry(t)
 	for _, stamps := range []bool{false, true} {
 		t.Run(map[bool]string{false: "sched_info", true: "stamps"}[stamps], func(t *testing.T) {
+			hidden := hiddenArrivals(t)
 			s, err := NewSched(SchedConfig{CgroupV1: CPUControllerV1(), stampWakeups: stamps})
 			if err != nil {
 				t.Fatalf("%+v", err)
 			}
 			defer s.Close()
+			arrivalsBefore[s] = hidden
+			awaitRunsEverywhere(t, s)
 			test(t, s)
 		})
 	}
 }
+
+// awaitRunsEverywhere fails with all that is known unless the hook of switches runs on each CPU:
+// on an emulated kernel it was attached and counted nothing, now and then.
+func awaitRunsEverywhere(t *testing.T, s *Sched) {
+	t.Helper()
+	cpus, err := OnlineCPUs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	switches := func(cpu int) uint64 {
+		var perCPU []schedHfSchedCpu
+		if err := s.coll.Maps[schedMapHfSchedCpus].Lookup(uint32(0), &perCPU); err != nil {
+			t.Fatal(err)
+		}
+		return perCPU[cpu].Switches
+	}
+	for _, cpu := range cpus {
+		stop, stopped := make(chan struct{}), make(chan error, 1)
+		go func() { stopped <- switchOn(cpu, stop) }()
+		before := switches(cpu)
+		for end := time.Now().Add(5 * time.Second); switches(cpu) == before; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				stats, err := s.Stats()
+				t.Errorf("%s ran %d times on CPU %d of %v, and no more: %+v, %v", s.programs[0], before, cpu, cpus, stats, err)
+				for _, l := range s.links {
+					info, err := l.Info()
+					t.Logf("link %+v, %v", info, err)
+				}
+				break
+			}
+		}
+		close(stop)
+		if err := <-stopped; err != nil {
+			t.Fatalf("switch on CPU %d: %v", cpu, err)
+		}
+	}
+	if t.Failed() {
+		t.FailNow()
+	}
+}
+
+// switchOn switches on a CPU, to sleep and back, until stop is closed.
+func switchOn(cpu int, stop chan struct{}) error {
+	// The thread is not unlocked: it ends with its affinity.
+	runtime.LockOSThread()
+	var set unix.CPUSet
+	set.Set(cpu)
+	if err := unix.SchedSetaffinity(0, &set); err != nil {
+		return err
+	}
+	for {
+		select {
+		case <-stop:
+			return nil
+		default:
+			if err := unix.Nanosleep(&unix.Timespec{Nsec: 1_000_000}, nil); err != nil && !errors.Is(err, unix.EINTR) {
+				return err
+			}
+		}
+	}
+}
+
+// arrivalsBefore has hiddenArrivals from before each Sched of bothMethods.
+var arrivalsBefore = map[*Sched]uint64{}
 
 const causesFor = 2 * time.Second
 

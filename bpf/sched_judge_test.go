@@ -22,12 +22,20 @@ import (
 
 // judge measures run-queue latency by time stamps of wakeups and switches.
 type judge struct {
-	objs  judgeObjects
-	links []link.Link
-	iter  *link.Iter
+	objs judgeObjects
+	iter *link.Iter
 }
 
 func newJudge(t *testing.T) *judge {
+	t.Helper()
+	j := openJudge(t)
+	j.attach(t)
+	return j
+}
+
+// openJudge returns a judge that only stamps switches yet: programs run in the order in which
+// they were attached, and so the hooks of a Sched can come between that and its attach.
+func openJudge(t *testing.T) *judge {
 	t.Helper()
 	spec, err := loadJudge()
 	if err != nil {
@@ -44,9 +52,6 @@ func newJudge(t *testing.T) *judge {
 		t.Fatalf("load the judge: %+v", err)
 	}
 	t.Cleanup(func() {
-		for _, l := range j.links {
-			l.Close()
-		}
 		if j.iter != nil {
 			j.iter.Close()
 		}
@@ -55,14 +60,13 @@ func newJudge(t *testing.T) *judge {
 	if j.iter, err = link.AttachIter(link.IterOptions{Program: j.objs.JudgeAlive}); err != nil {
 		t.Fatal(err)
 	}
-	for _, p := range []*ebpf.Program{j.objs.JudgeWakeup, j.objs.JudgeBirth, j.objs.JudgeSwitch} {
-		l, err := link.AttachTracing(link.TracingOptions{Program: p})
-		if err != nil {
-			t.Fatal(err)
-		}
-		j.links = append(j.links, l)
-	}
+	attach(t, j.objs.JudgeSwitching)
 	return j
+}
+
+func (j *judge) attach(t *testing.T) {
+	t.Helper()
+	attach(t, j.objs.JudgeWaking, j.objs.JudgeWakeup, j.objs.JudgeBirth, j.objs.JudgeSwitch)
 }
 
 // verdict is what the judge counted, and the kernel's own books beside it.
@@ -86,6 +90,8 @@ func (v groupVerdict) since(b groupVerdict) groupVerdict {
 	v.WaitNs -= b.WaitNs
 	v.Sleeps -= b.Sleeps
 	v.SleepNs -= b.SleepNs
+	v.LeastSleepNs -= b.LeastSleepNs
+	v.MostSleepNs -= b.MostSleepNs
 	v.delay -= b.delay
 	return v
 }
@@ -156,6 +162,7 @@ type observation struct {
 	dropped    map[DropReason]uint64
 	hidden     uint64    // switch-ins of process 1, see hiddenArrivals
 	seen       [2]uint64 // switch-ins recorded or dropped, before and after the judge was read
+	waited     [2]uint64 // sum of waits, likewise
 	verdict
 }
 
@@ -170,7 +177,7 @@ func observe(t *testing.T, s *Sched, j *judge) (o observation) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		o.seen[i] = c.Latency.Count()
+		o.seen[i], o.waited[i] = c.Latency.Count(), c.Latency.Sum
 		for reason, n := range stats.Dropped {
 			if reason != DropSwitchUnseen {
 				o.seen[i] += n
@@ -181,7 +188,7 @@ func observe(t *testing.T, s *Sched, j *judge) (o observation) {
 			o.verdict = j.read(t)
 		}
 	}
-	o.hidden = hiddenArrivals(t)
+	o.hidden = hiddenArrivals(t) // the last, so that what was dropped is of no more
 	return o
 }
 
@@ -202,6 +209,7 @@ func (o observation) since(p observation) observation {
 		dropped: map[DropReason]uint64{},
 		hidden:  o.hidden - p.hidden,
 		seen:    [2]uint64{o.seen[0] - p.seen[1], o.seen[1] - p.seen[0]},
+		waited:  [2]uint64{o.waited[0] - p.waited[1], o.waited[1] - p.waited[0]},
 		verdict: verdict{
 			wait:     since(o.wait, p.wait),
 			unknown:  o.unknown - p.unknown,

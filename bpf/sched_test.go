@@ -52,7 +52,6 @@ func TestSchedCountsEverySwitchIn(t *testing.T) { bothMethods(t, countsEverySwit
 func countsEverySwitchIn(t *testing.T, s *Sched) {
 	known := kerneltest.BuildProgram(t, "known")
 	j := newJudge(t)
-	first := observe(t, s, j)
 	for _, tt := range []struct {
 		mode      string
 		n         int
@@ -77,12 +76,16 @@ func countsEverySwitchIn(t *testing.T, s *Sched) {
 			}
 		})
 	}
-	d := observe(t, s, j).since(first)
-	if n := d.dropped[DropNoStorage]; n > d.hidden {
-		t.Errorf("%d switch-ins of unknown threads, but only %d were hidden", n, d.hidden)
+	// Since the hooks came: a switch-in unseen is known when the thread is next switched in.
+	o := observe(t, s, j)
+	// Process 1 can be among those whose switch-in the kernel does not book.
+	hidden := o.hidden - arrivalsBefore[s] + o.unbooked
+	t.Logf("%v dropped in all; process 1 switched in %d times, with %d that are not booked", o.dropped, hidden, o.unbooked)
+	if n := o.dropped[DropNoStorage]; n > hidden {
+		t.Errorf("%d switch-ins of unknown threads, but only %d were hidden", n, hidden)
 	}
-	if n := d.dropped[DropSwitchUnseen]; n > d.hidden {
-		t.Errorf("%d switch-ins unseen, but only %d can have followed a hidden one", n, d.hidden)
+	if n := o.dropped[DropSwitchUnseen]; n > hidden {
+		t.Errorf("%d switch-ins unseen, but only %d can have followed a hidden one", n, hidden)
 	}
 }
 
@@ -257,12 +260,17 @@ func TestSchedUnderLoad(t *testing.T) {
 		if n := d.wait.Count() + d.unknown; n < d.seen[0] || n > d.seen[1] {
 			t.Errorf("%d to %d switch-ins recorded or dropped, by time stamps %d", d.seen[0], d.seen[1], n)
 		}
-		tolerance := 0.03
-		if kerneltest.InVM() {
-			tolerance = 0.2 // emulated, reading takes a part of a second
+		// Where a wakeup was hidden the stamps do not have the wait, the kernel's books do.
+		least, most := d.wait.Sum, d.wait.Sum
+		if d.unknown > 0 {
+			most = max(most, d.delay)
 		}
-		if off := float64(d.Latency.Sum)/float64(d.wait.Sum) - 1; math.Abs(off) > tolerance {
-			t.Errorf("waits of %v, by time stamps %v", time.Duration(d.Latency.Sum), time.Duration(d.wait.Sum))
+		t.Logf("waits of %v to %v, judges %v and %v: %+.2f and %+.2f %%", time.Duration(d.waited[0]), time.Duration(d.waited[1]),
+			time.Duration(least), time.Duration(most), 100*(float64(d.waited[1])/float64(least)-1), 100*(float64(d.waited[0])/float64(most)-1))
+		const tolerance = 0.03
+		if float64(d.waited[1]) < (1-tolerance)*float64(least) || float64(d.waited[0]) > (1+tolerance)*float64(most) {
+			t.Errorf("waits of %v to %v, judges %v and %v", time.Duration(d.waited[0]), time.Duration(d.waited[1]),
+				time.Duration(least), time.Duration(most))
 		}
 	})
 }

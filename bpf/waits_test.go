@@ -53,11 +53,11 @@ func (s *sampled) add(x *Sample) {
 	s.variance += float64(x.Duration) * float64(x.Duration) * w * (w - 1)
 }
 
-// check compares with the exact sum: the larger of share of it and four standard errors.
+// check compares with the exact sum: the larger of share of it and five standard errors.
 func (s *sampled) check(t *testing.T, what string, exact uint64, share float64) {
 	t.Helper()
 	e := float64(exact)
-	allowed := max(share*e, 4*math.Sqrt(s.variance))
+	allowed := max(share*e, 5*math.Sqrt(s.variance))
 	t.Logf("%s: %d samples stand for %.3f s of %.3f s, %+.2f %% (allowed %.2f %%)", what, s.n, s.nanos/1e9, e/1e9, 100*(s.nanos-e)/e, 100*allowed/e)
 	if s.n == 0 || math.Abs(s.nanos-e) > allowed {
 		t.Errorf("%s: the samples do not add up", what)

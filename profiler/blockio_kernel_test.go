@@ -100,6 +100,13 @@ func ioOf(p *profile.Profile, function, operation string) (requests, nanos, byte
 	return requests, nanos, bytes, kernelLeaf
 }
 
+// Filters of completions: reads, and writes of one page and of two.
+const (
+	hiddenRead  = `rwbs~"R*"`
+	hiddenPage  = `rwbs~"W*"&&nr_sector==8`
+	hiddenWrite = `rwbs~"W*"&&nr_sector==16`
+)
+
 // Who reads and who syncs shows in the block I/O profile, with the bytes and the time that it
 // was, though the program keeps no frame pointers.
 func TestBlockIOByFunction(t *testing.T) {
@@ -117,7 +124,12 @@ func TestBlockIOByFunction(t *testing.T) {
 	// A capture that the program outlasted, as it does on a busy machine, says nothing.
 	var got, none result
 	var numbers map[string]int64
-	var booked int64
+	var booked, hiddenReads, hiddenBytes int64
+	completions := map[string]kerneltest.TracepointCounter{}
+	for _, filter := range []string{hiddenRead, hiddenPage, hiddenWrite} {
+		completions[filter] = kerneltest.CountHiddenCompletions(t, device, filter)
+	}
+	hidden := func(filter string) int64 { return int64(completions[filter].Read(t)) }
 	for d := 4 * time.Second; ; d *= 4 {
 		captured, slow := make(chan result, 1), make(chan result, 1)
 		capture := func(f Filter, into chan result) {
@@ -125,6 +137,7 @@ func TestBlockIOByFunction(t *testing.T) {
 			into <- result{p, err}
 		}
 		start, before := time.Now(), readMillis(t, name)
+		hiddenReads, hiddenBytes = hidden(hiddenRead), 4096*hidden(hiddenPage)+8192*hidden(hiddenWrite)
 		go capture(Filter{Labels: map[string][]string{"device": {name}}, Comms: []string{"namedio"}}, captured)
 		go capture(Filter{Labels: map[string][]string{"device": {name}, "operation": {"read"}}, Least: 3_600_000_000_000}, slow)
 		time.Sleep(300 * time.Millisecond)
@@ -134,6 +147,8 @@ func TestBlockIOByFunction(t *testing.T) {
 		}
 		took := time.Since(start)
 		booked = readMillis(t, name) - before
+		hiddenReads = hidden(hiddenRead) - hiddenReads
+		hiddenBytes = 4096*hidden(hiddenPage) + 8192*hidden(hiddenWrite) - hiddenBytes
 		if numbers, err = workload.Numbers(string(out)); err != nil {
 			t.Fatal(err)
 		}
@@ -148,11 +163,11 @@ func TestBlockIOByFunction(t *testing.T) {
 			t.Fatalf("the program took %v", took)
 		}
 	}
-	// One that the kernel hides from BPF can be missing.
-	const hidden = 3
+	// Those are missing whose completion the kernel hides from BPF.
 	requests, nanos, bytes, leaves := ioOf(got.p, "readKnown", "read")
-	if d := numbers["reads"] - requests; d < 0 || d > hidden || bytes != requests*16384 {
-		t.Errorf("readKnown: %d reads of %d bytes, the program made %d of %d", requests, bytes, numbers["reads"], numbers["readbytes"])
+	if requests != numbers["reads"]-hiddenReads || bytes != requests*16384 {
+		t.Errorf("readKnown: %d reads of %d bytes, the program made %d of %d, %d hidden",
+			requests, bytes, numbers["reads"], numbers["readbytes"], hiddenReads)
 	}
 	// The program waits for CPUs too; the kernel has the time of the requests, in ms.
 	kernel := booked * 1e6
@@ -163,14 +178,15 @@ func TestBlockIOByFunction(t *testing.T) {
 		t.Errorf("leaves of the stacks: %v", leaves)
 	}
 	requests, nanos, bytes, _ = ioOf(got.p, "syncKnown", "write")
-	if d := numbers["syncbytes"] - bytes; d < 0 || d > hidden*8192 || requests < numbers["syncs"]-hidden {
-		t.Errorf("syncKnown: %d writes of %d bytes, the program made %d", requests, bytes, numbers["syncbytes"])
+	if bytes != numbers["syncbytes"]-hiddenBytes || requests < bytes/8192 {
+		t.Errorf("syncKnown: %d writes of %d bytes, the program made %d, %d hidden", requests, bytes, numbers["syncbytes"], hiddenBytes)
 	}
 	// Writing and flushing follow each other.
 	if nanos <= 0 || nanos > numbers["syncns"] {
 		t.Errorf("syncKnown: %d ns of I/O in %d ns of fsync", nanos, numbers["syncns"])
 	}
-	t.Logf("%v; profile: %d syncs' writes, %d ns; comments %q", numbers, requests, nanos, got.p.Comments)
+	t.Logf("%v; profile: %d syncs' writes, %d ns; %d reads and %d bytes hidden; %d rows, stacks %v; comments %q",
+		numbers, requests, nanos, hiddenReads, hiddenBytes, len(got.p.Sample), p.Stats().Stacks["blockio"], got.p.Comments)
 	if none.err != nil || len(none.p.Sample) != 0 {
 		t.Errorf("%d samples of reads that took an hour: %v", len(none.p.Sample), none.err)
 	}

@@ -13,6 +13,7 @@
 #define TASK_DEAD 0x80
 
 struct judge_cells {
+	__u64 switching; /* ktime of the last switch, by judge_switching */
 	__u64 wait_ns;
 	__u64 wait[HF_TIME_CELLS];
 	__u64 unknown;  /* switch-ins without a stamp */
@@ -50,6 +51,10 @@ struct {
 struct judge_cgroup {
 	__u64 waits, wait_ns;
 	__u64 sleeps, sleep_ns;
+	/* The same from the last stamp of the switch to that of sched_waking, and from the first to
+	 * that of sched_wakeup: the hook's and the kernel's own lie between. Sleeps whose end was
+	 * not seen count up to the switch-in, in the latter. */
+	__u64 least_sleep_ns, most_sleep_ns;
 	__u64 dead_ns; /* run_delay of tasks at their last switch-out */
 };
 
@@ -68,8 +73,11 @@ struct {
 } living SEC(".maps");
 
 struct judge_task {
-	__u64 queued; /* ktime since when it waits, else 0 */
-	__u64 slept;  /* ktime since when it sleeps, else 0 */
+	__u64 queued;    /* ktime since when it waits, else 0 */
+	__u64 woken;     /* that is from a wakeup */
+	__u64 slept;     /* ktime since when it sleeps, else 0 */
+	__u64 switching; /* the same by judge_switching */
+	__u64 waking;    /* ktime of the sched_waking that ends that, else 0 */
 };
 
 struct {
@@ -118,17 +126,32 @@ static __always_inline void stamp(struct task_struct *task, __u64 now)
 	t = bpf_task_storage_get(&tasks, task, NULL, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (!t)
 		return;
-	/* A task that was preempted on its way to sleep waits since then. */
-	if (!t->queued)
+	/* A task that was preempted on its way to sleep waits since then. One that is woken
+	 * twice has run meanwhile, unseen, as process 1 does where it is hidden. */
+	if (!t->queued || t->woken) {
 		t->queued = now;
+		t->woken = 1;
+	}
 	if (t->slept) {
 		c = cgroup_of(task);
 		if (c) {
 			add(&c->sleeps, 1);
 			add(&c->sleep_ns, now - t->slept);
+			add(&c->least_sleep_ns, (t->waking ?: now) - t->slept);
+			add(&c->most_sleep_ns, now - t->switching);
 		}
 		t->slept = 0;
 	}
+}
+
+SEC("tp_btf/sched_waking")
+int BPF_PROG(judge_waking, struct task_struct *task)
+{
+	struct judge_task *t = bpf_task_storage_get(&tasks, task, NULL, 0);
+
+	if (t && t->slept)
+		t->waking = bpf_ktime_get_ns();
+	return 0;
 }
 
 SEC("tp_btf/sched_wakeup")
@@ -143,6 +166,19 @@ SEC("tp_btf/sched_wakeup_new")
 int BPF_PROG(judge_birth, struct task_struct *task)
 {
 	stamp(task, bpf_ktime_get_ns());
+	return 0;
+}
+
+/* Runs before the hook, judge_switch after it. */
+SEC("tp_btf/sched_switch")
+int BPF_PROG(judge_switching)
+{
+	struct judge_cells *c;
+	__u32 zero = 0;
+
+	c = bpf_map_lookup_elem(&cells, &zero);
+	if (c)
+		c->switching = bpf_ktime_get_ns();
 	return 0;
 }
 
@@ -168,7 +204,10 @@ int BPF_PROG(judge_switch, bool preempt, struct task_struct *prev, struct task_s
 		t = bpf_task_storage_get(&tasks, prev, NULL, BPF_LOCAL_STORAGE_GET_F_CREATE);
 		if (t) {
 			t->queued = preempt || prev->__state == 0 ? now : 0;
+			t->woken = 0;
 			t->slept = t->queued ? 0 : now;
+			t->switching = c->switching;
+			t->waking = 0;
 		}
 	}
 	if (next->pid) {
@@ -183,9 +222,12 @@ int BPF_PROG(judge_switch, bool preempt, struct task_struct *prev, struct task_s
 				add(&group->waits, 1);
 				add(&group->wait_ns, now - t->queued);
 			}
-			t->queued = 0;
+			t->queued = t->woken = 0;
 		} else {
 			c->unknown++;
+			group = t && t->slept ? cgroup_of(next) : NULL;
+			if (group)
+				add(&group->most_sleep_ns, now - t->switching);
 		}
 	}
 	return 0;

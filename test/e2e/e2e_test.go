@@ -30,9 +30,10 @@ type stack struct {
 	binary    string // of the agent
 	programs  map[string]string
 	agent     *agent.Agent
-	atStart   hostCPU     // when the agent started
-	classic   *prometheus // takes classic histograms
-	native    *prometheus // takes native ones
+	atStart   kerneltest.HostCPU // when the agent started
+	resident  int64              // memory of the agent before the bad input
+	classic   *prometheus        // takes classic histograms
+	native    *prometheus        // takes native ones
 	collector *collector.Collector
 	burn      *workload.Process // C++
 	burnGo    *workload.Process
@@ -63,12 +64,18 @@ func TestEndToEnd(t *testing.T) {
 	t.Run("Culprit", s.testCulprit)
 	t.Run("BlockIO", s.testBlockIO) // fio has ended then
 	t.Run("Dashboard", s.testDashboard)
+	var err error
+	if s.resident, err = residentBytes(s.agent.PID); err != nil {
+		t.Fatal(err)
+	}
 	t.Run("BadInput", func(t *testing.T) {
 		t.Run("CorruptELF", parallel(s.testCorruptELF))
 		t.Run("Storm", parallel(s.testStorm))
-		t.Run("EndpointDown", parallel(s.testEndpointDown))
-		t.Run("EndpointHangs", parallel(s.testEndpointHangs))
 		t.Run("Start", parallel(s.testStartErrors))
+	})
+	t.Run("Endpoint", func(t *testing.T) { // they end in time: not beside the storm
+		t.Run("Down", parallel(s.testEndpointDown))
+		t.Run("Hangs", parallel(s.testEndpointHangs))
 	})
 	t.Run("StillFine", s.testStillFine)
 	t.Run("Stop", s.testStop)
@@ -117,7 +124,7 @@ func (s *stack) build(t *testing.T) {
 // start starts the readers and the agent, which is scraped from its first moment.
 func (s *stack) start(t *testing.T) {
 	s.collector = collector.Start(t, collector.Config(t))
-	s.atStart = readHostCPU(t)
+	s.atStart = kerneltest.ReadHostCPU(t)
 	a, err := agent.Start(agent.Config{
 		Path: s.binary,
 		// Three times the default rate: what chance does to shares in some seconds is less.
@@ -186,40 +193,6 @@ func eventually(t *testing.T, d time.Duration, ask func() error) {
 		time.Sleep(500 * time.Millisecond)
 	}
 }
-
-// hostCPU is CPU time of the whole host since boot.
-type hostCPU struct {
-	busy   time.Duration
-	stolen time.Duration // by the hypervisor, while something was to be run
-}
-
-// readHostCPU reads /proc/stat (proc_stat(5)). A virtual machine that is busy can have
-// half of its time stolen; timers run on meanwhile, and so does the sampling.
-func readHostCPU(t *testing.T) hostCPU {
-	t.Helper()
-	b, err := os.ReadFile("/proc/stat")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var user, nice, system, idle, iowait, irq, softirq, steal int64
-	if _, err := fmt.Sscanf(string(b), "cpu %d %d %d %d %d %d %d %d",
-		&user, &nice, &system, &idle, &iowait, &irq, &softirq, &steal); err != nil {
-		t.Fatalf("/proc/stat: %v", err)
-	}
-	const tick = 10 * time.Millisecond
-	return hostCPU{
-		busy:   time.Duration(user+nice+system+irq+softirq) * tick,
-		stolen: time.Duration(steal) * tick,
-	}
-}
-
-// since is what has been used and stolen since an earlier moment.
-func (c hostCPU) since(begin hostCPU) hostCPU {
-	return hostCPU{busy: c.busy - begin.busy, stolen: c.stolen - begin.stolen}
-}
-
-// stretch is how much longer than it runs a busy CPU seems to be busy.
-func (c hostCPU) stretch() float64 { return float64(c.busy+c.stolen) / float64(c.busy) }
 
 // fileDescriptors counts what a process has open.
 func fileDescriptors(pid int) (int, error) {

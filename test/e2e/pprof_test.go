@@ -20,6 +20,7 @@ import (
 
 	"github.com/google/pprof/profile"
 
+	"github.com/hostflame/hostflame/internal/kerneltest"
 	"github.com/hostflame/hostflame/test/workload"
 )
 
@@ -148,13 +149,13 @@ func (s *stack) testPprof(t *testing.T) {
 
 // testCapture takes a profile of the whole host apart.
 func (s *stack) testCapture(t *testing.T) {
-	begin, cpuBegin := time.Now(), readHostCPU(t)
+	begin, cpuBegin := time.Now(), kerneltest.ReadHostCPU(t)
 	status, body, err := s.agent.Get("/pprof/cpu?seconds=5")
 	// It promises 6 s. A machine that does not get its CPUs has a second more.
 	if took := time.Since(begin); took < 5*time.Second || took > 7*time.Second {
 		t.Errorf("a capture of 5 s took %v", took)
 	}
-	cpu := readHostCPU(t).since(cpuBegin)
+	cpu := kerneltest.ReadHostCPU(t).Since(cpuBegin)
 	if err != nil || status != http.StatusOK {
 		t.Fatalf("status %d, %v: %s", status, err, body)
 	}
@@ -207,8 +208,8 @@ func (s *stack) testCapture(t *testing.T) {
 	// The kernel's own account is the judge: it covers a little more, the symbolizing.
 	sampled := time.Duration(nanos)
 	t.Logf("%d samples, %v of CPU, of the kernel's %v and %v stolen, %d kernel stacks, %v",
-		count, sampled, cpu.busy, cpu.stolen, kernel, comms)
-	if low, high := cpu.busy*3/4, (cpu.busy+cpu.stolen)*11/10; sampled < low || sampled > high {
+		count, sampled, cpu.Busy, cpu.Stolen, kernel, comms)
+	if low, high := cpu.Busy*3/4, (cpu.Busy+cpu.Stolen)*11/10; sampled < low || sampled > high {
 		t.Errorf("%v of CPU were sampled, want between %v and %v", sampled, low, high)
 	}
 	for _, comm := range []string{"burn", "burngo", "pingpong"} {

@@ -7,7 +7,6 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
-	"math"
 	"net/http"
 	"path/filepath"
 	"slices"
@@ -45,6 +44,7 @@ func TestStorm(t *testing.T) {
 	first := capture(t, a, 3)
 	all := newCaptured()
 	var cpu, rounds int64
+	host := kerneltest.ReadHostCPU(t)
 	// In bursts: a profile has room for 16,384 different samples, and they nearly all differ.
 	for range 4 {
 		burst := capture(t, a, 9)
@@ -54,15 +54,17 @@ func TestStorm(t *testing.T) {
 		rounds += took["rounds"]
 		all.add(<-burst)
 	}
+	stretch := kerneltest.ReadHostCPU(t).Since(host).Stretch()
 	p := <-first
 	p.log(t, "the first 2 s")
 	p.checkWhole(t)
 	all.log(t, "all of it")
 	all.checkWhole(t)
 	ratio := float64(all.nanos) / float64(cpu)
-	t.Logf("%d rounds took %.2f s of CPU, samples stand for %.2f s: %.4f", rounds, float64(cpu)/1e9, float64(all.nanos)/1e9, ratio)
-	if !(math.Abs(ratio-1) <= 0.03) {
-		t.Errorf("samples stand for %.4f of the CPU time, want 1 within 3 %%", ratio)
+	t.Logf("%d rounds took %.2f s of CPU, samples stand for %.2f s: %.4f; with what was stolen %.4f", rounds, float64(cpu)/1e9, float64(all.nanos)/1e9, ratio, stretch)
+	// The timer goes on in what is stolen, the kernel's account does not.
+	if !(ratio >= 0.97 && ratio <= 1.03*stretch) {
+		t.Errorf("samples stand for %.4f of the CPU time, want 1 to %.4f within 3 %%", ratio, stretch)
 	}
 	for line := range strings.Lines(metrics(t, a)) {
 		if strings.HasPrefix(line, "hostflame_samples_") || strings.HasPrefix(line, "hostflame_stacks_total") {
