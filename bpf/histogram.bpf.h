@@ -27,26 +27,25 @@ static __always_inline __u32 hf_log2_of_byte(__u64 v)
 	return hf_log2_byte[v & 255];
 }
 
-/* floor(log2(v)), v > 0. The branches are predictable where values are of a kind, as
- * those of one series are. */
+/* 1 << shift if v is above max, else 0, without a branch. Values spread, so one would
+ * often be mispredicted, which costs more than this. Neither may have the highest bit. */
+#define HF_ABOVE(v, max, shift) (((max) - (v)) >> (63 - (shift)) & 1 << (shift))
+
+/* floor(log2(v)), 0 < v < 2^63 */
 static __always_inline __u32 hf_log2(__u64 v)
 {
-	__u32 r = 0;
+	__u32 r = HF_ABOVE(v, 0xffffffffULL, 5), by;
 
-	if (v >> 32) {
-		v >>= 32;
-		r = 32;
-	}
-	if (v >> 16) {
-		if (v >> 24)
-			return r + 24 + hf_log2_of_byte(v >> 24);
-		return r + 16 + hf_log2_of_byte(v >> 16);
-	}
-	if (v >> 8)
-		return r + 8 + hf_log2_of_byte(v >> 8);
-	return r + hf_log2_of_byte(v);
+	v >>= r;
+	by = HF_ABOVE(v, 0xffffULL, 4);
+	v >>= by;
+	r += by;
+	by = HF_ABOVE(v, 0xffULL, 3);
+	v >>= by;
+	return r + by + hf_log2_of_byte(v);
 }
 
+/* ns < 2^63 */
 static __always_inline __u32 hf_time_cell(__u64 ns)
 {
 	__u32 slot, exp, cell;
@@ -58,11 +57,9 @@ static __always_inline __u32 hf_time_cell(__u64 ns)
 		slot = exp << 4 | (ns >> (exp - 4) & 15);
 	}
 	cell = hf_time_first[slot & 1023];
-	if (ns > hf_time_cuts[cell & 255]) {
-		cell++;
-		if (ns > hf_time_cuts[cell & 255])
-			cell++;
-	}
+	/* If not above the first, it is not above the second, which is the same then. */
+	cell += HF_ABOVE(ns, hf_time_cuts[cell & 255], 0);
+	cell += HF_ABOVE(ns, hf_time_cuts[cell & 255], 0);
 	/* So that to the verifier all that come here have the same. */
 	bpf_barrier(cell);
 	return cell & 255;

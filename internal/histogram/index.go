@@ -2,7 +2,10 @@
 
 package histogram
 
-import "math/bits"
+import (
+	"math"
+	"math/bits"
+)
 
 // IndexSize is the length of Index.First: 64 octaves of 16 linear sub-buckets.
 const IndexSize = 64 * 16
@@ -15,7 +18,8 @@ const IndexSize = 64 * 16
 type Index struct {
 	// First is the cell of the smallest value of each sub-bucket.
 	First [IndexSize]uint8
-	// Cuts is Partition.Cuts, padded with the largest integer to 256 entries.
+	// Cuts is Partition.Cuts, padded with 2^63 - 1 to 256 entries: so a cut less a value is
+	// negative, as a signed integer, where the value is above.
 	Cuts [256]uint64
 }
 
@@ -26,7 +30,7 @@ const MaxSteps = 2
 func NewIndex(p *Partition) *Index {
 	x := new(Index)
 	for i := range x.Cuts {
-		x.Cuts[i] = ^uint64(0)
+		x.Cuts[i] = math.MaxInt64
 	}
 	copy(x.Cuts[:], p.Cuts)
 	for i := range x.First {
@@ -53,7 +57,7 @@ func smallest(i int) uint64 {
 	return uint64(16|i&15) << (exp - 4)
 }
 
-// Cell returns the cell of v.
+// Cell returns the cell of v, which is below 2^63.
 func (x *Index) Cell(v uint64) int {
 	c := int(x.First[slot(v)])
 	for range MaxSteps {
