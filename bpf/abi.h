@@ -52,7 +52,7 @@ enum hf_outcome {
 enum hf_drop {
 	HF_DROP_RING_FULL = 0,     /* the per-CPU ring had no room */
 	HF_DROP_NO_RING = 1,       /* no ring for this CPU */
-	HF_DROP_NO_STORAGE = 2,    /* sched: a task without task storage */
+	HF_DROP_NO_STORAGE = 2,    /* sched: a task of which nothing is known */
 	HF_DROP_SWITCH_UNSEEN = 3, /* sched: a switch-in that emitted no sched_switch, or whose end ran no program */
 	HF_DROP_NEGATIVE = 4,      /* a duration came out negative and was not counted */
 	HF_DROP_NO_SLOT = 5,       /* block: no room for a queue, device or tag */

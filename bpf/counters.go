@@ -68,6 +68,7 @@ type ProgramStats struct {
 
 // MapStats is the memory that the kernel accounts to a map, in bytes.
 type MapStats struct {
+	ID     uint32 // the kernel's, by which one that two objects have is told; 0: several maps
 	Name   string
 	Memory uint64
 }
@@ -149,6 +150,8 @@ func (o *object) stats() (Stats, error) {
 		ms := MapStats{Name: name}
 		if info, err := o.coll.Maps[name].Info(); err == nil {
 			ms.Memory, _ = info.Memlock()
+			id, _ := info.ID()
+			ms.ID = uint32(id)
 		}
 		s.Maps = append(s.Maps, ms)
 	}

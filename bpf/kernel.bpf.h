@@ -329,7 +329,9 @@ enum rqf_flags {
 
 #define CSS_ONLINE (1 << 1)
 #define MAX_RT_PRIO 100
-#define TASK_DEAD 0x80 /* the last state of all; has this value in all kernels since 4.15 */
+/* Of __state, the first and the last: these in all kernels since 4.15. */
+#define TASK_NEW 0x800
+#define TASK_DEAD 0x80
 #define VM_EXEC 0x00000004
 #define PF_EXITING 0x00000004
 #define PF_KTHREAD 0x00200000

@@ -83,7 +83,7 @@ static __always_inline struct hf_task *know(struct task_struct *task, bool born)
 		first.known_ns = first.run_delay_ns;
 	}
 	t = hf_seat_of(task);
-	if (t && (t->task == (__u64)task || !__sync_val_compare_and_swap(&t->task, 0, HF_SEAT_TAKEN))) {
+	if (t && ((born && t->task == (__u64)task) || !__sync_val_compare_and_swap(&t->task, 0, HF_SEAT_TAKEN))) {
 		*t = first;
 		__sync_lock_test_and_set(&t->task, (__u64)task); /* after the rest */
 		return t;
@@ -249,7 +249,7 @@ static __always_inline __u64 hf_throttled(struct task_struct *task, struct cfs_r
 			*until = since + past;
 		return *until - since;
 	}
-	if (!ns && !t->moved)
+	if (!ns && !(t->moved && t->quota_ns))
 		return 0;
 	/* The first to be switched in after a throttling, in its container and on this CPU,
 	 * learns of it. */
@@ -442,7 +442,7 @@ static __always_inline void handle_switch_out(struct task_struct *task, struct c
 	t->runnable = runnable;
 	if (!runnable) {
 		if (task->__state == TASK_DEAD && !t->unseated)
-			t->task = 0;
+			__sync_lock_test_and_set(&t->task, 0); /* after the rest */
 		return;
 	}
 	t->queue = (__u64)queue;
@@ -606,10 +606,15 @@ int hf_task_iter(struct bpf_iter__task *ctx)
 	__u32 zero = 0;
 
 	hf_ran(HF_TASK_ITER);
-	if (!task || task->__state == TASK_DEAD) /* has left its seat */
+	/* The one has left its seat, the other gets one by its birth. */
+	if (!task || task->__state & (TASK_DEAD | TASK_NEW))
 		return 0;
 	sum = bpf_map_lookup_elem(&hf_accounts, &zero);
 	t = know(task, false);
+	if (t && task->__state == TASK_DEAD) { /* by now */
+		__sync_val_compare_and_swap(&t->task, (__u64)task, 0);
+		return 0;
+	}
 	if (!sum || !t || hf_stamp_wakeups)
 		return 0;
 	run_delay = task->sched_info.run_delay;

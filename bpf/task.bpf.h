@@ -3,11 +3,11 @@
  *
  * A task has a seat in an array, by its address: that is found without a call, and in one cache line
  * of its own. To find its task storage is a call that touches three, and a switch is about two
- * tasks: seats make the hook a quarter cheaper. A task whose seat is taken keeps what is known of it
+ * tasks: seats make the hook a fifth cheaper. A task whose seat is taken keeps what is known of it
  * in task storage. For the hook it is copied to the end of the array meanwhile, because to the
  * verifier a pointer into another map is another path through all that follows.
  *
- * A seat is free again when its task is switched out for the last time. */
+ * A seat is free again when its task is seen to be switched out for the last time. */
 #ifndef HF_TASK_BPF_H
 #define HF_TASK_BPF_H
 

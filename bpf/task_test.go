@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"testing"
 	"time"
 
@@ -58,24 +59,27 @@ func TestSchedSeats(t *testing.T) {
 	kerneltest.Require(t)
 	kerneltest.MeasureLock(t)
 	s := newSched(t)
-	before := len(seated(t, s))
-	startWorkload(t, kerneltest.BuildProgram(t, "known"), lastCPU(t), "fork", "3001").run(t)
-	var dead []int
-	for end := time.Now().Add(5 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		dead = dead[:0]
+	dead := func() (tids []int) {
 		for tid := range seated(t, s) {
 			if _, err := os.Stat(fmt.Sprintf("/proc/%d", tid)); err != nil {
-				dead = append(dead, tid)
+				tids = append(tids, tid)
 			}
 		}
-		if len(dead) == 0 || time.Now().After(end) {
+		return tids
+	}
+	before, unseen := len(seated(t, s)), dead() // before there was a hook on switches
+	startWorkload(t, kerneltest.BuildProgram(t, "known"), lastCPU(t), "fork", "3001").run(t)
+	var left []int
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		left = slices.DeleteFunc(dead(), func(tid int) bool { return slices.Contains(unseen, tid) })
+		if len(left) == 0 {
 			break
 		}
 	}
 	after := seated(t, s)
 	t.Logf("%d seats taken before 3,001 births and deaths, %d after", before, len(after))
-	if len(dead) > 0 {
-		t.Errorf("%d seats of threads that are dead: %v", len(dead), dead)
+	if len(left) > 0 {
+		t.Errorf("%d seats of threads that are dead: %v", len(left), left)
 	}
 	_, has := after[os.Getpid()]
 	if _, stored := stored(t, s, os.Getpid()); has == stored {

@@ -38,6 +38,7 @@ type Program struct {
 
 // Map is one BPF map. Maps of one name are added up.
 type Map struct {
+	ID     uint32 // the kernel's; 0: several maps
 	Name   string
 	Memory uint64 // bytes that the kernel accounts
 }
@@ -130,10 +131,16 @@ func (g *agentGroup) collect(emit func(prometheus.Metric)) error {
 	return b.err()
 }
 
-// mergeMaps adds up maps of one name: each loaded object has its own counters.
+// mergeMaps adds up maps of one name: each loaded object has its own counters. What two objects
+// share is one map.
 func mergeMaps(maps []Map) []Map {
 	var merged []Map
+	seen := map[uint32]bool{}
 	for _, m := range maps {
+		if m.ID != 0 && seen[m.ID] {
+			continue
+		}
+		seen[m.ID] = true
 		i := slices.IndexFunc(merged, func(o Map) bool { return o.Name == m.Name })
 		if i < 0 {
 			merged = append(merged, m)

@@ -169,7 +169,7 @@ func testReaders() Readers {
 				{Name: "hf_cpu", Runs: 1011, RecursionMisses: 1, TimedRuns: 100, RunTime: 250 * time.Microsecond},
 				{Name: "hf_sched_switch", Runs: 4_000_000},
 			},
-			Maps:       []Map{{"hf_count", 4096}, {"hf_ring", 1 << 20}, {"hf_count", 8192}},
+			Maps:       []Map{{1, "hf_count", 4096}, {0, "hf_ring", 1 << 20}, {2, "hf_count", 8192}, {2, "hf_count", 8192}},
 			Accounting: map[string]float64{"runqueue": 0.9987},
 		},
 	}
