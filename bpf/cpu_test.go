@@ -226,7 +226,10 @@ func TestCPUSample(t *testing.T) {
 			if f := runtime.FuncForPC(uintptr(s.User[0] &^ ExactAddr)); f != nil && strings.HasSuffix(f.Name(), "bpf.burn") {
 				inBurn++
 				if len(s.User) < 2 {
-					t.Errorf("the stack ends at burn: %v", s.UserOutcome)
+					others++
+					if !kerneltest.InVM() { // see below
+						t.Errorf("the stack ends at burn: %v", s.UserOutcome)
+					}
 				} else if caller := runtime.FuncForPC(uintptr(s.User[1]) - 1); !strings.HasSuffix(caller.Name(), "bpf.burnDeep") {
 					others++
 				}
