@@ -227,9 +227,11 @@ func TestCPUSample(t *testing.T) {
 				inBurn++
 				if len(s.User) < 2 {
 					others++
-					if !kerneltest.InVM() { // see below
-						t.Errorf("the stack ends at burn: %v", s.UserOutcome)
+					report := t.Errorf
+					if kerneltest.InVM() { // seen once under QEMU, the cause is not known
+						report = t.Logf
 					}
+					report("the stack ends at burn+%#x: %v", s.User[0]&^ExactAddr-uint64(f.Entry()), s.UserOutcome)
 				} else if caller := runtime.FuncForPC(uintptr(s.User[1]) - 1); !strings.HasSuffix(caller.Name(), "bpf.burnDeep") {
 					others++
 				}

@@ -244,17 +244,23 @@ func bothMethods(t *testing.T, test func(t *testing.T, s *Sched)) {
 	hurry(t)
 	for _, stamps := range []bool{false, true} {
 		t.Run(map[bool]string{false: "sched_info", true: "stamps"}[stamps], func(t *testing.T) {
-			hidden := hiddenArrivals(t)
-			s, err := NewSched(SchedConfig{CgroupV1: CPUControllerV1(), stampWakeups: stamps})
-			if err != nil {
-				t.Fatalf("%+v", err)
-			}
-			defer s.Close()
-			arrivalsBefore[s] = hidden
-			awaitRunsEverywhere(t, s)
-			test(t, s)
+			test(t, newRunningSched(t, SchedConfig{CgroupV1: CPUControllerV1(), stampWakeups: stamps}))
 		})
 	}
+}
+
+// newRunningSched returns a Sched whose hook has run on each CPU.
+func newRunningSched(t *testing.T, cfg SchedConfig) *Sched {
+	t.Helper()
+	hidden := hiddenArrivals(t)
+	s, err := NewSched(cfg)
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	t.Cleanup(func() { s.Close() })
+	arrivalsBefore[s] = hidden
+	awaitRunsEverywhere(t, s)
+	return s
 }
 
 // awaitRunsEverywhere fails with all that is known unless the hook of switches runs on each CPU:
@@ -318,7 +324,7 @@ func switchOn(cpu int, stop chan struct{}) error {
 	}
 }
 
-// arrivalsBefore has hiddenArrivals from before each Sched of bothMethods.
+// arrivalsBefore has hiddenArrivals from before each Sched of newRunningSched.
 var arrivalsBefore = map[*Sched]uint64{}
 
 const causesFor = 2 * time.Second

@@ -94,14 +94,7 @@ func TestSchedSeatless(t *testing.T) {
 	hurry(t)
 	for name, test := range map[string]func(*testing.T, *Sched){"count": countsEverySwitchIn, "wait": knownWaits} {
 		t.Run(name, func(t *testing.T) {
-			hidden := hiddenArrivals(t)
-			s, err := NewSched(SchedConfig{CgroupV1: CPUControllerV1(), seatBits: 1})
-			if err != nil {
-				t.Fatalf("%+v", err)
-			}
-			defer s.Close()
-			arrivalsBefore[s] = hidden
-			awaitRunsEverywhere(t, s)
+			s := newRunningSched(t, SchedConfig{CgroupV1: CPUControllerV1(), seatBits: 1})
 			test(t, s)
 			if n := len(seated(t, s)); n > 2 {
 				t.Errorf("%d threads have one of two seats", n)
