@@ -3,7 +3,7 @@
 // Bench measures what the agent costs on this machine, beside what the usual tools cost,
 // in one run, and prints Markdown tables. Nothing in it passes or fails by a time.
 //
-//	go run ./test/bench          a few minutes, as root, on a quiet machine
+//	go run ./test/bench          40 minutes, as root, on a quiet machine
 //	go run ./test/bench -short   a few seconds: proves that it runs, measures nothing
 //	go run ./test/bench -only=stacks
 //
@@ -35,7 +35,7 @@ type config struct {
 	settle  time.Duration // from the start of a tool to its measurement
 	rounds  int           // rounds of the switching benchmarks and of fio
 	loops   int           // operations in each run
-	tries   int           // runs of each in a round
+	tries   int           // runs of each in a round: the least of two is often a disturbed one
 	busy    time.Duration // the busy minute
 	// How long a sampler is watched in each round, at 99 samples a second and CPU.
 	stackWindow time.Duration
@@ -48,7 +48,7 @@ type config struct {
 }
 
 var (
-	full  = config{windows: 5, window: 2 * time.Second, settle: 500 * time.Millisecond, rounds: 15, loops: 20_000, tries: 2, busy: time.Minute, stackWindow: 4 * time.Second, agentWindow: time.Minute, dwarfAddresses: 100}
+	full  = config{windows: 5, window: 2 * time.Second, settle: 500 * time.Millisecond, rounds: 15, loops: 20_000, tries: 6, busy: time.Minute, stackWindow: 4 * time.Second, agentWindow: time.Minute, dwarfAddresses: 100}
 	short = config{windows: 1, window: 300 * time.Millisecond, rounds: 1, loops: 2_000, tries: 1, busy: 2 * time.Second, stackWindow: 300 * time.Millisecond, agentWindow: time.Second, dwarfAddresses: 1}
 )
 
