@@ -475,7 +475,8 @@ func TestSchedCauseOther(t *testing.T) {
 }
 
 // What is slept for is known: 1 ms 1,009 times, and no wait counts as sleep. A sleep can be
-// over before its thread was switched out: how often it was is in the kernel's books.
+// over before its thread was switched out, on an emulated CPU many are: how often it was
+// is in the kernel's books.
 func TestSchedBlocked(t *testing.T) {
 	bothMethods(t, func(t *testing.T, s *Sched) {
 		g := newCgroup(t, "blocked").heavy(t)
@@ -506,7 +507,7 @@ func TestSchedBlocked(t *testing.T) {
 		n, slept := c.Blocked.Count(), time.Duration(c.Blocked.Sum)
 		t.Logf("slept %d times, %v, waited %v, of %v; switched out for it %d times, %d switch-ins dropped",
 			n, slept, time.Duration(c.Latency.Sum), took, times, dropped)
-		if times < 1000 || n+dropped+2 < times || n > times+2 {
+		if times < 500 || n+dropped+2 < times || n > times+2 {
 			t.Errorf("%d sleeps, the kernel has %d", n, times)
 		}
 		// Before, it sleeps until its line comes.

@@ -158,7 +158,7 @@ func (j *judge) read(t *testing.T) verdict {
 // of two.
 type observation struct {
 	SchedCells
-	containers map[string]SchedContainer
+	containers [2]map[string]SchedContainer // before and after the judge was read
 	dropped    map[DropReason]uint64
 	hidden     uint64    // switch-ins of process 1, see hiddenArrivals
 	seen       [2]uint64 // switch-ins recorded or dropped, before and after the judge was read
@@ -177,14 +177,14 @@ func observe(t *testing.T, s *Sched, j *judge) (o observation) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		o.seen[i], o.waited[i] = c.Latency.Count(), c.Latency.Sum
+		o.seen[i], o.waited[i], o.containers[i] = c.Latency.Count(), c.Latency.Sum, byName(containers)
 		for reason, n := range stats.Dropped {
 			if reason != DropSwitchUnseen {
 				o.seen[i] += n
 			}
 		}
 		if i == 0 {
-			o.SchedCells, o.dropped, o.containers = c, stats.Dropped, byName(containers)
+			o.SchedCells, o.dropped = c, stats.Dropped
 			o.verdict = j.read(t)
 		}
 	}
