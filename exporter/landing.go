@@ -45,15 +45,15 @@ type landingData struct {
 	NotReady    bool
 	Collectors  []CollectorStatus
 	Window      *profiler.Window
-	Profiles    []windowProfile // of Window
-	Types       []profiler.Type
+	Profiles    []landingProfile
 	Base        string // URL of this agent as the client reaches it
 }
 
-// windowProfile is what the page says of one profile of the newest window.
-type windowProfile struct {
-	Type          string
-	Samples, Lost uint64
+// landingProfile is what the page says of one type of profile.
+type landingProfile struct {
+	profiler.Type
+	Of   *profiler.Profile // in the newest window; nil before the first
+	Lost uint64
 }
 
 func newLanding(cfg HandlerConfig) (*landing, error) {
@@ -89,20 +89,22 @@ func (l *landing) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		NoProfiles:  l.cfg.NoProfiles,
 		NotReady:    !l.cfg.Capturer.Ready(),
 		Window:      l.cfg.Capturer.Newest(),
-		Types:       l.cfg.Types,
 		Base:        baseURL(r),
 	}
 	if l.cfg.Collector != nil {
 		data.Collectors = l.cfg.Collector.Status()
 	}
-	if data.Window != nil {
-		for _, p := range data.Window.Profiles {
-			of := windowProfile{Type: p.Type, Samples: p.Samples}
-			for _, n := range p.Lost {
-				of.Lost += n
-			}
-			data.Profiles = append(data.Profiles, of)
+	for _, t := range l.cfg.Types {
+		p := landingProfile{Type: t}
+		if data.Window != nil {
+			p.Of = data.Window.Of(t.Name)
 		}
+		if p.Of != nil {
+			for _, n := range p.Of.Lost {
+				p.Lost += n
+			}
+		}
+		data.Profiles = append(data.Profiles, p)
 	}
 	var body bytes.Buffer
 	if err := l.page.Execute(&body, data); err != nil {

@@ -200,7 +200,7 @@ func TestLandingPage(t *testing.T) {
 		chromedp.Click(chromedp.CSS(".command button")),
 		chromedp.WaitVisible(`//button[text()="Copied" or text()="Selected"]`),
 	)
-	for _, want := range []string{"testhost", "1.2.3", "0123456789abcdef", "1009 samples of cpu, 3 lost", "runqueue", "block", "works"} {
+	for _, want := range []string{"testhost", "1.2.3", "0123456789abcdef", "cpu\twhat runs on the CPUs\t1009\t3\t", "runqueue", "block", "works"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the page does not say %q:\n%s", want, text)
 		}

@@ -17,6 +17,7 @@ import (
 // parameters, the web UI, OTLP and the metrics about profiles follow from what it says.
 type Type struct {
 	Name    string        // in /pprof/NAME and in the metrics' label `profile`
+	Title   string        // what it shows, to people
 	Samples []bpf.Profile // it takes the samples of these
 	Values  []Value       // pprof's sample types, at least one; the first is the default
 	Period  Period

@@ -19,6 +19,7 @@ func BlockIO(rate int) Type {
 	nanoseconds := func(name string) ValueType { return ValueType{name, "nanoseconds"} }
 	return Type{
 		Name:    "blockio",
+		Title:   "who issues block I/O, and how long it takes",
 		Samples: []bpf.Profile{bpf.ProfileBlockIO},
 		Values: []Value{
 			{ValueType{"requests", "count"}, weighed},

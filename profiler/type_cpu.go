@@ -18,6 +18,7 @@ func CPU(event bpf.Event, frequency int) Type {
 	nanoseconds := ValueType{"cpu", "nanoseconds"}
 	return Type{
 		Name:    "cpu",
+		Title:   "what runs on the CPUs",
 		Samples: []bpf.Profile{bpf.ProfileCPU},
 		Values: []Value{
 			{ValueType{"samples", "count"}, weighed},

@@ -14,6 +14,7 @@ var minDuration = &Least{"min_duration", func(s *bpf.Sample) uint64 { return s.D
 func Runqueue() Type {
 	return Type{
 		Name:    "runqueue",
+		Title:   "who waits for a CPU, and why",
 		Samples: []bpf.Profile{bpf.ProfileRunqueue},
 		Values: []Value{
 			{ValueType{"waits", "count"}, weighed},
@@ -39,6 +40,7 @@ func Runqueue() Type {
 func Culprit() Type {
 	return Type{
 		Name:    "culprit",
+		Title:   "who ran meanwhile",
 		Samples: []bpf.Profile{bpf.ProfileCulprit},
 		Values: []Value{
 			{ValueType{"waits", "count"}, weighed},
@@ -59,6 +61,7 @@ func Culprit() Type {
 func OffCPU(states *States) Type {
 	return Type{
 		Name:    "offcpu",
+		Title:   "who is blocked, and by what",
 		Samples: []bpf.Profile{bpf.ProfileOffCPU},
 		Values: []Value{
 			{ValueType{"sleeps", "count"}, weighed},
@@ -76,6 +79,7 @@ func OffCPU(states *States) Type {
 func Wall(frequency int, states *States) Type {
 	return Type{
 		Name:    "wall",
+		Title:   "where the time of each thread goes: CPU, waiting, blocked",
 		Samples: []bpf.Profile{bpf.ProfileCPU, bpf.ProfileRunqueue, bpf.ProfileOffCPU},
 		Values: []Value{
 			{ValueType{"stacks", "count"}, func(*bpf.Sample) uint64 { return 1 }},
