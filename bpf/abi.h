@@ -140,7 +140,7 @@ enum hf_cause {
 enum hf_state {
 	HF_STATE_OTHER = 0,
 	HF_STATE_BLOCK_IO = 1,  /* in_iowait */
-	HF_STATE_LOCK = 2,      /* in futex, for what looks like a lock */
+	HF_STATE_LOCK = 2,      /* in futex, for what looks like a lock, or for one of the kernel's */
 	HF_STATE_CONDITION = 3, /* in futex, for something else */
 };
 

@@ -192,6 +192,9 @@ struct task_struct {
 	__u64 self_exec_id;   /* 64 bits since d1e7fd6462ca (5.7) */
 	struct css_set *cgroups;
 	struct blk_plug *plug;
+	struct rt_mutex_waiter *pi_blocked_on;
+	struct mutex *blocked_on; /* before 6.17 with CONFIG_DEBUG_MUTEXES only */
+	unsigned long blocker;    /* with CONFIG_DETECT_HUNG_TASK_BLOCKER */
 	char comm[16];
 };
 

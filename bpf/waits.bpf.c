@@ -83,6 +83,18 @@ static __always_inline __u8 hf_futex_state(struct task_struct *task)
 	return HF_STATE_CONDITION;
 }
 
+/* Whether a thread that does not run waits for a lock of the kernel: a mutex, semaphore or rwsem, as
+ * far as the kernel notes it down. In the stack of such a thread there is nothing of it: the kernel
+ * leaves out what is part of the scheduler, and takes the locks for that. */
+static __always_inline bool hf_waits_for_lock(struct task_struct *task)
+{
+	if (BPF_CORE_READ(task, pi_blocked_on))
+		return true;
+	if (bpf_core_field_exists(task->blocked_on) && BPF_CORE_READ(task, blocked_on))
+		return true;
+	return bpf_core_field_exists(task->blocker) && BPF_CORE_READ(task, blocker);
+}
+
 /* Samples the current task, which is being switched out, for the wait of the one that comes:
  * the run queue is locked, so what others wait for that is bounded. */
 static __always_inline int handle_culprit(void *ctx, struct task_struct *victim)
@@ -323,7 +335,8 @@ int hf_blocked_iter(struct bpf_iter__task *ctx)
 		used = hf_append_blocked(w, task, used);
 	hf_head(&s->head, task, cpu);
 	s->head.lasted_ns = now - t->out_ns;
-	s->head.state = BPF_CORE_READ_BITFIELD(task, in_iowait) ? HF_STATE_BLOCK_IO : hf_futex_state(task);
+	s->head.state = BPF_CORE_READ_BITFIELD(task, in_iowait) ? HF_STATE_BLOCK_IO :
+			hf_waits_for_lock(task) ? HF_STATE_LOCK : hf_futex_state(task);
 	hf_put(s, used, ring, &at);
 	return 0;
 }
