@@ -28,7 +28,7 @@ type Type struct {
 	// left out of the profiles.
 	Hooked bool
 	// Describe is the first comment of a profile, after the host, given what was delivered
-	// and lost by weight; nil for none.
+	// and lost as bpf.Sample.Due counts it; nil for none.
 	Describe func(delivered, lost uint64) string
 }
 

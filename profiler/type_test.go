@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -43,7 +44,10 @@ func TestTypes(t *testing.T) {
 			return map[string]uint64{"ring_full": atomic.AddUint64(&lost, 1)}
 		}})
 	}, func(w *Window) { windows <- w })
+	// A tick that was late by two is three samples that were due; a wait is one, whatever it stands
+	// for.
 	cpu := ownSample(t)
+	cpu.Weight = 3
 	wait := func(cpu uint32, value uint64) bpf.Sample {
 		s := ownSample(t)
 		s.Profile, s.CPU, s.Value, s.Weight = bpf.ProfileRunqueue, cpu, value, 2
@@ -80,9 +84,21 @@ func TestTypes(t *testing.T) {
 		t.Fatal(err)
 	}
 	w := <-windows
-	for name, want := range map[string]uint64{"cpu": 1, "wait": 10, "both": 11} {
+	for name, want := range map[string]uint64{"cpu": 3, "wait": 5, "both": 8} {
 		if of := w.Of(name); of == nil || of.Samples != want || r.Stats().Samples[name] != want {
 			t.Errorf("%s: %+v, %d by the counters, want %d samples", name, of, r.Stats().Samples[name], want)
+		}
+		if got, want := pprofOf(t, w.Of(name)).Comments, fmt.Sprintf("samples: %d delivered, %d lost", want, w.Of(name).Lost["ring_full"]); !slices.Contains(got, want) {
+			t.Errorf("%s: comments %q, want %s", name, got, want)
+		}
+	}
+	for name, want := range map[string]uint64{"cpu": 1, "wait": 5, "both": 6} {
+		var stacks uint64
+		for _, n := range r.Stats().Stacks[name] {
+			stacks += n
+		}
+		if stacks != want {
+			t.Errorf("%s: %v, want %d stacks", name, r.Stats().Stacks[name], want)
 		}
 	}
 	if w.Of("cpu").Lost["ring_full"] != 0 || w.Of("wait").Lost["ring_full"] == 0 || w.Of("both").Lost["ring_full"] == 0 {
