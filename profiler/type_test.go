@@ -27,7 +27,7 @@ func waitType() Type {
 			{ValueType{"delay", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value * uint64(s.Weight) }},
 		},
 		Period:  Period{ValueType{"wait", "count"}, 1},
-		Labels:  []Label{{"parity", func(s *bpf.Sample) string { return []string{"even", "odd"}[s.CPU%2] }}},
+		Labels:  []Label{{"parity", func(s *bpf.Sample) string { return []string{"even", "odd"}[s.CPU%2] }, []string{"even", "odd"}}},
 		Numbers: []Number{{ValueType{"delay_ns", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value }}},
 		Least:   &Least{"min_delay", func(s *bpf.Sample) uint64 { return s.Value }},
 	}
@@ -156,6 +156,26 @@ func TestHookFrames(t *testing.T) {
 	}
 }
 
+// What stacks tell of a thread that is blocked is in the closed set of the label.
+func TestBlockedStates(t *testing.T) {
+	for _, r := range stateRules {
+		if !slices.Contains(blockedStates, r.state) {
+			t.Errorf("a rule says %s, which is not in %v", r.state, blockedStates)
+		}
+	}
+	states := NewStates(nil)
+	for _, s := range []bpf.State{bpf.StateOther, bpf.StateBlockIO, bpf.StateLock, bpf.StateCondition} {
+		if got := states.stateOf(&bpf.Sample{Profile: bpf.ProfileOffCPU, State: s}); !slices.Contains(blockedStates, got) {
+			t.Errorf("state %d is %s, which is not in %v", s, got, blockedStates)
+		}
+	}
+	for _, p := range []bpf.Profile{bpf.ProfileCPU, bpf.ProfileRunqueue} {
+		if got := states.stateOf(&bpf.Sample{Profile: p}); !slices.Contains(allStates, got) {
+			t.Errorf("profile %d is %s, which is not in %v", p, got, allStates)
+		}
+	}
+}
+
 func TestCaptureRefusesTypes(t *testing.T) {
 	r := run(t, func(c *Config) { c.Types = append(c.Types, waitType()) }, nil)
 	for _, q := range []Request{
@@ -163,6 +183,7 @@ func TestCaptureRefusesTypes(t *testing.T) {
 		{Type: "cpu", Duration: time.Second, Filter: Filter{Least: 1}},
 		{Type: "cpu", Duration: time.Second, Filter: Filter{Labels: map[string][]string{"parity": {"even"}}}},
 		{Type: "wait", Duration: time.Second, Filter: Filter{Labels: map[string][]string{"device": {"vda"}}}},
+		{Type: "wait", Duration: time.Second, Filter: Filter{Labels: map[string][]string{"parity": {"even", "both"}}}},
 	} {
 		if _, err := r.Capture(context.Background(), q); err == nil || errors.Is(err, context.Canceled) {
 			t.Errorf("%+v: %v", q, err)

@@ -10,6 +10,14 @@ import (
 
 var minDuration = &Least{"min_duration", func(s *bpf.Sample) uint64 { return s.Duration }}
 
+func causeLabel() Label {
+	l := Label{Name: "cause", Of: func(s *bpf.Sample) string { return s.Cause.String() }}
+	for c := range bpf.Causes {
+		l.Values = append(l.Values, c.String())
+	}
+	return l
+}
+
 // Runqueue is the profile type of the time that threads were runnable and had no CPU.
 func Runqueue() Type {
 	return Type{
@@ -22,8 +30,8 @@ func Runqueue() Type {
 		},
 		Period: Period{ValueType{"runqueue", "nanoseconds"}, 1},
 		Labels: []Label{
-			{"cause", func(s *bpf.Sample) string { return s.Cause.String() }},
-			{"culprit", func(s *bpf.Sample) string {
+			causeLabel(),
+			{Name: "culprit", Of: func(s *bpf.Sample) string {
 				if s.ByPID == 0 {
 					return ""
 				}
@@ -48,8 +56,8 @@ func Culprit() Type {
 		},
 		Period: Period{ValueType{"culprit", "nanoseconds"}, 1},
 		Labels: []Label{
-			{"cause", func(s *bpf.Sample) string { return s.Cause.String() }},
-			{"victim", func(s *bpf.Sample) string { return s.By.String() }},
+			causeLabel(),
+			{Name: "victim", Of: func(s *bpf.Sample) string { return s.By.String() }},
 		},
 		Least:  minDuration,
 		Hooked: true,
@@ -68,7 +76,7 @@ func OffCPU(states *States) Type {
 			{ValueType{"blocked", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value }},
 		},
 		Period: Period{ValueType{"offcpu", "nanoseconds"}, 1},
-		Labels: states.labels(),
+		Labels: states.labels(blockedStates),
 		Least:  minDuration,
 	}
 }
@@ -86,7 +94,7 @@ func Wall(frequency int, states *States) Type {
 			{ValueType{"wall", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value }},
 		},
 		Period: Period{ValueType{"wall", "nanoseconds"}, int64(time.Second) / int64(frequency)},
-		Labels: states.labels(),
+		Labels: states.labels(allStates),
 		Least:  minDuration,
 	}
 }
