@@ -176,6 +176,28 @@ func TestBlockedStates(t *testing.T) {
 	}
 }
 
+// min_duration is of waits and sleeps; CPU samples of wall time are neither.
+func TestWallLeast(t *testing.T) {
+	wall := Wall(99, NewStates(nil))
+	c, err := newCapture(&wall, Request{Filter: Filter{Least: 1000}}, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		profile  bpf.Profile
+		duration uint64
+		want     bool
+	}{
+		{bpf.ProfileCPU, 0, true},
+		{bpf.ProfileRunqueue, 999, false}, {bpf.ProfileRunqueue, 1000, true},
+		{bpf.ProfileOffCPU, 999, false}, {bpf.ProfileOffCPU, 1000, true},
+	} {
+		if got := c.matches(&bpf.Sample{Profile: test.profile, Duration: test.duration}, "/"); got != test.want {
+			t.Errorf("profile %d of %d ns is in it: %v, want %v", test.profile, test.duration, got, test.want)
+		}
+	}
+}
+
 func TestCaptureRefusesTypes(t *testing.T) {
 	r := run(t, func(c *Config) { c.Types = append(c.Types, waitType()) }, nil)
 	for _, q := range []Request{

@@ -3,12 +3,19 @@
 package profiler
 
 import (
+	"math"
 	"time"
 
 	"github.com/hostflame/hostflame/bpf"
 )
 
-var minDuration = &Least{"min_duration", func(s *bpf.Sample) uint64 { return s.Duration }}
+// minDuration leaves out waits and sleeps that were shorter. CPU samples are neither: all stay.
+var minDuration = &Least{"min_duration", func(s *bpf.Sample) uint64 {
+	if s.Profile == bpf.ProfileCPU {
+		return math.MaxUint64
+	}
+	return s.Duration
+}}
 
 func causeLabel() Label {
 	l := Label{Name: "cause", Of: func(s *bpf.Sample) string { return s.Cause.String() }}
