@@ -184,16 +184,16 @@ func TestWallLeast(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, test := range []struct {
-		profile  bpf.Profile
-		duration uint64
-		want     bool
+		profile bpf.Profile
+		lasted  uint64
+		want    bool
 	}{
 		{bpf.ProfileCPU, 0, true},
 		{bpf.ProfileRunqueue, 999, false}, {bpf.ProfileRunqueue, 1000, true},
 		{bpf.ProfileOffCPU, 999, false}, {bpf.ProfileOffCPU, 1000, true},
 	} {
-		if got := c.matches(&bpf.Sample{Profile: test.profile, Duration: test.duration}, "/"); got != test.want {
-			t.Errorf("profile %d of %d ns is in it: %v, want %v", test.profile, test.duration, got, test.want)
+		if got := c.matches(&bpf.Sample{Profile: test.profile, Lasted: test.lasted}, "/"); got != test.want {
+			t.Errorf("profile %d of %d ns is in it: %v, want %v", test.profile, test.lasted, got, test.want)
 		}
 	}
 }

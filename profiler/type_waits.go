@@ -14,7 +14,7 @@ var minDuration = &Least{"min_duration", func(s *bpf.Sample) uint64 {
 	if s.Profile == bpf.ProfileCPU {
 		return math.MaxUint64
 	}
-	return s.Duration
+	return s.Lasted
 }}
 
 func causeLabel() Label {
