@@ -24,6 +24,9 @@ var operationNames = [blockHfOperationHF_OPERATIONS]string{
 	blockHfOperationHF_OPERATION_OTHER:        "other",
 }
 
+// BlockOperations are the values of BlockIO.Operation and of the metric label `operation`.
+func BlockOperations() []string { return slices.Clone(operationNames[:]) }
+
 // BlockError is why a request or bio failed (enum hf_block_error).
 type BlockError uint8
 

@@ -56,7 +56,7 @@ type blockStacks struct {
 	// Ends without a sample: a ring is read before another that has the sample. What is not
 	// paired at the next drain had none.
 	early, late map[uint64]blockHfBlockEnd
-	evicted     atomic.Uint64 // samples whose end did not come, by weight
+	evicted     atomic.Uint64 // samples whose end did not come, as Sample.Due counts them
 }
 
 func newBlockStacks(r *rings, devices func(uint32) (string, error), second *ebpf.Variable) *blockStacks {
@@ -146,7 +146,7 @@ func (b *blockStacks) evict() {
 		b.order = b.order[1:]
 		if s := b.pending[key]; s != nil {
 			delete(b.pending, key)
-			b.evicted.Add(uint64(s.Weight))
+			b.evicted.Add(s.Due())
 			return
 		}
 	}
@@ -186,7 +186,8 @@ var errNoStacks = errors.New("block I/O is not sampled")
 // has block_io_start, or block_getrq, which is before it and does not see passthrough.
 func (b *Block) HasStacks() bool { return b.stacks != nil }
 
-// StackLosses is what is missing in the samples, by weight; an entry for each reason.
+// StackLosses is what is missing in the samples, as Sample.Due counts them: the requests that
+// the lost ones stand for. It has an entry for each reason.
 func (b *Block) StackLosses() (map[DropReason]uint64, error) {
 	dropped, err := b.Dropped()
 	if err != nil || b.stacks == nil {

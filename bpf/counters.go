@@ -50,8 +50,8 @@ func (r DropReason) String() string {
 
 // Stats is what an object's programs counted since they were loaded.
 type Stats struct {
-	Delivered uint64                // samples put into a ring, by weight
-	Dropped   map[DropReason]uint64 // by weight; one entry for each reason that the object can have, zeros included
+	Delivered uint64                // samples put into a ring, as Sample.Due counts them
+	Dropped   map[DropReason]uint64 // likewise; one entry for each reason that the object can have, zeros included
 	Programs  []ProgramStats
 	Maps      []MapStats
 }
@@ -116,7 +116,8 @@ func (o *object) Dropped() (map[DropReason]uint64, error) {
 	return s.Dropped, err
 }
 
-// Due is how many samples were due, delivered or not, by weight. It costs as little.
+// Due is how many samples were due, delivered or not, as Sample.Due counts them. It costs as
+// little.
 func (o *object) Due() (n uint64, err error) {
 	_, s, err := o.counted()
 	n = s.Delivered

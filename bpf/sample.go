@@ -258,6 +258,17 @@ func (s *Sample) weigh(mean uint64) {
 	s.Weight = uint32(min(w+float64(random)/(1<<53), math.MaxUint32))
 }
 
+// Due is how many of the samples that were due s is, in the unit that those that were lost of
+// its profile are counted in: of ProfileCPU the sampling periods, of ProfileBlockIO the requests
+// that it stands for. Those that were drawn by time are lost one by one, whatever they stand for.
+func (s *Sample) Due() uint64 {
+	switch s.Profile {
+	case ProfileCPU, ProfileBlockIO:
+		return uint64(s.Weight)
+	}
+	return 1
+}
+
 // fill copies the first bytes of b, which has enough of them, into v.
 func fill[T any](v *T, b []byte) {
 	copy(unsafe.Slice((*byte)(unsafe.Pointer(v)), unsafe.Sizeof(*v)), b)

@@ -14,9 +14,9 @@ import (
 // become label values, so they come from fixed sets; an entry with zero is a series that
 // exists from the first scrape.
 type Agent struct {
-	Samples  map[string]uint64            // delivered, by profile type
-	Lost     map[string]map[string]uint64 // samples by profile type and reason
-	Stacks   map[string]map[string]uint64 // walked stacks by profile type and outcome
+	Samples  map[string]uint64            // delivered, by profile type, as bpf.Sample.Due counts them
+	Lost     map[string]map[string]uint64 // samples, likewise, by profile type and reason
+	Stacks   map[string]map[string]uint64 // walked stacks, one a sample, by profile type and outcome
 	Unseen   map[string]map[string]uint64 // events that a histogram lacks, by collector and reason
 	Programs []Program
 	Maps     []Map

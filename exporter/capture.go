@@ -108,6 +108,9 @@ func parseCapture(t *profiler.Type, query string) (captureQuery, error) {
 			if v == "" {
 				return q, fmt.Errorf("%s is empty", l.Name)
 			}
+			if err := l.Check(v); err != nil {
+				return q, err
+			}
 			if q.Filter.Labels == nil {
 				q.Filter.Labels = map[string][]string{}
 			}

@@ -99,6 +99,43 @@ func TestCaptureOfAnotherType(t *testing.T) {
 	}
 }
 
+// A value that a label never has is refused at once, with those that it has.
+func TestCaptureClosedLabels(t *testing.T) {
+	capturer := newFakeCapturer(t)
+	capturer.capture = func(context.Context, profiler.Request) error { return nil }
+	s := testServer(t, capturer, func(c *HandlerConfig, _ *http.Server) { c.Types = allTypes })
+	const (
+		blocked = "block_io, lock, condition, network, poll, pipe, sleep, page_fault, child, signal, other"
+		causes  = "quota, own, other, kernel, idle, stolen, unknown"
+	)
+	for query, want := range map[string]string{
+		"runqueue?cause=bogus":             `cause="bogus": want one of ` + causes,
+		"culprit?cause=own&cause=Own":      `cause="Own": want one of ` + causes,
+		"offcpu?state=nap":                 `state="nap": want one of ` + blocked,
+		"offcpu?state=LOCK":                `state="LOCK": want one of ` + blocked,
+		"offcpu?state=cpu":                 `state="cpu": want one of ` + blocked,
+		"offcpu?idle=maybe":                `idle="maybe": want one of true, false`,
+		"wall?state=nap":                   `state="nap": want one of cpu, runqueue, ` + blocked,
+		"blockio?operation=bogus":          `operation="bogus": want one of read, write, flush, discard, write-zeroes, other`,
+		"runqueue?cause=other&culprit=x":   "",
+		"offcpu?state=lock&idle=false":     "",
+		"wall?state=cpu&state=runqueue":    "",
+		"blockio?operation=read&device=xy": "",
+	} {
+		status := 200
+		if want != "" {
+			status, want = 400, want+"\n"
+		}
+		answer, body := fetch(t, "GET", s.URL+"/pprof/"+query)
+		if answer.StatusCode != status || want != "" && body != want {
+			t.Errorf("%s: %s %.300q, want %d %q", query, answer.Status, body, status, want)
+		}
+	}
+	if len(capturer.requests) != 4 {
+		t.Errorf("%d captures, want 4", len(capturer.requests))
+	}
+}
+
 // TestCaptureHTTP2: there the server's WriteTimeout ends a stream that waits, too.
 func TestCaptureHTTP2(t *testing.T) {
 	plain := testServer(t, newFakeCapturer(t), nil)

@@ -19,7 +19,6 @@ import (
 
 	"github.com/hostflame/hostflame/bpf"
 	"github.com/hostflame/hostflame/exporter/otlp"
-	"github.com/hostflame/hostflame/profiler"
 )
 
 // tableRows are the cells of the rows of a document that begin with code.
@@ -136,13 +135,26 @@ func TestMetricsDocumentedQueries(t *testing.T) {
 	}
 }
 
-// TestPathsDocumented: what docs/http-api.md lists is served.
+// TestPathsDocumented: what docs/http-api.md lists is served, and the values of labels that it
+// lists are all that there are.
 func TestPathsDocumented(t *testing.T) {
-	states := profiler.NewStates(nil)
 	s := testServer(t, newFakeCapturer(t), func(c *HandlerConfig, _ *http.Server) {
 		c.DebugPprof = true
-		c.Types = []profiler.Type{profiler.CPU("", 99), profiler.Runqueue(), profiler.Culprit(), profiler.OffCPU(states), profiler.Wall(99, states), profiler.BlockIO(50)}
+		c.Types = allTypes
 	})
+	text, err := os.ReadFile("../docs/http-api.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, typ := range allTypes {
+		for _, l := range typ.Labels {
+			for _, v := range l.Values {
+				if !strings.Contains(string(text), "`"+v+"`") {
+					t.Errorf("docs/http-api.md does not have %s=%s of %s", l.Name, v, typ.Name)
+				}
+			}
+		}
+	}
 	paths := 0
 	for _, row := range tableRows(t, "../docs/http-api.md") {
 		if !strings.HasPrefix(row[0], "/") {

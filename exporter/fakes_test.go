@@ -241,6 +241,14 @@ func newFakeCapturer(t *testing.T) *fakeCapturer {
 // testTypes are what the tests serve.
 var testTypes = []profiler.Type{profiler.CPU("", 99), profiler.BlockIO(50)}
 
+// allTypes are what the agent serves.
+var allTypes = func() []profiler.Type {
+	states := profiler.NewStates(nil)
+	return []profiler.Type{
+		profiler.CPU("", 99), profiler.Runqueue(), profiler.Culprit(), profiler.OffCPU(states), profiler.Wall(99, states), profiler.BlockIO(50),
+	}
+}()
+
 // windowOf is a window with a profile of CPU time.
 func windowOf(p *profile.Profile) *profiler.Window {
 	return &profiler.Window{Start: testStart, End: testStart, Profiles: []profiler.Profile{profiler.NewProfile("cpu", p, 0, nil)}}

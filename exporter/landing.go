@@ -46,6 +46,7 @@ type landingData struct {
 	Collectors  []CollectorStatus
 	Window      *profiler.Window
 	Profiles    []landingProfile
+	Waits       bool   // there are profiles of run-queue waits
 	Base        string // URL of this agent as the client reaches it
 }
 
@@ -105,6 +106,7 @@ func (l *landing) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			}
 		}
 		data.Profiles = append(data.Profiles, p)
+		data.Waits = data.Waits || t.Name == "runqueue" && l.cfg.NoProfiles == nil && l.cfg.MissingTypes[t.Name] == nil
 	}
 	var body bytes.Buffer
 	if err := l.page.Execute(&body, data); err != nil {

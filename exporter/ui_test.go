@@ -5,12 +5,14 @@ package exporter
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -193,7 +195,12 @@ func checkLinks(t *testing.T, base string, links []string, want ...string) {
 }
 
 func TestLandingPage(t *testing.T) {
-	s := testServer(t, newFakeCapturer(t), func(c *HandlerConfig, _ *http.Server) { c.DebugPprof = true })
+	capturer := newFakeCapturer(t)
+	capturer.newest.Profiles = append(capturer.newest.Profiles, profiler.NewProfile("runqueue", oneStack("waitingFunction"), 0, nil))
+	s := testServer(t, capturer, func(c *HandlerConfig, _ *http.Server) {
+		c.DebugPprof = true
+		c.Types = append(slices.Clone(testTypes), profiler.Runqueue())
+	})
 	b := newTab(t)
 	b.do(chromedp.Navigate(s.URL+"/"), chromedp.WaitVisible(chromedp.CSS("main")))
 	b.screenshot("landing")
@@ -210,11 +217,11 @@ func TestLandingPage(t *testing.T) {
 		}
 	}
 	checkLinks(t, s.URL, links, "/ui/", "/ui/top", "/pprof/cpu", "/metrics", "/-/healthy", "/-/ready", "/debug/pprof/")
-	if len(commands) != 4 {
+	if len(commands) != 5 {
 		t.Errorf("%d commands", len(commands))
 	}
 	for _, c := range commands {
-		if !strings.Contains(c, "'"+s.URL+"/pprof/cpu?") {
+		if !strings.Contains(c, "'"+s.URL+"/pprof/cpu?") && !strings.HasSuffix(c, "'"+s.URL+"/pprof/runqueue?seconds=10&cause=other'") {
 			t.Errorf("command %s", c)
 		}
 	}
@@ -238,6 +245,25 @@ func TestLandingPageDark(t *testing.T) {
 	}
 	if ground != "rgb(23, 21, 20)" {
 		t.Errorf("ground %s", ground)
+	}
+}
+
+// TestLandingPageWaits: a command for waits is on the page where there is what it asks for.
+func TestLandingPageWaits(t *testing.T) {
+	for _, test := range []struct {
+		types   []profiler.Type
+		missing map[string]error
+		want    bool
+	}{
+		{allTypes, nil, true},
+		{allTypes, map[string]error{"runqueue": errors.New("no way into the thread")}, false},
+		{testTypes, nil, false},
+	} {
+		s := testServer(t, newFakeCapturer(t), func(c *HandlerConfig, _ *http.Server) { c.Types, c.MissingTypes = test.types, test.missing })
+		_, body := fetch(t, "GET", s.URL+"/")
+		if got := strings.Contains(body, "/pprof/runqueue?seconds=10&amp;cause=other"); got != test.want {
+			t.Errorf("%d types without %v: a command for waits: %v, want %v", len(test.types), test.missing, got, test.want)
+		}
 	}
 }
 

@@ -135,7 +135,7 @@ type row struct {
 	container    string
 	labels       [maxLabels]string
 	last         uint64             // when the last of them was, boot clock, ns
-	count        uint64             // samples, by weight
+	count        uint64             // observations that the samples stand for
 	values       [maxValues]uint64  // by the type's Values
 	numbers      [maxNumbers]uint64 // sums by weight, of the type's Numbers
 }
@@ -150,8 +150,8 @@ type aggregate struct {
 	index    map[key]int // the last row of a key
 	rows     []row
 	sources  []source // of rows
-	samples  uint64
-	overflow row // what found no room
+	samples  uint64   // as bpf.Sample.Due counts them
+	overflow row      // what found no room
 }
 
 // source is what a row is made of.
@@ -182,7 +182,7 @@ func (a *aggregate) full() bool { return len(a.rows) >= a.limit }
 // add counts s; tr is nil where there was no room for its trace. It returns whether the
 // sample was counted with its stack.
 func (a *aggregate) add(s *bpf.Sample, tr *trace, container string) bool {
-	a.samples += uint64(s.Weight)
+	a.samples += s.Due()
 	k := key{tr, TID(s.TID)}
 	v := variant{s.Comm, s.Thread, container, a.typ.attributes(s)}
 	last, ok := a.index[k]

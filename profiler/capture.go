@@ -122,6 +122,9 @@ func newCapture(t *Type, r Request, limit int) (*capture, error) {
 		}
 		c.labels[i] = map[string]bool{}
 		for _, v := range values {
+			if err := t.Labels[i].Check(v); err != nil {
+				return nil, err
+			}
 			c.labels[i][v] = true
 		}
 	}

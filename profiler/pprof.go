@@ -21,9 +21,9 @@ type meta struct {
 	host     string
 	start    time.Time
 	duration time.Duration
-	samples  uint64
-	lost     map[string]uint64
-	late     int // binaries whose symbols were not ready
+	samples  uint64            // delivered, as bpf.Sample.Due counts them
+	lost     map[string]uint64 // likewise, by reason
+	late     int               // binaries whose symbols were not ready
 }
 
 // comments say where and how the profile was taken, and what is missing.

@@ -343,7 +343,6 @@ func (p *Profiler) take(s *bpf.Sample) {
 // deliver attributes and counts one sample. It does no system call for a process, stack and
 // container that it knows.
 func (p *Profiler) deliver(s *bpf.Sample) {
-	weight := uint64(s.Weight)
 	container := p.container(s)
 	if s.Profile == bpf.ProfileCPU {
 		p.cpu.add(container, s)
@@ -353,11 +352,11 @@ func (p *Profiler) deliver(s *bpf.Sample) {
 		if !p.types[i].takes(s.Profile) {
 			continue
 		}
-		p.counters[i].samples.Add(weight)
+		p.counters[i].samples.Add(s.Due())
 		if p.window.aggs[i].add(s, tr, container) {
-			p.counters[i].stacks[tr.outcome].Add(weight)
+			p.counters[i].stacks[tr.outcome].Add(1)
 		} else {
-			p.counters[i].stacks[outcomeOverflow].Add(weight)
+			p.counters[i].stacks[outcomeOverflow].Add(1)
 		}
 	}
 	for _, c := range p.captures {

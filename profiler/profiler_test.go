@@ -269,7 +269,7 @@ func TestLastWindow(t *testing.T) {
 		t.Errorf("window ended %v ago", since)
 	}
 	st := r.Stats()
-	if st.Stacks["cpu"]["complete"] != 5 || st.Samples["cpu"] != 5 {
+	if st.Stacks["cpu"]["complete"] != 3 || st.Samples["cpu"] != 5 {
 		t.Errorf("stats %+v", st)
 	}
 	if err := r.Run(context.Background()); err == nil {

@@ -70,6 +70,15 @@ const (
 	stateOther     = "other"
 )
 
+// allStates are those of wall time, blockedStates those that the threads of ProfileOffCPU have.
+var (
+	allStates     = append([]string{stateCPU, stateRunqueue}, blockedStates...)
+	blockedStates = []string{
+		stateBlockIO, stateLock, stateCondition, stateNetwork, statePoll, statePipe, stateSleep, statePageFault,
+		stateChild, stateSignal, stateOther,
+	}
+)
+
 // stateRule names the state of threads that are blocked in a kernel function.
 type stateRule struct {
 	state     string
@@ -174,10 +183,10 @@ func (st *States) idle(s *bpf.Sample) bool {
 		slices.ContainsFunc(s.Kernel, func(addr uint64) bool { return st.frame(addr).accept })
 }
 
-// labels are state and idle, "true" or "false".
-func (st *States) labels() []Label {
+// labels are state, which is one of states, and idle.
+func (st *States) labels(states []string) []Label {
 	return []Label{
-		{stateLabel, st.stateOf},
-		{"idle", func(s *bpf.Sample) string { return strconv.FormatBool(st.idle(s)) }},
+		{stateLabel, st.stateOf, states},
+		{"idle", func(s *bpf.Sample) string { return strconv.FormatBool(st.idle(s)) }, []string{"true", "false"}},
 	}
 }

@@ -10,11 +10,12 @@ import (
 	"github.com/hostflame/hostflame/profiler/unwind"
 )
 
-// Stats counts, by weight, since the start.
+// Stats counts since the start. Samples are counted as losses are, see bpf.Sample.Due, whatever
+// they stand for in the profiles.
 type Stats struct {
 	Samples map[string]uint64            // delivered, by profile
 	Lost    map[string]map[string]uint64 // lost in user space, by profile and reason
-	Stacks  map[string]map[string]uint64 // by profile and outcome; they sum to Samples
+	Stacks  map[string]map[string]uint64 // that were taken, one a sample, by profile and outcome
 	Unwind  *UnwindStats                 // nil where the profiler has no unwind tables
 }
 

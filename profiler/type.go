@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/bits"
 	"slices"
+	"strings"
 
 	"github.com/hostflame/hostflame/bpf"
 )
@@ -28,7 +29,7 @@ type Type struct {
 	// left out of the profiles.
 	Hooked bool
 	// Describe is the first comment of a profile, after the host, given what was delivered
-	// and lost by weight; nil for none.
+	// and lost as bpf.Sample.Due counts it; nil for none.
 	Describe func(delivered, lost uint64) string
 }
 
@@ -50,8 +51,17 @@ type Period struct {
 
 // Label tells samples of one stack apart by a word. There are few different ones.
 type Label struct {
-	Name string
-	Of   func(*bpf.Sample) string
+	Name   string
+	Of     func(*bpf.Sample) string
+	Values []string // all that Of returns; nil: any
+}
+
+// Check returns an error for people where the label never has the value.
+func (l *Label) Check(value string) error {
+	if l.Values != nil && !slices.Contains(l.Values, value) {
+		return fmt.Errorf("%s=%q: want one of %s", l.Name, value, strings.Join(l.Values, ", "))
+	}
+	return nil
 }
 
 // Number tells samples of one stack apart by a measure of the single observation: those

@@ -28,8 +28,8 @@ func BlockIO(rate int) Type {
 		},
 		Period: Period{ValueType{"blockio", "count"}, 1},
 		Labels: []Label{
-			{"device", func(s *bpf.Sample) string { return s.IO.Device }},
-			{"operation", func(s *bpf.Sample) string { return s.IO.Operation }},
+			{Name: "device", Of: func(s *bpf.Sample) string { return s.IO.Device }},
+			{"operation", func(s *bpf.Sample) string { return s.IO.Operation }, bpf.BlockOperations()},
 		},
 		Numbers: []Number{
 			{nanoseconds("queue_ns"), func(s *bpf.Sample) uint64 { return s.IO.Queue }},

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -26,7 +27,7 @@ func waitType() Type {
 			{ValueType{"delay", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value * uint64(s.Weight) }},
 		},
 		Period:  Period{ValueType{"wait", "count"}, 1},
-		Labels:  []Label{{"parity", func(s *bpf.Sample) string { return []string{"even", "odd"}[s.CPU%2] }}},
+		Labels:  []Label{{"parity", func(s *bpf.Sample) string { return []string{"even", "odd"}[s.CPU%2] }, []string{"even", "odd"}}},
 		Numbers: []Number{{ValueType{"delay_ns", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value }}},
 		Least:   &Least{"min_delay", func(s *bpf.Sample) uint64 { return s.Value }},
 	}
@@ -43,7 +44,10 @@ func TestTypes(t *testing.T) {
 			return map[string]uint64{"ring_full": atomic.AddUint64(&lost, 1)}
 		}})
 	}, func(w *Window) { windows <- w })
+	// A tick that was late by two is three samples that were due; a wait is one, whatever it stands
+	// for.
 	cpu := ownSample(t)
+	cpu.Weight = 3
 	wait := func(cpu uint32, value uint64) bpf.Sample {
 		s := ownSample(t)
 		s.Profile, s.CPU, s.Value, s.Weight = bpf.ProfileRunqueue, cpu, value, 2
@@ -80,9 +84,21 @@ func TestTypes(t *testing.T) {
 		t.Fatal(err)
 	}
 	w := <-windows
-	for name, want := range map[string]uint64{"cpu": 1, "wait": 10, "both": 11} {
+	for name, want := range map[string]uint64{"cpu": 3, "wait": 5, "both": 8} {
 		if of := w.Of(name); of == nil || of.Samples != want || r.Stats().Samples[name] != want {
 			t.Errorf("%s: %+v, %d by the counters, want %d samples", name, of, r.Stats().Samples[name], want)
+		}
+		if got, want := pprofOf(t, w.Of(name)).Comments, fmt.Sprintf("samples: %d delivered, %d lost", want, w.Of(name).Lost["ring_full"]); !slices.Contains(got, want) {
+			t.Errorf("%s: comments %q, want %s", name, got, want)
+		}
+	}
+	for name, want := range map[string]uint64{"cpu": 1, "wait": 5, "both": 6} {
+		var stacks uint64
+		for _, n := range r.Stats().Stacks[name] {
+			stacks += n
+		}
+		if stacks != want {
+			t.Errorf("%s: %v, want %d stacks", name, r.Stats().Stacks[name], want)
 		}
 	}
 	if w.Of("cpu").Lost["ring_full"] != 0 || w.Of("wait").Lost["ring_full"] == 0 || w.Of("both").Lost["ring_full"] == 0 {
@@ -140,6 +156,48 @@ func TestHookFrames(t *testing.T) {
 	}
 }
 
+// What stacks tell of a thread that is blocked is in the closed set of the label.
+func TestBlockedStates(t *testing.T) {
+	for _, r := range stateRules {
+		if !slices.Contains(blockedStates, r.state) {
+			t.Errorf("a rule says %s, which is not in %v", r.state, blockedStates)
+		}
+	}
+	states := NewStates(nil)
+	for _, s := range []bpf.State{bpf.StateOther, bpf.StateBlockIO, bpf.StateLock, bpf.StateCondition} {
+		if got := states.stateOf(&bpf.Sample{Profile: bpf.ProfileOffCPU, State: s}); !slices.Contains(blockedStates, got) {
+			t.Errorf("state %d is %s, which is not in %v", s, got, blockedStates)
+		}
+	}
+	for _, p := range []bpf.Profile{bpf.ProfileCPU, bpf.ProfileRunqueue} {
+		if got := states.stateOf(&bpf.Sample{Profile: p}); !slices.Contains(allStates, got) {
+			t.Errorf("profile %d is %s, which is not in %v", p, got, allStates)
+		}
+	}
+}
+
+// min_duration is of waits and sleeps; CPU samples of wall time are neither.
+func TestWallLeast(t *testing.T) {
+	wall := Wall(99, NewStates(nil))
+	c, err := newCapture(&wall, Request{Filter: Filter{Least: 1000}}, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		profile bpf.Profile
+		lasted  uint64
+		want    bool
+	}{
+		{bpf.ProfileCPU, 0, true},
+		{bpf.ProfileRunqueue, 999, false}, {bpf.ProfileRunqueue, 1000, true},
+		{bpf.ProfileOffCPU, 999, false}, {bpf.ProfileOffCPU, 1000, true},
+	} {
+		if got := c.matches(&bpf.Sample{Profile: test.profile, Lasted: test.lasted}, "/"); got != test.want {
+			t.Errorf("profile %d of %d ns is in it: %v, want %v", test.profile, test.lasted, got, test.want)
+		}
+	}
+}
+
 func TestCaptureRefusesTypes(t *testing.T) {
 	r := run(t, func(c *Config) { c.Types = append(c.Types, waitType()) }, nil)
 	for _, q := range []Request{
@@ -147,6 +205,7 @@ func TestCaptureRefusesTypes(t *testing.T) {
 		{Type: "cpu", Duration: time.Second, Filter: Filter{Least: 1}},
 		{Type: "cpu", Duration: time.Second, Filter: Filter{Labels: map[string][]string{"parity": {"even"}}}},
 		{Type: "wait", Duration: time.Second, Filter: Filter{Labels: map[string][]string{"device": {"vda"}}}},
+		{Type: "wait", Duration: time.Second, Filter: Filter{Labels: map[string][]string{"parity": {"even", "both"}}}},
 	} {
 		if _, err := r.Capture(context.Background(), q); err == nil || errors.Is(err, context.Canceled) {
 			t.Errorf("%+v: %v", q, err)

@@ -3,12 +3,27 @@
 package profiler
 
 import (
+	"math"
 	"time"
 
 	"github.com/hostflame/hostflame/bpf"
 )
 
-var minDuration = &Least{"min_duration", func(s *bpf.Sample) uint64 { return s.Lasted }}
+// minDuration leaves out waits and sleeps that were shorter. CPU samples are neither: all stay.
+var minDuration = &Least{"min_duration", func(s *bpf.Sample) uint64 {
+	if s.Profile == bpf.ProfileCPU {
+		return math.MaxUint64
+	}
+	return s.Lasted
+}}
+
+func causeLabel() Label {
+	l := Label{Name: "cause", Of: func(s *bpf.Sample) string { return s.Cause.String() }}
+	for c := range bpf.Causes {
+		l.Values = append(l.Values, c.String())
+	}
+	return l
+}
 
 // Runqueue is the profile type of the time that threads were runnable and had no CPU.
 func Runqueue() Type {
@@ -22,8 +37,8 @@ func Runqueue() Type {
 		},
 		Period: Period{ValueType{"runqueue", "nanoseconds"}, 1},
 		Labels: []Label{
-			{"cause", func(s *bpf.Sample) string { return s.Cause.String() }},
-			{"culprit", func(s *bpf.Sample) string {
+			causeLabel(),
+			{Name: "culprit", Of: func(s *bpf.Sample) string {
 				if s.ByPID == 0 {
 					return ""
 				}
@@ -48,8 +63,8 @@ func Culprit() Type {
 		},
 		Period: Period{ValueType{"culprit", "nanoseconds"}, 1},
 		Labels: []Label{
-			{"cause", func(s *bpf.Sample) string { return s.Cause.String() }},
-			{"victim", func(s *bpf.Sample) string { return s.By.String() }},
+			causeLabel(),
+			{Name: "victim", Of: func(s *bpf.Sample) string { return s.By.String() }},
 		},
 		Least:  minDuration,
 		Hooked: true,
@@ -68,7 +83,7 @@ func OffCPU(states *States) Type {
 			{ValueType{"blocked", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value }},
 		},
 		Period: Period{ValueType{"offcpu", "nanoseconds"}, 1},
-		Labels: states.labels(),
+		Labels: states.labels(blockedStates),
 		Least:  minDuration,
 	}
 }
@@ -86,7 +101,7 @@ func Wall(frequency int, states *States) Type {
 			{ValueType{"wall", "nanoseconds"}, func(s *bpf.Sample) uint64 { return s.Value }},
 		},
 		Period: Period{ValueType{"wall", "nanoseconds"}, int64(time.Second) / int64(frequency)},
-		Labels: states.labels(),
+		Labels: states.labels(allStates),
 		Least:  minDuration,
 	}
 }

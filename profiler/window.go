@@ -18,8 +18,8 @@ type Window struct {
 // Profile is what a window has of one type.
 type Profile struct {
 	Type    string
-	Samples uint64            // delivered
-	Lost    map[string]uint64 // by reason, those that have none left out
+	Samples uint64            // delivered, as bpf.Sample.Due counts them
+	Lost    map[string]uint64 // likewise, by reason, those that have none left out
 	pprof   func() (*profile.Profile, error)
 }
 

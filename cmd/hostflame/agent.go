@@ -93,7 +93,7 @@ func (a *agent) run(ctx context.Context, listeners []net.Listener) error {
 	go a.announce(ctx, listeners)
 
 	<-ctx.Done()
-	a.log.Info("stopping")
+	a.log.Info("stopping", "cause", context.Cause(ctx)) // a signal, or what failed
 	notify(a.log, daemon.SdNotifyStopping)
 	end(hangUp)
 	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
