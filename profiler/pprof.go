@@ -217,17 +217,28 @@ var schedulerFunctions = []string{
 // schedulerFrames is how many of the first frames of a stack only say that the thread gave its
 // CPU away. A thread that is sampled as it stays blocked has none of them, as the kernel leaves
 // them out of what it tells of threads that do not run: without them a wait has one stack.
+// What is above __schedule is how the hook was called: one frame more where another program is
+// at the same tracepoint.
 func (b *builder) schedulerFrames(stack Stack) int {
-	for i, l := range stack {
-		name := ""
-		if lines := b.names.of(l).Lines; l.Mapping.kernel && len(lines) > 0 {
-			name, _, _ = strings.Cut(lines[len(lines)-1].Function, ".") // the others are inlined
-		}
-		if !fits(name, schedulerFunctions) {
-			return i
+	const most = 16 // of the hook
+	n := max(slices.IndexFunc(stack[:min(most, len(stack))], func(l Location) bool { return b.outermost(l) == "__schedule" }), 0)
+	for ; n < len(stack); n++ {
+		if !fits(b.outermost(stack[n]), schedulerFunctions) {
+			return n
 		}
 	}
 	return 0
+}
+
+// outermost is the kernel function that a frame is of, what is inlined there apart and without
+// what compilers append to names; "" if it is none of the kernel's.
+func (b *builder) outermost(l Location) string {
+	lines := b.names.of(l).Lines
+	if !l.Mapping.kernel || len(lines) == 0 {
+		return ""
+	}
+	name, _, _ := strings.Cut(lines[len(lines)-1].Function, ".")
+	return name
 }
 
 func (b *builder) number(v int64) []int64 {

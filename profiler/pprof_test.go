@@ -223,6 +223,8 @@ func TestSchedulerFrames(t *testing.T) {
 		{OffCPU(NewStates(nil)), stateLock, stackOf("futex_do_wait", "schedule"), 0},
 		{OffCPU(NewStates(nil)), stateOther, stackOf("__schedule", "schedule"), 0}, // never nothing
 		{Culprit(), "own", stackOf("bpf_prog_1_hf_wait_culprit", "bpf_trace_run4", "__schedule", "preempt_schedule_irq", "irqentry_exit"), 4},
+		{Runqueue(), "own", stackOf("__traceiter_sched_exit_tp", "__schedule", "schedule", "pipe_read"), 3},
+		{OffCPU(NewStates(nil)), stateLock, stackOf("irq_work_run", "asm_sysvec_irq_work", "finish_task_switch.isra.0", "__schedule", "futex_do_wait"), 4},
 		{wall, stateLock, wait, 2},
 		{wall, stateRunqueue, wait, 2},
 		{wall, stateCPU, wait, 0},
