@@ -482,17 +482,7 @@ func TestSchedBlocked(t *testing.T) {
 		g := newCgroup(t, "blocked").heavy(t)
 		l := startWorkload(t, kerneltest.BuildProgram(t, "known"), lastCPU(t), "sleep", "1009")
 		g.add(t, l)
-		drops := func() (sum uint64) {
-			stats, err := s.Stats()
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, n := range stats.Dropped {
-				sum += n
-			}
-			return sum
-		}
-		dropped := drops()
+		dropped := missed(t, s)
 		var took time.Duration
 		var times uint64
 		c := growth(t, s, func() {
@@ -503,7 +493,7 @@ func TestSchedBlocked(t *testing.T) {
 			times, _ = switchOuts(t, l)
 			times -= before
 		}, g.name)[g.name]
-		dropped = drops() - dropped
+		dropped = missed(t, s) - dropped
 		n, slept := c.Blocked.Count(), time.Duration(c.Blocked.Sum)
 		t.Logf("slept %d times, %v, waited %v, of %v; switched out for it %d times, %d switch-ins dropped",
 			n, slept, time.Duration(c.Latency.Sum), took, times, dropped)
