@@ -141,10 +141,10 @@ func TestSchedCrowd(t *testing.T) {
 		processes = 2000 // of five threads, in a cgroup each
 		births    = 1000 // at least, a second
 		parents   = 4
-		children  = 3000 // of each parent
+		children  = 10_000 // of each parent
 	)
 	known := kerneltest.BuildProgram(t, "known")
-	s, w := newWaits(t, WaitSampling{})
+	s, w := newWaits(t, WaitSampling{Wait: time.Millisecond, PerSecond: 1000})
 	j := newJudge(t)
 	memory := func() (sum uint64) {
 		of := map[uint32]uint64{} // by id: some maps both objects have
@@ -204,13 +204,22 @@ func TestSchedCrowd(t *testing.T) {
 		family.add(t, forks[i])
 	}
 	var waits sampled
+	var samples uint64
 	take := func(x *Sample) {
+		samples++
 		if x.Profile == ProfileRunqueue {
 			waits.add(x)
 		}
 	}
-	w.drainFor(t, 0, func(*Sample) {})
-	delivered := waitStats(t, w).Delivered
+	// What is drained is between what the kernel has delivered before and after.
+	drain := func() (delivered [2]uint64) {
+		delivered[0] = waitStats(t, w).Delivered
+		w.drainFor(t, 0, take)
+		delivered[1] = waitStats(t, w).Delivered
+		return delivered
+	}
+	deliveredBefore := drain()
+	waits, samples = sampled{}, 0
 	before := observe(t, s, j)
 	start := time.Now()
 	var born sync.WaitGroup
@@ -232,14 +241,18 @@ func TestSchedCrowd(t *testing.T) {
 	}
 	w.drainFor(t, 2*time.Second, take)
 	d := observe(t, s, j).since(before)
-	_ = delivered
+	delivered := drain()
 	rate := parents * children / took.Seconds()
 	t.Logf("%d recorded, %v dropped, by time stamps %d; %.0f births a second; %d bytes of maps, %d without load; process 1 switched in %d times",
 		d.Latency.Count(), d.dropped, d.wait.Count()+d.unknown, rate, memory(), empty, d.hidden)
 	if rate < births {
 		t.Errorf("%.0f births a second, want %d", rate, births)
 	}
-	t.Logf("samples: %+v", waitStats(t, w))
+	least, most := delivered[0]-deliveredBefore[1], delivered[1]-deliveredBefore[0]
+	t.Logf("%d samples, the kernel delivered %d to %d; %v dropped", samples, least, most, waitStats(t, w).Dropped)
+	if samples < least || samples > most {
+		t.Errorf("%d samples, the kernel delivered %d to %d", samples, least, most)
+	}
 	waits.check(t, "waits", d.waited, 0.03)
 	if n := d.wait.Count() + d.unknown; n < d.seen[0] || n > d.seen[1] {
 		t.Errorf("%d to %d switch-ins recorded or dropped, by time stamps %d", d.seen[0], d.seen[1], n)

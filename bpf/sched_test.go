@@ -368,7 +368,7 @@ func TestSchedHotplug(t *testing.T) {
 	hurry(t)
 	online := "/sys/devices/system/cpu/cpu" + cpu + "/online"
 	known := kerneltest.BuildProgram(t, "known")
-	s, w := newWaits(t, WaitSampling{})
+	s, w := newWaits(t, WaitSampling{Wait: time.Millisecond, PerSecond: 1000})
 	j := newJudge(t)
 	busy := newCgroup(t, "hotplug")
 	load := startWorkload(t, kerneltest.BuildProgram(t, "threads"), "12", "3", "1000")
@@ -454,8 +454,12 @@ func TestSchedHotplug(t *testing.T) {
 		drained <- nil
 	}()
 	signal(syscall.SIGCONT)
+	rounds := 5
+	if testing.Short() {
+		rounds = 2
+	}
 	sleep(cpu)
-	for range 3 {
+	for range rounds {
 		set("0")
 		sleep("0")
 		set("1")
@@ -470,12 +474,8 @@ func TestSchedHotplug(t *testing.T) {
 	d := observe(t, s, j).since(before)
 	counted, booked := counted(t, s, load)-countedBefore, booked(t, load)-bookedBefore
 	grown := read()[busy.name].since(containerBefore)
-	stats, err := w.Stats()
-	if err != nil {
-		t.Fatal(err)
-	}
 	t.Logf("%d recorded, %v dropped, by time stamps %d; run_delay of the load %v, schedstat %v; samples dropped: %v",
-		d.Latency.Count(), d.dropped, d.wait.Count()+d.unknown, time.Duration(counted), time.Duration(booked), stats.Dropped)
+		d.Latency.Count(), d.dropped, d.wait.Count()+d.unknown, time.Duration(counted), time.Duration(booked), waitStats(t, w).Dropped)
 	if n := d.wait.Count() + d.unknown; n < d.seen[0] || n > d.seen[1] {
 		t.Errorf("%d to %d switch-ins recorded or dropped, by time stamps %d", d.seen[0], d.seen[1], n)
 	}

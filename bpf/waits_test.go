@@ -111,9 +111,9 @@ func runThreads(t *testing.T, args ...string) *exec.Cmd {
 func TestWaitsAddUp(t *testing.T) {
 	d := 60 * time.Second
 	if testing.Short() {
-		d = 10 * time.Second
+		d = 5 * time.Second
 	}
-	s, w := newWaits(t, WaitSampling{})
+	s, w := newWaits(t, WaitSampling{PerSecond: 500})
 	kerneltest.MeasureLock(t)
 	c := newCgroup(t, "waits")
 	load := runThreads(t, "20", "3", strconv.Itoa(int(d.Seconds())+10))

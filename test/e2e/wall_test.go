@@ -49,7 +49,7 @@ func TestWallMinute(t *testing.T) {
 		t.Fatal(err)
 	}
 	kerneltest.MeasureLock(t)
-	// Of 60 s with pieces of 10 ms, each of which is a draw: what chance does is less than 3 points.
+	// At the default rate chance alone makes 4 to 7 points of a share in a minute.
 	a, err := agent.Start(agent.Config{Path: binary, Args: []string{"--sampling.wait-rate=1000", "--sampling.wait-interval=1ms"}})
 	if err != nil {
 		t.Fatal(err)
