@@ -113,8 +113,9 @@ func TestWaitsAddUp(t *testing.T) {
 	if testing.Short() {
 		d = 5 * time.Second
 	}
-	s, w := newWaits(t, WaitSampling{PerSecond: 500})
 	kerneltest.MeasureLock(t)
+	// So many that chance makes 4 % or so in a minute, and few enough for the means to follow the load.
+	s, w := newWaits(t, WaitSampling{PerSecond: 500})
 	c := newCgroup(t, "waits")
 	load := runThreads(t, "20", "3", strconv.Itoa(int(d.Seconds())+10))
 	c.set(t, "cgroup.procs", strconv.Itoa(load.Process.Pid))
@@ -139,6 +140,7 @@ func TestWaitsAddUp(t *testing.T) {
 	}
 	time.Sleep(time.Second)
 	before := readAround(func() { w.drainFor(t, 0, func(*Sample) {}) })
+	dropped := waitStats(t, w).Dropped
 	var hostWait, hostBlocked, wait, blocked sampled
 	take := func(x *Sample) {
 		inside := x.Cgroup == id
@@ -165,11 +167,13 @@ func TestWaitsAddUp(t *testing.T) {
 	hostBlocked.check(t, "blocked time of the host", grown(func(r reading) uint64 { return slept(r.host) }), 0.03)
 	wait.check(t, "waits of the container", grown(func(r reading) uint64 { return r.container.Latency.Sum }), 0.03)
 	blocked.check(t, "blocked time of the container", grown(func(r reading) uint64 { return slept(r.container) }), 0.03)
-	st, err := w.Stats()
-	if err != nil || st.Dropped[DropRingFull] > 0 {
-		t.Errorf("drops %v, %v", st.Dropped, err)
+	var lost uint64
+	for reason, n := range waitStats(t, w).Dropped {
+		lost += n - dropped[reason]
 	}
-	t.Logf("drops %v", st.Dropped)
+	if n := hostWait.n + hostBlocked.n; lost > uint64(n)/100 {
+		t.Errorf("%d samples, %d lost", n, lost)
+	}
 }
 
 // With a mean that is far below every wait each of them is a sample of its own.
