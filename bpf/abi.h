@@ -119,8 +119,9 @@ struct hf_sample {
 	__u32 by_pid;         /* culprit: the one that waited. Its tgid, 0: not known */
 	__u32 pad2;
 	__u64 by_ns; /* of a culprit: the part of the wait in which it ran */
+	__u64 lasted_ns; /* of blocked time: all of it so far, of which value is the newest part */
 };
-_Static_assert(sizeof(struct hf_sample) == 144, "hf_sample is packed by hand");
+_Static_assert(sizeof(struct hf_sample) == 152, "hf_sample is packed by hand");
 _Static_assert(sizeof(struct hf_sample) % 8 == 0, "frames follow, aligned");
 
 /* Why a thread did not run although it was runnable. Names: bpf/sched_read.go. */
@@ -132,6 +133,7 @@ enum hf_cause {
 	HF_CAUSE_IDLE = 4,
 	HF_CAUSE_STOLEN = 5,
 	HF_CAUSE_UNKNOWN = 6,
+	HF_CAUSES = 7,
 };
 
 /* What a thread was blocked for, as far as its kernel stack does not tell. */

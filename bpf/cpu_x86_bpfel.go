@@ -37,6 +37,7 @@ const (
 	cpuHfCauseHF_CAUSE_IDLE    cpuHfCause = 4
 	cpuHfCauseHF_CAUSE_STOLEN  cpuHfCause = 5
 	cpuHfCauseHF_CAUSE_UNKNOWN cpuHfCause = 6
+	cpuHfCauseHF_CAUSES        cpuHfCause = 7
 )
 
 type cpuHfCounters struct {
@@ -147,6 +148,7 @@ type cpuHfSample struct {
 	ByPid         uint32
 	Pad2          uint32
 	ByNs          uint64
+	LastedNs      uint64
 }
 
 type cpuHfSaved uint32

@@ -54,6 +54,7 @@ struct hf_waiting {
 	__u64 wait_mean_ns;
 	__u64 blocked_ns;
 	__u64 blocked_mean_ns;
+	__u64 lasted_ns;    /* all of the blocked time, of which blocked_ns is the newest part */
 	__u64 task;         /* addresses: of the task, and of the one it waited for, 0 where that is */
 	__u64 by_task;      /* not known */
 	__u64 by_ns;        /* of the wait, in which by_task ran before the switch */
@@ -62,7 +63,8 @@ struct hf_waiting {
 	__u32 drawn;        /* samples that are pending */
 	__u32 lost;         /* samples that no program came for */
 	char by[HF_COMM_LEN];
-	__u8 cause;         /* enum hf_cause */
+	__u8 cause;         /* enum hf_cause, of a moment of the wait */
+	__u8 by_cause;      /* likewise, of by_task */
 	__u8 iowait;
 };
 

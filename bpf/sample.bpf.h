@@ -145,6 +145,7 @@ static __always_inline void hf_head(struct hf_sample *head, struct task_struct *
 	head->cpu = cpu;
 	head->user_mode = head->cause = head->state = 0;
 	head->by_pid = 0;
+	head->lasted_ns = 0;
 	BPF_CORE_READ_STR_INTO(&head->thread, task, comm);
 	BPF_CORE_READ_STR_INTO(&head->comm, task, group_leader, comm);
 }

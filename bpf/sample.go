@@ -148,6 +148,7 @@ type Sample struct {
 	Value         uint64  // ns that it stands for; for ProfileCPU the sampling period times the weight, for ProfileBlockIO the latency of one request
 	IO            BlockIO // of ProfileBlockIO
 	Duration      uint64  // ns that were observed; 0 for ProfileCPU
+	Lasted        uint64  // likewise, and what was observed before of a thread that was blocked all the while
 	Cause         Cause   // of ProfileRunqueue and ProfileCulprit
 	State         State   // of ProfileOffCPU
 	ByPID         uint32  // of ProfileRunqueue: the process that it waited for, 0 where that is not known; of ProfileCulprit: the one that waited
@@ -237,7 +238,7 @@ func (s *Sample) decode(record []byte) error {
 		return errors.New("decode sample: it was drawn by time and took none")
 	}
 	if h.MeanNs > 0 {
-		s.Duration = h.Value
+		s.Duration, s.Lasted = h.Value, max(h.Value, h.LastedNs)
 		s.Cause, s.State, s.ByPID, s.By = Cause(h.Cause), State(h.State), h.ByPid, makeComm(&h.By)
 		s.weigh(h.MeanNs)
 		if s.Profile == ProfileCulprit { // it ran for a part of the wait

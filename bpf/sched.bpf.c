@@ -284,12 +284,14 @@ static __always_inline void hf_account(struct task_struct *task, struct cfs_rq *
 		if (cpu->runner < HF_RUNNERS)
 			cells->waited_for[cpu->runner] += ns;
 		w->culprit = cpu->runner;
+		w->end = 0;
 		return;
 	}
 	if (quota > ns)
 		quota = ns;
 	w->now = ktime;
 	w->age = w->culprit_ns = 0;
+	__builtin_memset(w->cause_ns, 0, sizeof(w->cause_ns));
 	w->quota_ns = quota;
 	w->quota_age = ktime - until;
 	w->slot = slot;
@@ -307,23 +309,6 @@ static __always_inline void hf_account(struct task_struct *task, struct cfs_rq *
 		w->culprit = HF_RUNNER_QUOTA;
 }
 
-static __always_inline __u8 hf_cause_of(__u32 runner, __u32 slot)
-{
-	switch (runner) {
-	case HF_RUNNER_QUOTA:
-		return HF_CAUSE_QUOTA;
-	case HF_RUNNER_KERNEL:
-		return HF_CAUSE_KERNEL;
-	case HF_RUNNER_NOBODY:
-		return HF_CAUSE_IDLE;
-	case HF_RUNNER_STOLEN:
-		return HF_CAUSE_STOLEN;
-	case HF_RUNNER_UNKNOWN:
-		return HF_CAUSE_UNKNOWN;
-	}
-	return runner == slot ? HF_CAUSE_OWN : HF_CAUSE_OTHER;
-}
-
 /* Draws from the wait and the blocked time that p has, those that are not 0; what is not taken
  * becomes 0 there. waits.bpf.c takes the samples when the task runs. Not static, so that the
  * verifier sees it once: its paths times those of the switch are too many for Linux 6.1. */
@@ -339,6 +324,8 @@ __noinline int hf_draw_waits(struct hf_sched_cpu *cpu, struct hf_waiting *p, __u
 	ring = bpf_map_lookup_elem(&hf_kicks, &id);
 	if (ring && p->tid) /* nothing came for it */
 		p->lost += p->drawn;
+	if (cpu->wait.end)
+		p->cause = hf_cause_at_random(&cpu->wait);
 	task = (struct task_struct *)p->task;
 	tgid = BPF_CORE_READ(task, tgid);
 	by = (struct task_struct *)p->by_task;
@@ -379,6 +366,7 @@ static __always_inline bool handle_switch_in(struct task_struct *prev, struct ta
 	enum hf_drop reason;
 	__u32 state, zero = 0;
 	bool blamed = false;
+	__u64 lasted;
 	__s64 wait;
 
 	cells = bpf_map_lookup_elem(&hf_sched_cells, &slot);
@@ -402,6 +390,7 @@ static __always_inline bool handle_switch_in(struct task_struct *prev, struct ta
 		cells->wait_ns += wait;
 		hf_time_count(cells->wait, wait);
 		hf_account(task, queue, t, cpu, cells, slot, ktime, wait, w);
+		lasted = blocked;
 		if (t->drawn_ns > t->out_ns)
 			blocked = blocked + t->out_ns > t->drawn_ns ? blocked + t->out_ns - t->drawn_ns : 0;
 		/* Most end before the next point of either. */
@@ -412,7 +401,8 @@ static __always_inline bool handle_switch_in(struct task_struct *prev, struct ta
 		if ((wait || blocked) && (p = bpf_map_lookup_elem(&hf_waitings, &zero))) {
 			p->wait_ns = wait;
 			p->blocked_ns = blocked;
-			p->cause = hf_cause_of(w->culprit, slot);
+			p->lasted_ns = lasted;
+			p->cause = p->by_cause = hf_cause_of(w->culprit, slot);
 			p->task = (__u64)task;
 			p->by_task = w->culprit == cpu->runner && prev->pid ? (__u64)prev : 0;
 			p->by_ns = ktime - cpu->switch_ns;

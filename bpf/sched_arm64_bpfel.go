@@ -89,6 +89,7 @@ type schedHfSchedCpu struct {
 		QuotaNs   uint64
 		QuotaAge  uint64
 		CulpritNs uint64
+		CauseNs   [7]uint64
 		Culprit   uint32
 		Slot      uint32
 	}

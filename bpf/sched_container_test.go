@@ -482,10 +482,15 @@ func TestSchedCauseOther(t *testing.T) {
 // What is slept for is known: 1 ms 1,009 times, and no wait counts as sleep. A sleep can be
 // over before its thread was switched out, on an emulated CPU many are: how often it was
 // is in the kernel's books.
-func TestSchedBlocked(t *testing.T) {
+func TestSchedBlocked(t *testing.T) { testSleeps(t, "sleep") }
+
+// The same in the deadline class.
+func TestSchedDeadline(t *testing.T) { testSleeps(t, "deadline") }
+
+func testSleeps(t *testing.T, mode string) {
 	bothMethods(t, func(t *testing.T, s *Sched) {
 		g := newCgroup(t, "blocked").heavy(t)
-		l := startWorkload(t, kerneltest.BuildProgram(t, "known"), lastCPU(t), "sleep", "1009")
+		l := startWorkload(t, kerneltest.BuildProgram(t, "known"), lastCPU(t), mode, "1009")
 		g.add(t, l)
 		dropped := missed(t, s)
 		var took time.Duration

@@ -28,10 +28,11 @@ typedef __u64 hf_run;
 struct hf_wait {
 	__u64 now;         /* ktime */
 	__u64 age;         /* up to which it has been accounted for */
-	__u64 end;         /* when it began */
+	__u64 end;         /* when it began; 0: one run was all of it, nothing here is right but the culprit */
 	__u64 quota_ns;    /* for lack of quota, and not accounted for yet */
 	__u64 quota_age;   /* of the end of the newest throttling */
 	__u64 culprit_ns;  /* the longest run that was waited for */
+	__u64 cause_ns[HF_CAUSES];
 	__u32 culprit;     /* enum hf_runner */
 	__u32 slot;
 };
@@ -58,6 +59,37 @@ static __always_inline __s64 hf_age(__u64 now, hf_run run)
 	return (__s64)((now << 8) - (run & ~255ULL)) >> 8;
 }
 
+static __always_inline __u8 hf_cause_of(__u32 runner, __u32 slot)
+{
+	switch (runner) {
+	case HF_RUNNER_QUOTA:
+		return HF_CAUSE_QUOTA;
+	case HF_RUNNER_KERNEL:
+		return HF_CAUSE_KERNEL;
+	case HF_RUNNER_NOBODY:
+		return HF_CAUSE_IDLE;
+	case HF_RUNNER_STOLEN:
+		return HF_CAUSE_STOLEN;
+	case HF_RUNNER_UNKNOWN:
+		return HF_CAUSE_UNKNOWN;
+	}
+	return runner == slot ? HF_CAUSE_OWN : HF_CAUSE_OTHER;
+}
+
+/* Why it waited at one moment of the wait, each as likely: so sums of samples by cause are right. */
+static __always_inline __u8 hf_cause_at_random(struct hf_wait *w)
+{
+	__u64 random = bpf_get_prandom_u32() & 0xfffff;
+	__u64 at = (w->end >> 20) * random + ((w->end & 0xfffff) * random >> 20);
+
+	for (int i = 0; i < HF_CAUSES - 1; i++) {
+		if (at < w->cause_ns[i])
+			return i;
+		at -= w->cause_ns[i];
+	}
+	return HF_CAUSE_UNKNOWN;
+}
+
 /* Nobody of a throttled container runs, so what others ran meanwhile is not why it waits. */
 static __always_inline void hf_blame(struct hf_sched_slot *cells, struct hf_wait *w, __u32 runner, __s64 age)
 {
@@ -73,11 +105,13 @@ static __always_inline void hf_blame(struct hf_sched_slot *cells, struct hf_wait
 		if (quota > w->quota_ns)
 			quota = w->quota_ns;
 		cells->waited_for[HF_RUNNER_QUOTA] += quota;
+		w->cause_ns[HF_CAUSE_QUOTA] += quota;
 		w->quota_ns -= quota;
 		ns -= quota;
 	}
 	if (runner < HF_RUNNERS)
 		cells->waited_for[runner] += ns;
+	w->cause_ns[hf_cause_of(runner, w->slot)] += ns;
 	if (ns > w->culprit_ns) {
 		w->culprit_ns = ns;
 		w->culprit = runner;

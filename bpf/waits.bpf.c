@@ -104,7 +104,7 @@ static __always_inline int handle_culprit(void *ctx, struct task_struct *victim)
 		return 0;
 	used = hf_take(ctx, s, task, ring, &at);
 	hf_head(&s->head, task, cpu);
-	s->head.cause = p->cause;
+	s->head.cause = p->by_cause;
 	s->head.by_pid = victim->tgid;
 	BPF_CORE_READ_STR_INTO(&s->head.by, victim, group_leader, comm);
 	s->head.by_ns = p->by_ns < p->wait_ns ? p->by_ns : p->wait_ns;
@@ -195,7 +195,7 @@ static __always_inline int handle_exit(void *ctx, bool kicked)
 	hf_head(&s->head, task, cpu);
 	if (p->wait_ns) {
 		s->head.cause = p->cause;
-		s->head.by_pid = p->by_pid;
+		s->head.by_pid = p->by_cause == p->cause ? p->by_pid : 0;
 		__builtin_memcpy(s->head.by, p->by, sizeof(p->by));
 		at.value = p->wait_ns;
 		at.mean_ns = p->wait_mean_ns;
@@ -205,6 +205,7 @@ static __always_inline int handle_exit(void *ctx, bool kicked)
 		s->head.cause = s->head.by_pid = 0;
 		s->head.state = p->iowait ? HF_STATE_BLOCK_IO : hf_futex_state(task);
 		at.profile = HF_PROFILE_OFFCPU;
+		s->head.lasted_ns = p->lasted_ns;
 		at.value = p->blocked_ns;
 		at.mean_ns = p->blocked_mean_ns;
 		hf_put(s, used, ring, &at);
@@ -321,6 +322,7 @@ int hf_blocked_iter(struct bpf_iter__task *ctx)
 	else
 		used = hf_append_blocked(w, task, used);
 	hf_head(&s->head, task, cpu);
+	s->head.lasted_ns = now - t->out_ns;
 	s->head.state = BPF_CORE_READ_BITFIELD(task, in_iowait) ? HF_STATE_BLOCK_IO : hf_futex_state(task);
 	hf_put(s, used, ring, &at);
 	return 0;

@@ -26,6 +26,7 @@ type waitsHfWaiting struct {
 	WaitMeanNs    uint64
 	BlockedNs     uint64
 	BlockedMeanNs uint64
+	LastedNs      uint64
 	Task          uint64
 	ByTask        uint64
 	ByNs          uint64
@@ -35,8 +36,9 @@ type waitsHfWaiting struct {
 	Lost          uint32
 	By            [16]int8
 	Cause         uint8
+	ByCause       uint8
 	Iowait        uint8
-	_             [6]byte
+	_             [5]byte
 }
 
 // Names of all BPF objects in the ELF.

@@ -347,6 +347,7 @@ func TestWaitsObserveTheBlocked(t *testing.T) {
 	cmd := runThreads(t, "0", "0", "1000")             // the main thread sleeps
 	time.Sleep(200 * time.Millisecond)
 	var got sampled
+	var lasted uint64
 	observe := func() {
 		if err := w.Observe(); err != nil {
 			t.Fatal(err)
@@ -356,6 +357,10 @@ func TestWaitsObserveTheBlocked(t *testing.T) {
 				return
 			}
 			got.add(x)
+			if x.Lasted < x.Duration || x.Lasted < lasted+x.Duration {
+				t.Errorf("blocked for %d ns by now, of which %d are new; %d before", x.Lasted, x.Duration, lasted)
+			}
+			lasted = x.Lasted
 			if len(x.Kernel) == 0 || x.UserOutcome != OutcomeNoTable || len(x.Stack) == 0 {
 				t.Errorf("%d kernel frames, %v, %d bytes of user stack", len(x.Kernel), x.UserOutcome, len(x.Stack))
 			}

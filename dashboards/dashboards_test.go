@@ -100,7 +100,7 @@ func TestAlerts(t *testing.T) {
 // variables stand for what Grafana puts in.
 var variables = map[string]string{
 	"__rate_interval": "1m", "__range": "1h",
-	"job": ".*", "instance": ".*", "device": ".*", "operation": ".*",
+	"job": ".*", "instance": ".*", "container": ".*", "device": ".*", "operation": ".*",
 }
 
 // Each query is valid PromQL once Grafana's variables are in it.

@@ -189,8 +189,8 @@ var cloneSuffix = regexp.MustCompile(`(\.(isra|constprop|part|cold|lto_priv|llvm
 // the first mapping as the main binary, and what it calls it is the title of its pages.
 // Where there is little room pprof shows what follows the last dot of a name, so the dots
 // of "schedule.isra.0" become others. It writes a mapping without symbols as [name], so
-// one that has brackets already, as [anon] has, does without. It colours by package, so each
-// state is one.
+// one that has brackets already, as [anon] has, does without. It colours by package, so what
+// the last frames say, the states and causes, are packages.
 func (u *ui) dressed(p *profile.Profile) *profile.Profile {
 	p = p.Copy()
 	var last uint64
@@ -205,11 +205,27 @@ func (u *ui) dressed(p *profile.Profile) *profile.Profile {
 		}
 	}
 	for _, s := range p.Sample {
-		if l := s.Label["state"]; len(l) > 0 {
-			s.Label["state"] = []string{l[0] + "::" + l[0]}
+		for _, name := range leafLabels {
+			if l := s.Label[name]; len(l) > 0 {
+				s.Label[name] = []string{leafFrame(l[0], s.Label["culprit"], s.Label["victim"])}
+			}
 		}
 	}
 	return p
+}
+
+// leafLabels are what the last frames of stacks say, if there is such a label: of a type one.
+var leafLabels = []string{"state", "cause"}
+
+// leafFrame is the name of a last frame: pprof takes what is before a dot or a double colon
+// for the package. What follows is the first process that is known, if any.
+func leafFrame(value string, processes ...[]string) string {
+	for _, comm := range processes {
+		if len(comm) > 0 && comm[0] != "" {
+			return value + "::" + strings.NewReplacer("/", "∕", ".", "·").Replace(comm[0])
+		}
+	}
+	return value + "."
 }
 
 // back is the way from pprof's pages to the landing page, and what hides the menu
@@ -285,7 +301,7 @@ func newPages(p *profile.Profile, logger *slog.Logger) (map[string]http.Handler,
 	defer undo()
 	var pages map[string]http.Handler
 	err = driver.PProf(&driver.Options{
-		Flagset:       flags{byComm: hasLabel(p, "comm"), byState: hasLabel(p, "state")},
+		Flagset:       newFlags(p),
 		Fetch:         fetcher{p},
 		Sym:           noSymbolizer{},
 		Obj:           noObjTool{},
@@ -314,11 +330,23 @@ func hasLabel(p *profile.Profile, name string) bool {
 	return false
 }
 
-// flags is the command line "-http=localhost:1 -no_browser window". The address is only
-// parsed.
-type flags struct {
-	byComm  bool // the comm is the root of each stack
-	byState bool // the state is the leaf, in a colour of its own
+// flags is the command line "-http=localhost:1 -no_browser window" and the labels that become
+// frames. The address is only parsed.
+type flags struct{ root, leaf, ignore string }
+
+func newFlags(p *profile.Profile) (f flags) {
+	if hasLabel(p, "comm") {
+		f.root = "comm"
+	}
+	for _, name := range leafLabels {
+		if hasLabel(p, name) {
+			f.leaf = name
+		}
+	}
+	if hasLabel(p, "idle") {
+		f.ignore = "idle=true" // it would be most of the picture; ?ti= shows it
+	}
+	return f
 }
 
 func (flags) Bool(name string, def bool, _ string) *bool {
@@ -338,20 +366,11 @@ func (f flags) String(name, def, _ string) *string {
 	case "symbolize":
 		def = "none"
 	case "tagroot":
-		def = ""
-		if f.byComm {
-			def = "comm"
-		}
+		def = f.root
 	case "tagleaf":
-		def = ""
-		if f.byState {
-			def = "state"
-		}
+		def = f.leaf
 	case "tagignore":
-		def = ""
-		if f.byState {
-			def = "idle=true" // it would be most of the picture; ?ti= shows it
-		}
+		def = f.ignore
 	}
 	return &def
 }

@@ -4,11 +4,13 @@ package exporter
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -19,6 +21,8 @@ import (
 	"github.com/chromedp/cdproto/runtime"
 	"github.com/chromedp/chromedp"
 	"github.com/google/pprof/profile"
+
+	"github.com/hostflame/hostflame/profiler"
 )
 
 // tab is a tab of a headless chromium whose complaints fail the test.
@@ -322,6 +326,80 @@ func TestUICloneNames(t *testing.T) {
 		}
 		if original.Function[0].Name != name || len(original.Mapping) != 0 {
 			t.Errorf("the window was changed: %v", original)
+		}
+	}
+}
+
+// TestUILeaves: the last frames are what threads did or waited for, with the process that it
+// was because of; each state and cause has a colour of its own.
+func TestUILeaves(t *testing.T) {
+	type labels map[string]string
+	types, window := []profiler.Type{profiler.CPU("", 99)}, windowOf(oneStack("function"))
+	leaves := map[string]map[string]labels{ // by type and frame
+		"runqueue": {
+			"other::kworker∕0:1": {"cause": "other", "culprit": "kworker/0:1"},
+			"other::python3·11":  {"cause": "other", "culprit": "python3.11"},
+			"own::nginx":         {"cause": "own", "culprit": "nginx"},
+			"quota.":             {"cause": "quota", "culprit": ""},
+		},
+		"culprit": {"other::nginx": {"cause": "other", "victim": "nginx"}, "own::nginx": {"cause": "own", "victim": "nginx"}},
+		"wall":    {"lock.": {"state": "lock", "idle": "false"}, "cpu.": {"state": "cpu", "idle": "false"}, "": {"state": "sleep", "idle": "true"}},
+	}
+	for typ, frames := range leaves {
+		p := oneStack("function")
+		bare := *p.Sample[0]
+		p.Sample = nil
+		for _, of := range frames {
+			s := bare
+			s.Label = map[string][]string{"comm": {"program"}}
+			for name, value := range of {
+				s.Label[name] = []string{value}
+			}
+			p.Sample = append(p.Sample, &s)
+		}
+		types = append(types, profiler.Type{Name: typ})
+		window.Profiles = append(window.Profiles, profiler.NewProfile(typ, p, 0, nil))
+	}
+	capturer := newFakeCapturer(t)
+	capturer.setNewest(window)
+	s := testServer(t, capturer, func(c *HandlerConfig, _ *http.Server) { c.Types = types })
+	for typ, frames := range leaves {
+		_, body := fetch(t, "GET", s.URL+"/ui/"+typ+"/flamegraph")
+		const mark = `"Sources":[{` // those of the stacks are numbers
+		i := strings.Index(body, mark)
+		if i < 0 {
+			t.Fatalf("%s: no frames in\n%s", typ, body)
+		}
+		var sources []struct {
+			FullName string
+			Color    int
+		}
+		if err := json.NewDecoder(strings.NewReader(body[i+len(mark)-2:])).Decode(&sources); err != nil {
+			t.Fatal(err)
+		}
+		got, colors := map[string]bool{}, map[int]string{}
+		for _, source := range sources[1:] { // beside the root
+			if source.FullName == "program" || source.FullName == "function" {
+				continue
+			}
+			got[source.FullName] = true
+			value := regexp.MustCompile(`^[a-z_]+`).FindString(source.FullName)
+			if other, ok := colors[source.Color]; ok && other != value {
+				t.Errorf("%s: %s and %s have one colour", typ, other, value)
+			}
+			colors[source.Color] = value
+		}
+		values := map[string]bool{}
+		for frame, of := range frames {
+			if frame != "" && !got[frame] {
+				t.Errorf("%s: no frame %s, but %v", typ, frame, got)
+			}
+			if frame != "" {
+				values[of["cause"]+of["state"]] = true
+			}
+		}
+		if got[""] || got["sleep."] || len(colors) != len(values) {
+			t.Errorf("%s: frames %v, colours %v", typ, got, colors)
 		}
 	}
 }

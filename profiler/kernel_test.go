@@ -40,6 +40,7 @@ var loads = map[string]func() error{
 	"exec":   loadExec,
 	"brief":  func() error { burnFor(30 * time.Millisecond); return nil },
 	"leader": loadWithoutLeader,
+	"waits":  loadWaits,
 }
 
 func TestMain(m *testing.M) {

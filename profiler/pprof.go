@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/pprof/profile"
 
+	"github.com/hostflame/hostflame/bpf"
 	"github.com/hostflame/hostflame/symbolizer"
 )
 
@@ -147,6 +148,9 @@ func (b *builder) sample(s *profile.Sample, r row) {
 	if b.typ.Hooked {
 		stack = stack[b.hookFrames(stack):]
 	}
+	if b.typ.waited(&r) {
+		stack = stack[b.schedulerFrames(stack):]
+	}
 	s.Location = b.stacks.take(len(stack))
 	for i, l := range stack {
 		s.Location[i] = b.location(l)
@@ -186,6 +190,41 @@ func (b *builder) hookFrames(stack Stack) int {
 					return i + 1
 				}
 			}
+		}
+	}
+	return 0
+}
+
+// waited tells whether the samples of r are of a thread that gave its CPU away: those end in
+// the scheduler. Where a type has CPU time as well, only its states tell.
+func (t *Type) waited(r *row) bool {
+	if !t.takes(bpf.ProfileCPU) {
+		return slices.ContainsFunc(t.Samples, func(p bpf.Profile) bool {
+			return p == bpf.ProfileRunqueue || p == bpf.ProfileCulprit || p == bpf.ProfileOffCPU
+		})
+	}
+	i := slices.IndexFunc(t.Labels, func(l Label) bool { return l.Name == stateLabel })
+	return i >= 0 && r.labels[i] != stateCPU
+}
+
+// schedulerFunctions are what a thread that gives its CPU away goes through at last, whatever
+// it waits for. With a * at the end: those that begin so.
+var schedulerFunctions = []string{
+	"finish_task_switch", "__schedule", "schedule", "schedule_preempt_disabled", "schedule_rtlock", "schedule_timeout*",
+	"schedule_hrtimeout*", "io_schedule*", "preempt_schedule*", "do_nanosleep",
+}
+
+// schedulerFrames is how many of the first frames of a stack only say that the thread gave its
+// CPU away. A thread that is sampled as it stays blocked has none of them, as the kernel leaves
+// them out of what it tells of threads that do not run: without them a wait has one stack.
+func (b *builder) schedulerFrames(stack Stack) int {
+	for i, l := range stack {
+		name := ""
+		if lines := b.names.of(l).Lines; l.Mapping.kernel && len(lines) > 0 {
+			name, _, _ = strings.Cut(lines[len(lines)-1].Function, ".") // the others are inlined
+		}
+		if !fits(name, schedulerFunctions) {
+			return i
 		}
 	}
 	return 0

@@ -13,6 +13,7 @@ import (
 	"github.com/google/pprof/profile"
 	"golang.org/x/sys/unix"
 
+	"github.com/hostflame/hostflame/bpf"
 	"github.com/hostflame/hostflame/symbolizer"
 )
 
@@ -188,6 +189,53 @@ func BenchmarkBuildProfile(b *testing.B) {
 	for b.Loop() {
 		if _, err := buildProfile(rows, found, testMeta()); err != nil {
 			b.Fatal(err)
+		}
+	}
+}
+
+// What only says that a thread gave its CPU away is no part of the stack of a wait; that of a
+// thread that was on the CPU stays as it is.
+func TestSchedulerFrames(t *testing.T) {
+	found := names{kernelMapping: {}}
+	stackOf := func(functions ...string) (stack Stack) {
+		for _, function := range functions {
+			addr := Addr(kernelHalf) + Addr(16*len(found[kernelMapping]))
+			stack = append(stack, Location{kernelMapping, addr})
+			var lines []symbolizer.Line
+			for name := range strings.SplitSeq(function, "<") { // the innermost that is inlined first
+				lines = append(lines, symbolizer.Line{Function: name})
+			}
+			found[kernelMapping][addr] = symbolizer.Result{Lines: lines}
+		}
+		return stack
+	}
+	wait := stackOf("__schedule", "schedule", "futex_do_wait", "__schedule")
+	wall, both := Wall(99, NewStates(nil)), Type{Name: "both", Samples: []bpf.Profile{bpf.ProfileCPU, bpf.ProfileRunqueue}, Values: OffCPU(NewStates(nil)).Values}
+	for _, test := range []struct {
+		typ   Type
+		label string
+		stack Stack
+		want  int
+	}{
+		{Runqueue(), "own", wait, 2},
+		{OffCPU(NewStates(nil)), stateLock, wait, 2},
+		{OffCPU(NewStates(nil)), stateSleep, stackOf("context_switch<__schedule.isra.0", "schedule", "schedule_timeout_idle", "rcu_gp_fqs_loop"), 3},
+		{OffCPU(NewStates(nil)), stateLock, stackOf("futex_do_wait", "schedule"), 0},
+		{OffCPU(NewStates(nil)), stateOther, stackOf("__schedule", "schedule"), 0}, // never nothing
+		{Culprit(), "own", stackOf("bpf_prog_1_hf_wait_culprit", "bpf_trace_run4", "__schedule", "preempt_schedule_irq", "irqentry_exit"), 4},
+		{wall, stateLock, wait, 2},
+		{wall, stateRunqueue, wait, 2},
+		{wall, stateCPU, wait, 0},
+		{CPU("", 99), "", wait, 0},
+		{BlockIO(50), "", wait, 0},
+		{both, "", wait, 0}, // nothing tells
+	} {
+		p, err := buildProfile([]row{{stack: test.stack, pid: 1, count: 1, labels: [maxLabels]string{test.label}}}, found, meta{typ: &test.typ})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := len(test.stack) - len(p.Sample[0].Location); n != test.want {
+			t.Errorf("%s, %q: %d frames of %v were cut, want %d", test.typ.Name, test.label, n, test.stack, test.want)
 		}
 	}
 }

@@ -51,6 +51,8 @@ func (st *States) frame(addr uint64) waitFrame {
 	return f
 }
 
+const stateLabel = "state"
+
 // The values of the label `state`.
 const (
 	stateCPU       = "cpu"
@@ -112,13 +114,19 @@ var waiting = map[string]bool{statePoll: true, stateSleep: true, stateCondition:
 // says.
 func stateByName(function string) string {
 	for _, r := range stateRules {
-		for _, p := range r.functions {
-			if prefix, ok := strings.CutSuffix(p, "*"); p == function || ok && strings.HasPrefix(function, prefix) {
-				return r.state
-			}
+		if fits(function, r.functions) {
+			return r.state
 		}
 	}
 	return ""
+}
+
+// fits tells whether a function is one of a list in which a * at the end stands for anything.
+func fits(function string, list []string) bool {
+	return slices.ContainsFunc(list, func(p string) bool {
+		prefix, ok := strings.CutSuffix(p, "*")
+		return p == function || ok && strings.HasPrefix(function, prefix)
+	})
 }
 
 // stateOf returns the state of the thread of s. A page fault of user code is one whatever it
@@ -169,7 +177,7 @@ func (st *States) idle(s *bpf.Sample) bool {
 // labels are state and idle, "true" or "false".
 func (st *States) labels() []Label {
 	return []Label{
-		{"state", st.stateOf},
+		{stateLabel, st.stateOf},
 		{"idle", func(s *bpf.Sample) string { return strconv.FormatBool(st.idle(s)) }},
 	}
 }

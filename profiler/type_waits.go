@@ -8,7 +8,7 @@ import (
 	"github.com/hostflame/hostflame/bpf"
 )
 
-var minDuration = &Least{"min_duration", func(s *bpf.Sample) uint64 { return s.Duration }}
+var minDuration = &Least{"min_duration", func(s *bpf.Sample) uint64 { return s.Lasted }}
 
 // Runqueue is the profile type of the time that threads were runnable and had no CPU.
 func Runqueue() Type {

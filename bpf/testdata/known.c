@@ -4,6 +4,7 @@
  *   known CPU pingpong N   two threads wake each other N times: 2 N switch-ins
  *   known CPU sleep N      one thread sleeps N times for 1 ms: N switch-ins
  *   known CPU alarm N      the same, in the real-time class
+ *   known CPU deadline N   the same, in the deadline class, on any CPU
  *   known CPU fork N       N children are born, exit, and are waited for
  *   known CPU wait N MS    N waits of MS ms, behind a thread of higher priority
  *   known CPU delayed N    N sleeps of 200 ms, each moved to CPU 0 under way
@@ -21,6 +22,7 @@
 #include <sched.h>
 #include <semaphore.h>
 #include <signal.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -133,6 +135,29 @@ static void sleeps(void)
 static void alarms(void)
 {
 	realtime(1);
+	sleeps();
+}
+
+/* struct sched_attr of the kernel, which glibc has from 2.41 on. */
+struct attributes {
+	uint32_t size, policy;
+	uint64_t flags;
+	int32_t nice;
+	uint32_t priority;
+	uint64_t runtime, deadline, period;
+};
+
+static void deadlines(void)
+{
+	struct attributes a = { .size = sizeof(a), .policy = 6 /* SCHED_DEADLINE */,
+				.runtime = 10000000, .deadline = 100000000, .period = 100000000 };
+	cpu_set_t all;
+
+	memset(&all, 255, sizeof(all));
+	if (sched_setaffinity(0, sizeof(all), &all))
+		err(1, "run on all CPUs");
+	if (syscall(SYS_sched_setattr, 0, &a, 0))
+		err(1, "become a deadline task");
 	sleeps();
 }
 
@@ -278,7 +303,7 @@ int main(int argc, char **argv)
 		const char *name;
 		void (*run)(void);
 	} modes[] = {
-		{ "pingpong", pingpong }, { "sleep", sleeps }, { "alarm", alarms },
+		{ "pingpong", pingpong }, { "sleep", sleeps }, { "alarm", alarms }, { "deadline", deadlines },
 		{ "fork", forks }, { "wait", waits }, { "delayed", delayed }, { "busy", busy }, { "write", writes },
 		{ "crowd", crowd },
 	};

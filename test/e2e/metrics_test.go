@@ -4,8 +4,11 @@ package e2e
 
 import (
 	"bytes"
+	"fmt"
 	"net/http"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -53,6 +56,29 @@ func value(families map[string]*dto.MetricFamily, name string, want map[string]s
 	return sum, series
 }
 
+// testReasons looks for each reason for a loss in what docs/metrics.md says of its collector or
+// profile.
+func testReasons(t *testing.T, families map[string]*dto.MetricFamily) {
+	t.Helper()
+	docs, err := os.ReadFile(filepath.Join(repository(t), "docs/metrics.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, what := range map[string]string{"hostflame_events_lost_total": "events", "hostflame_samples_lost_total": "samples"} {
+		for _, m := range families[name].GetMetric() {
+			labels := map[string]string{}
+			for _, l := range m.Label {
+				labels[l.GetName()] = l.GetValue()
+			}
+			row := fmt.Sprintf("| %s of `%s` | `%s` |", what, labels["collector"]+labels["profile"], labels["reason"])
+			all := fmt.Sprintf("| %s of all | `%s` |", what, labels["reason"])
+			if !bytes.Contains(docs, []byte(row)) && !bytes.Contains(docs, []byte(all)) {
+				t.Errorf("docs/metrics.md does not have %s", row)
+			}
+		}
+	}
+}
+
 // testFirstScrape looks at the first scrape: the series are there at zero, so that the
 // first increase shows in a rate.
 func (s *stack) testFirstScrape(t *testing.T) {
@@ -95,6 +121,7 @@ func (s *stack) testFirstScrape(t *testing.T) {
 	if lost, n := value(families, "hostflame_samples_lost_total", map[string]string{"profile": "cpu", "reason": "ring_full"}); n != 1 || lost != 0 {
 		t.Errorf("%d series with %g samples that found the ring full, want one at zero", n, lost)
 	}
+	testReasons(t, families)
 	for _, m := range families["hostflame_scrape_collector_success"].GetMetric() {
 		if m.GetGauge().GetValue() != 1 {
 			t.Errorf("collector %v does not work", m.Label)

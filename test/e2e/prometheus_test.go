@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -277,7 +278,11 @@ func (s *stack) testRules(t *testing.T) {
 	}
 }
 
-// testDashboard runs every query of every panel against both servers: no panel is empty.
+// labelValues is Grafana's query of the values of a label, as it is in the dashboard's JSON.
+var labelValues = regexp.MustCompile(`label_values\((.*), ([a-z]+)\)`)
+
+// testDashboard runs every query of every panel against both servers: no panel is empty, and
+// neither is the list of a variable.
 func (s *stack) testDashboard(t *testing.T) {
 	m, err := dashboards.Parse()
 	if err != nil {
@@ -285,7 +290,23 @@ func (s *stack) testDashboard(t *testing.T) {
 	}
 	values := map[string]string{
 		"__rate_interval": "1m", "__range": "5m",
-		"job": ".*", "instance": ".*", "device": s.fio.device + "|zram0", "operation": "read|write",
+		"job": ".*", "instance": ".*", "container": ".*", "device": s.fio.device + "|zram0", "operation": "read|write",
+	}
+	lists := map[string]string{} // by variable
+	for _, v := range m.Templating.List {
+		if v.Type != "query" {
+			continue
+		}
+		var query struct{ Query string }
+		if err := json.Unmarshal(v.Query, &query); err != nil {
+			t.Fatalf("variable %s: %v", v.Name, err)
+		}
+		if is := labelValues.FindStringSubmatch(query.Query); is != nil {
+			lists[v.Name] = dashboards.Query{Expr: fmt.Sprintf("count by (%s) (%s)", is[2], is[1])}.Expand(values)
+		}
+	}
+	if lists["container"] == "" {
+		t.Error("the dashboard has no variable container, or one that is not asked for here")
 	}
 	for name, p := range map[string]*prometheus{"classic": s.classic, "native": s.native} {
 		// The queries are over a minute: a machine that stood still meanwhile has that to fill.
@@ -298,6 +319,11 @@ func (s *stack) testDashboard(t *testing.T) {
 					errs = append(errs, fmt.Errorf("%s: panel %s: %w", name, q.Panel, err))
 				}
 				some[q.Panel] = some[q.Panel] || len(list) > 0
+			}
+			for variable, expr := range lists {
+				if list, err := p.query(expr); err != nil || len(list) == 0 {
+					errs = append(errs, fmt.Errorf("%s: variable %s has no values (%v)", name, variable, err))
+				}
 			}
 			for panel, ok := range some {
 				if !ok && (s.zram || !strings.HasPrefix(panel, "Devices without requests")) {
