@@ -10,6 +10,7 @@ import (
 	"os"
 	"runtime"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -428,14 +429,7 @@ func TestSchedHotplug(t *testing.T) {
 		}
 	}
 	// While the load stands still what is drained, counted and booked is the same.
-	signal := func(sig syscall.Signal) {
-		t.Helper()
-		if err := load.cmd.Process.Signal(sig); err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(300 * time.Millisecond)
-	}
-	signal(syscall.SIGSTOP)
+	halt(t, load)
 	w.drainFor(t, 0, func(*Sample) {})
 	countedBefore, bookedBefore, containerBefore := counted(t, s, load), booked(t, load), read()[busy.name]
 	before := observe(t, s, j)
@@ -457,7 +451,9 @@ func TestSchedHotplug(t *testing.T) {
 		}
 		drained <- nil
 	}()
-	signal(syscall.SIGCONT)
+	if err := load.cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
 	sleep(cpu)
 	for range rounds {
 		set("0")
@@ -465,7 +461,7 @@ func TestSchedHotplug(t *testing.T) {
 		set("1")
 		sleep(cpu)
 	}
-	signal(syscall.SIGSTOP)
+	halt(t, load)
 	cancel()
 	if err := <-drained; err != nil {
 		t.Fatal(err)
@@ -484,6 +480,33 @@ func TestSchedHotplug(t *testing.T) {
 	}
 	checkParts(t, grown)
 	waits.check(t, "waits of the load", exactly(grown.Latency.Sum), 0.03)
+}
+
+// halt returns when all threads of a workload have stopped, which takes a turn on a CPU each.
+func halt(t *testing.T, l *workload) {
+	t.Helper()
+	pid := l.cmd.Process.Pid
+	if err := l.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	halted := func() bool {
+		for _, tid := range threads(t, pid) {
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/stat", pid, tid))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, state, ok := strings.Cut(string(b), ") "); !ok || state[0] != 'T' {
+				return false
+			}
+		}
+		return true
+	}
+	for end := time.Now().Add(20 * time.Second); !halted(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("threads of %s still run 20 s after they were stopped", l.cmd)
+		}
+	}
+	time.Sleep(50 * time.Millisecond) // they are marked before they are switched out
 }
 
 // missed is how many switch-ins were dropped.
