@@ -127,26 +127,6 @@ func settled(t *testing.T, loads ...*workload) {
 	}
 }
 
-// aside keeps this process off the CPU that the known threads run on, until the test ends:
-// emulated, what it does between two readings takes long enough to be what they wait for.
-func aside(t *testing.T) {
-	t.Helper()
-	var before, first unix.CPUSet
-	if err := unix.SchedGetaffinity(0, &before); err != nil {
-		t.Fatal(err)
-	}
-	first.Set(0)
-	move := func(to *unix.CPUSet) {
-		for _, tid := range threads(t, os.Getpid()) {
-			if err := unix.SchedSetaffinity(tid, to); err != nil && err != unix.ESRCH {
-				t.Fatal(err)
-			}
-		}
-	}
-	move(&first)
-	t.Cleanup(func() { move(&before) })
-}
-
 // growth returns what containers counted while something was done.
 func growth(t *testing.T, s *Sched, what func(), names ...string) map[string]SchedContainer {
 	t.Helper()
@@ -379,7 +359,6 @@ func TestSchedCauseOwn(t *testing.T) {
 		l := startWorkload(t, kerneltest.BuildProgram(t, "known"), lastCPU(t), "busy", "2")
 		g.add(t, l)
 		settled(t, l)
-		aside(t)
 		c := growth(t, s, forAWhile, g.name)[g.name]
 		checkParts(t, c)
 		checkShare(t, c, CauseOwn, 0.9)
@@ -465,7 +444,6 @@ func TestSchedCauseOther(t *testing.T) {
 			groups[i].add(t, loads[i])
 		}
 		settled(t, loads[:]...)
-		aside(t)
 		preempted := func() (kernel [2]uint64) {
 			for i, l := range loads {
 				_, kernel[i] = switchOuts(t, l)
