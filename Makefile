@@ -61,9 +61,10 @@ test-kernel: build ## Run the tests of the BPF programs, the command, OTLP, and 
 	$(GO) test -p 1 -count 1 -timeout 30m $(MEASURING)
 
 # Of the tests that tell kernels apart, what takes seconds where the CPU is emulated: all
-# objects load and attach, counts equal the kernel's books, known waits and stacks are found.
+# objects load and attach, counts equal the kernel's books, known waits and stacks are found,
+# and whose fault the waits are; samples add up, and CPUs may come and go.
 # The rest says nothing more of a kernel (parsers, arithmetic), or measures for a minute.
-KERNELS_CI := TestProbeAsRoot|TestCPUSample|TestTables|TestUnwindKnown|TestRequestFlags|TestBlock(Equals|Counts|ByContainer|Bio|Mapper|Mirror|ManyQueues|Detach)|TestSched(Counts|Known|CauseQuota|CauseOwn|Blocked)|TestWaits(AllTaken|Observe|Hook)
+KERNELS_CI := TestProbeAsRoot|TestCPUSample|TestTables|TestUnwindKnown|TestRequestFlags|TestBlock(Equals|Counts|ByContainer|Bio|Mapper|Mirror|ManyQueues|Detach)|TestSched(Counts|Known|CauseQuota|CauseOwn|CauseOther|Blocked|Hotplug)|TestWaits(AddUp|AllTaken|Observe|Hook)
 
 .PHONY: test-kernels
 test-kernels: ## Run the kernel tests on Linux 6.1 and 6.12, amd64 and arm64, under QEMU

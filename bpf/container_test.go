@@ -7,9 +7,11 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/hostflame/hostflame/internal/kerneltest"
 )
@@ -129,27 +131,36 @@ func TestSchedSlots(t *testing.T) {
 	}
 }
 
-// Thousands of threads, cgroups and births: memory stays as it was, and each switch-in is
-// counted, by container or among all others, or is a drop.
+// Thousands of threads, cgroups and births: memory stays as it was, each switch-in is counted,
+// by container or among all others, or is a drop, and the samples of the waits add up to them.
 func TestSchedCrowd(t *testing.T) {
 	kerneltest.Require(t)
 	kerneltest.SkipInVM(t, "starts 10,000 threads, which says nothing of the kernel")
 	kerneltest.MeasureLock(t)
 	const (
 		processes = 2000 // of five threads, in a cgroup each
-		births    = 5000 // at least
+		births    = 1000 // at least, a second
+		parents   = 4
+		children  = 10_000 // of each parent
 	)
 	known := kerneltest.BuildProgram(t, "known")
-	s, j := newSched(t), newJudge(t)
+	s, w := newWaits(t, WaitSampling{Wait: time.Millisecond, PerSecond: 1000})
+	j := newJudge(t)
 	memory := func() (sum uint64) {
-		stats, err := s.Stats()
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, m := range stats.Maps {
-			if m.Name != schedMapHfTasks { // a thread's own, gone with it
-				sum += m.Memory
+		of := map[uint32]uint64{} // by id: some maps both objects have
+		for _, stats := range []func() (Stats, error){s.Stats, w.Stats} {
+			stats, err := stats()
+			if err != nil {
+				t.Fatal(err)
 			}
+			for _, m := range stats.Maps {
+				if m.Name != schedMapHfTasks { // a thread's own, gone with it
+					of[m.ID] = m.Memory
+				}
+			}
+		}
+		for _, n := range of {
+			sum += n
 		}
 		return sum
 	}
@@ -185,15 +196,64 @@ func TestSchedCrowd(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	forks := startWorkload(t, known, "0", "fork", strconv.Itoa(births))
-	start := time.Now()
+	// Before all that is outside of the test.
+	family := newCgroup(t, "births").heavy(t)
+	var forks [parents]*workload
+	for i := range forks {
+		forks[i] = startWorkload(t, known, []string{"0", lastCPU(t)}[i%2], "fork", strconv.Itoa(children))
+		family.add(t, forks[i])
+	}
+	var waits sampled
+	var samples uint64
+	take := func(x *Sample) {
+		samples++
+		if x.Profile == ProfileRunqueue {
+			waits.add(x)
+		}
+	}
+	// What is drained is between what the kernel has delivered before and after.
+	drain := func() (delivered [2]uint64) {
+		delivered[0] = waitStats(t, w).Delivered
+		w.drainFor(t, 0, take)
+		delivered[1] = waitStats(t, w).Delivered
+		return delivered
+	}
+	deliveredBefore := drain()
+	waits, samples = sampled{}, 0
 	before := observe(t, s, j)
-	forks.run(t)
-	time.Sleep(2 * time.Second)
+	start := time.Now()
+	var born sync.WaitGroup
+	for _, l := range forks {
+		born.Go(func() { l.run(t) })
+	}
+	over := make(chan time.Duration)
+	go func() {
+		born.Wait()
+		over <- time.Since(start)
+	}()
+	var took time.Duration
+	for took == 0 {
+		w.drainFor(t, 250*time.Millisecond, take)
+		select {
+		case took = <-over:
+		default:
+		}
+	}
+	w.drainFor(t, 2*time.Second, take)
 	d := observe(t, s, j).since(before)
-	rate := births / time.Since(start).Seconds()
+	delivered := drain()
+	rate := parents * children / took.Seconds()
 	t.Logf("%d recorded, %v dropped, by time stamps %d; %.0f births a second; %d bytes of maps, %d without load; process 1 switched in %d times",
 		d.Latency.Count(), d.dropped, d.wait.Count()+d.unknown, rate, memory(), empty, d.hidden)
+	if rate < births {
+		t.Errorf("%.0f births a second, want %d", rate, births)
+	}
+	least, most := delivered[0]-deliveredBefore[1], delivered[1]-deliveredBefore[0]
+	t.Logf("%d samples, the kernel delivered %d to %d; %v dropped", samples, least, most, waitStats(t, w).Dropped)
+	if samples < least || samples > most {
+		t.Errorf("%d samples, the kernel delivered %d to %d", samples, least, most)
+	}
+	waits.check(t, "waits", d.waited, 0.03)
 	if n := d.wait.Count() + d.unknown; n < d.seen[0] || n > d.seen[1] {
 		t.Errorf("%d to %d switch-ins recorded or dropped, by time stamps %d", d.seen[0], d.seen[1], n)
 	}
@@ -212,4 +272,40 @@ func TestSchedCrowd(t *testing.T) {
 	if n := host.Latency.Count(); n != sum || len(list) > maxSlots {
 		t.Errorf("%d waits on the host, %d in %d containers, of which there can be %d", n, sum, len(list), maxSlots)
 	}
+	checkKnownOnce(t, s, pids)
+}
+
+func waitStats(t *testing.T, w *Waits) Stats {
+	t.Helper()
+	stats, err := w.Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return stats
+}
+
+// checkKnownOnce holds that of each thread of processes there is a seat or an entry in task
+// storage, so that the memory of these is bounded by the threads that live.
+func checkKnownOnce(t *testing.T, s *Sched, pids []string) {
+	t.Helper()
+	seats := seated(t, s)
+	var all, entries int
+	for _, pid := range pids {
+		n, err := strconv.Atoi(pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, tid := range threads(t, n) {
+			_, has := seats[tid]
+			_, stored := stored(t, s, tid)
+			if has == stored {
+				t.Errorf("thread %d: has a seat %v, in task storage %v; want one of them", tid, has, stored)
+			}
+			all++
+			if stored {
+				entries++
+			}
+		}
+	}
+	t.Logf("%d of %d threads have no seat of %d, but an entry of %d bytes", entries, all, 1<<s.seatBits, unsafe.Sizeof(schedHfTask{}))
 }

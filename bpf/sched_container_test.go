@@ -438,34 +438,39 @@ func TestSchedCauseOther(t *testing.T) {
 		known := kerneltest.BuildProgram(t, "known")
 		var groups [2]*cgroup
 		var loads [2]*workload
-		var before [2]uint64
 		for i := range groups {
 			groups[i] = newCgroup(t, fmt.Sprintf("other%d", i)).heavy(t)
 			loads[i] = startWorkload(t, known, lastCPU(t), "busy", "1")
 			groups[i].add(t, loads[i])
 		}
 		settled(t, loads[:]...)
-		for i := range groups {
-			_, before[i] = switchOuts(t, loads[i])
+		preempted := func() (kernel [2]uint64) {
+			for i, l := range loads {
+				_, kernel[i] = switchOuts(t, l)
+			}
+			return kernel
 		}
-		all := growth(t, s, forAWhile, groups[0].name, groups[1].name)
+		// The kernel's count is of a little less and of a little more than ours: emulated, to read
+		// takes its time.
+		var inside [2][2]uint64
+		before := preempted()
+		all := growth(t, s, func() {
+			inside[0] = preempted()
+			forAWhile()
+			inside[1] = preempted()
+		}, groups[0].name, groups[1].name)
+		after := preempted()
 		for i, g := range groups {
 			c, culprit := all[g.name], groups[1-i].name
 			checkParts(t, c)
-			if kerneltest.InVM() {
-				// Emulated, what the test does takes its time there too.
-				checkShare(t, c, CauseOther, 0.7)
-				continue
-			}
 			checkShare(t, c, CauseOther, 0.9)
 			if share := float64(c.DelayedBy[culprit]) / float64(c.DelayNanos[CauseOther]); share < 0.9 {
 				t.Errorf("%s: %.1f %% because of %s, want at least 90 %%", g.name, 100*share, culprit)
 			}
-			_, kernel := switchOuts(t, loads[i])
-			kernel -= before[i]
-			ours := sum(c.Preempted[:])
-			if off := math.Abs(float64(ours) - float64(kernel)); off > 2+0.05*float64(kernel) {
-				t.Errorf("%s: %d preemptions, the kernel counted %d", g.name, ours, kernel)
+			ours, least, most := sum(c.Preempted[:]), inside[1][i]-inside[0][i], after[i]-before[i]
+			t.Logf("%s: %d preemptions, the kernel counted %d to %d", g.name, ours, least, most)
+			if slack := 2 + 0.05*float64(most); float64(ours) < float64(least)-slack || float64(ours) > float64(most)+slack {
+				t.Errorf("%s: %d preemptions, the kernel counted %d to %d", g.name, ours, least, most)
 			}
 			if n := c.Preempted[PreemptorOther]; n < ours/2 {
 				t.Errorf("%s: %d of %d preemptions are by others, want most", g.name, n, ours)
@@ -487,17 +492,7 @@ func testSleeps(t *testing.T, mode string) {
 		g := newCgroup(t, "blocked").heavy(t)
 		l := startWorkload(t, kerneltest.BuildProgram(t, "known"), lastCPU(t), mode, "1009")
 		g.add(t, l)
-		drops := func() (sum uint64) {
-			stats, err := s.Stats()
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, n := range stats.Dropped {
-				sum += n
-			}
-			return sum
-		}
-		dropped := drops()
+		dropped := missed(t, s)
 		var took time.Duration
 		var times uint64
 		c := growth(t, s, func() {
@@ -508,7 +503,7 @@ func testSleeps(t *testing.T, mode string) {
 			times, _ = switchOuts(t, l)
 			times -= before
 		}, g.name)[g.name]
-		dropped = drops() - dropped
+		dropped = missed(t, s) - dropped
 		n, slept := c.Blocked.Count(), time.Duration(c.Blocked.Sum)
 		t.Logf("slept %d times, %v, waited %v, of %v; switched out for it %d times, %d switch-ins dropped",
 			n, slept, time.Duration(c.Latency.Sum), took, times, dropped)

@@ -3,12 +3,15 @@
 package bpf
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math"
 	"os"
 	"runtime"
 	"strconv"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -353,7 +356,9 @@ func TestSchedAccounting(t *testing.T) {
 	}
 }
 
-// Series exist from the first read, and never fall, whatever CPUs do.
+// A CPU goes and comes back while threads switch on and on, and their waits are sampled: series
+// exist from the first read and never fall, each switch-in is counted or a drop, waits are what
+// the kernel booked, and the samples add up to them.
 func TestSchedHotplug(t *testing.T) {
 	kerneltest.Require(t)
 	kerneltest.MeasureLock(t)
@@ -361,13 +366,24 @@ func TestSchedHotplug(t *testing.T) {
 	if cpu == "0" {
 		t.Skip("needs two CPUs to take one away")
 	}
+	hurry(t)
+	rounds, sleeps := 5, 307
+	if testing.Short() {
+		rounds, sleeps = 2, 101
+	}
 	online := "/sys/devices/system/cpu/cpu" + cpu + "/online"
 	known := kerneltest.BuildProgram(t, "known")
-	s := newSched(t)
+	s, w := newWaits(t, WaitSampling{Wait: time.Millisecond, PerSecond: 1000})
+	j := newJudge(t)
+	busy := newCgroup(t, "hotplug")
+	load := startWorkload(t, kerneltest.BuildProgram(t, "threads"), "12", "3", "1000")
+	t.Cleanup(func() { load.cmd.Process.Kill() }) // it does not end by itself
+	busy.add(t, load)
+	settled(t, load)
 	var last SchedCells
-	read := func() (grown uint64) {
+	read := func() map[string]SchedContainer {
 		t.Helper()
-		c, _, err := s.Read()
+		c, containers, err := s.Read()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -382,35 +398,131 @@ func TestSchedHotplug(t *testing.T) {
 		if c.Latency.Sum < last.Latency.Sum || c.RunDelayNanos < last.RunDelayNanos {
 			t.Errorf("sums fell from %d, %d to %d, %d", last.Latency.Sum, last.RunDelayNanos, c.Latency.Sum, c.RunDelayNanos)
 		}
-		if last.Latency.Cells != nil {
-			grown = c.Latency.Count() - last.Latency.Count()
-		}
 		last = c
-		return grown
+		return byName(containers)
 	}
-	read()
 	set := func(value string) {
 		t.Helper()
 		if err := os.WriteFile(online, []byte(value), 0); err != nil {
 			t.Fatal(err)
 		}
-	}
-	startWorkload(t, known, cpu, "sleep", "1009").run(t)
-	if n := read(); n < 1009 {
-		t.Errorf("%d waits with CPU %s online, want at least 1009", n, cpu)
+		read()
 	}
 	t.Cleanup(func() { os.WriteFile(online, []byte("1"), 0) })
-	set("0")
-	read()
-	startWorkload(t, known, "0", "sleep", "1009").run(t)
-	if n := read(); n < 1009 {
-		t.Errorf("%d waits with CPU %s offline, want at least 1009", n, cpu)
+	// One that sleeps has each of its waits counted.
+	sleeper := 0
+	sleep := func(cpu string) {
+		t.Helper()
+		g := newCgroup(t, "hotplug"+strconv.Itoa(sleeper)).heavy(t)
+		sleeper++
+		l := startWorkload(t, known, cpu, "sleep", strconv.Itoa(sleeps))
+		// The kernel's count is of a little less and of a little more than ours.
+		arrivals := func() uint64 { return readSchedstat(t, l.cmd.Process.Pid, l.cmd.Process.Pid).arrivals }
+		dropped, most := missed(t, s), arrivals()
+		g.add(t, l)
+		least := arrivals()
+		l.run(t)
+		least = arrivals() - least
+		n := read()[g.name].Latency.Count()
+		most = arrivals() - most
+		dropped = missed(t, s) - dropped
+		t.Logf("%d waits on CPU %s, the kernel has %d to %d; %d switch-ins dropped", n, cpu, least, most, dropped)
+		if least < uint64(sleeps)/2 || n+dropped+2 < least || n > most+2 {
+			t.Errorf("%d waits on CPU %s, the kernel has %d to %d; %d switch-ins dropped", n, cpu, least, most, dropped)
+		}
 	}
-	set("1")
-	startWorkload(t, known, cpu, "sleep", "1009").run(t)
-	if n := read(); n < 1009 {
-		t.Errorf("%d waits with CPU %s online again, want at least 1009", n, cpu)
+	// While the load stands still what is drained, counted and booked is the same.
+	halt(t, load)
+	w.drainFor(t, 0, func(*Sample) {})
+	countedBefore, bookedBefore, containerBefore := counted(t, s, load), booked(t, load), read()[busy.name]
+	before := observe(t, s, j)
+	var waits sampled
+	take := func(x *Sample) {
+		if x.Profile == ProfileRunqueue && strconv.FormatUint(x.Cgroup, 10) == busy.name {
+			waits.add(x)
+		}
 	}
+	ctx, cancel := context.WithCancel(t.Context())
+	drained := make(chan error)
+	go func() {
+		for ctx.Err() == nil {
+			if err := w.Drain(take); err != nil {
+				drained <- err
+				return
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		drained <- nil
+	}()
+	if err := load.cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	sleep(cpu)
+	for range rounds {
+		set("0")
+		sleep("0")
+		set("1")
+		sleep(cpu)
+	}
+	halt(t, load)
+	cancel()
+	if err := <-drained; err != nil {
+		t.Fatal(err)
+	}
+	w.drainFor(t, 0, take)
+	d := observe(t, s, j).since(before)
+	counted, booked := counted(t, s, load)-countedBefore, booked(t, load)-bookedBefore
+	grown := read()[busy.name].since(containerBefore)
+	t.Logf("%d recorded, %v dropped, by time stamps %d; run_delay of the load %v, schedstat %v; samples dropped: %v",
+		d.Latency.Count(), d.dropped, d.wait.Count()+d.unknown, time.Duration(counted), time.Duration(booked), waitStats(t, w).Dropped)
+	if n := d.wait.Count() + d.unknown; n < d.seen[0] || n > d.seen[1] {
+		t.Errorf("%d to %d switch-ins recorded or dropped, by time stamps %d", d.seen[0], d.seen[1], n)
+	}
+	if off := float64(counted)/float64(booked) - 1; booked == 0 || math.Abs(off) > 0.01 {
+		t.Errorf("run_delay of the load %v, schedstat %v", time.Duration(counted), time.Duration(booked))
+	}
+	checkParts(t, grown)
+	waits.check(t, "waits of the load", exactly(grown.Latency.Sum), 0.03)
+}
+
+// halt returns when all threads of a workload have stopped, which takes a turn on a CPU each.
+func halt(t *testing.T, l *workload) {
+	t.Helper()
+	pid := l.cmd.Process.Pid
+	if err := l.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	halted := func() bool {
+		for _, tid := range threads(t, pid) {
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/stat", pid, tid))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, state, ok := strings.Cut(string(b), ") "); !ok || state[0] != 'T' {
+				return false
+			}
+		}
+		return true
+	}
+	for end := time.Now().Add(20 * time.Second); !halted(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("threads of %s still run 20 s after they were stopped", l.cmd)
+		}
+	}
+	time.Sleep(50 * time.Millisecond) // they are marked before they are switched out
+}
+
+// missed is how many switch-ins were dropped.
+func missed(t *testing.T, s *Sched) (sum uint64) {
+	t.Helper()
+	stats, err := s.Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range stats.Dropped {
+		sum += n
+	}
+	return sum
 }
 
 func TestSchedCloseIsIdempotent(t *testing.T) {

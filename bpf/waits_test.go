@@ -7,7 +7,6 @@ import (
 	"math"
 	"os"
 	"os/exec"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -39,31 +38,44 @@ func newWaits(t *testing.T, sampling WaitSampling) (*Sched, *Waits) {
 	return s, w
 }
 
-// sampled is what the samples of one profile stand for, and the variance of that.
+// sampled is what the samples of one profile stand for.
 type sampled struct {
-	n        int
-	nanos    float64
-	variance float64
+	n     int
+	nanos float64
+	means float64 // the mean that each was drawn by times what it stands for
 }
 
 func (s *sampled) add(x *Sample) {
-	w := float64(x.Value) / float64(x.Duration)
+	d, v := float64(x.Duration), float64(x.Value)
 	s.n++
-	s.nanos += float64(x.Value)
-	// Of an estimator of Horvitz and Thompson's whose draws are independent.
-	s.variance += float64(x.Duration) * float64(x.Duration) * w * (w - 1)
+	s.nanos += v
+	// From v = d/p and p = 1 - exp(-d/T), T. Where v is d as far as a whole number tells it is
+	// less than this.
+	s.means += v * d / math.Log(v/max(v-d, 0.5))
 }
 
-// check compares with the exact sum: the larger of share of it and five standard errors.
-func (s *sampled) check(t *testing.T, what string, exact uint64, share float64) {
+// deviation is the standard deviation of the sum of such samples of so much time: a time of d
+// that is drawn with p = 1 - exp(-d/T) and counts as d/p has a variance of less than d T. Not
+// that of the samples which came: where there are few, it is small whenever the sum is.
+func (s *sampled) deviation(exact uint64) float64 {
+	return math.Sqrt(float64(exact) * s.means / max(s.nanos, 1))
+}
+
+// check compares with the exact sum, of which that is read shortly before and shortly after the
+// last drain: the larger of share of it and four standard errors.
+func (s *sampled) check(t *testing.T, what string, exact [2]uint64, share float64) {
 	t.Helper()
-	e := float64(exact)
-	allowed := max(share*e, 5*math.Sqrt(s.variance))
-	t.Logf("%s: %d samples stand for %.3f s of %.3f s, %+.2f %% (allowed %.2f %%)", what, s.n, s.nanos/1e9, e/1e9, 100*(s.nanos-e)/e, 100*allowed/e)
-	if s.n == 0 || math.Abs(s.nanos-e) > allowed {
+	least, most := float64(exact[0]), float64(exact[1])
+	allowed := max(share*most, 4*s.deviation(exact[1]))
+	t.Logf("%s: %d samples stand for %.3f s of %.3f to %.3f s, %+.2f to %+.2f %% (allowed %.2f %%)", what, s.n, s.nanos/1e9, least/1e9, most/1e9,
+		100*(s.nanos-least)/least, 100*(s.nanos-most)/most, 100*allowed/most)
+	if s.n == 0 || s.nanos < least-allowed || s.nanos > most+allowed {
 		t.Errorf("%s: the samples do not add up", what)
 	}
 }
+
+// exactly are the bounds of a sum that is known.
+func exactly(sum uint64) [2]uint64 { return [2]uint64{sum, sum} }
 
 // drainFor drains as the agent does, while d goes by.
 func (w *Waits) drainFor(t *testing.T, d time.Duration, fn func(*Sample)) {
@@ -99,10 +111,11 @@ func runThreads(t *testing.T, args ...string) *exec.Cmd {
 func TestWaitsAddUp(t *testing.T) {
 	d := 60 * time.Second
 	if testing.Short() {
-		d = 10 * time.Second
+		d = 5 * time.Second
 	}
 	kerneltest.MeasureLock(t) // before: nobody drains while it is waited for
-	s, w := newWaits(t, WaitSampling{})
+	// So many that chance makes 4 % or so in a minute, and few enough for the means to follow the load.
+	s, w := newWaits(t, WaitSampling{PerSecond: 500})
 	c := newCgroup(t, "waits")
 	load := runThreads(t, "20", "3", strconv.Itoa(int(d.Seconds())+10))
 	c.set(t, "cgroup.procs", strconv.Itoa(load.Process.Pid))
@@ -110,55 +123,59 @@ func TestWaitsAddUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// What ends while it is read and drained, a long sleep as well, is in one of two readings.
+	type reading struct{ host, container SchedCells }
+	readAround := func(drain func()) (around [2]reading) {
+		for i := range around {
+			host, containers, err := s.Read()
+			if err != nil {
+				t.Fatal(err)
+			}
+			around[i] = reading{host, byName(containers)[c.name].SchedCells}
+			if i == 0 {
+				drain()
+			}
+		}
+		return around
+	}
 	time.Sleep(time.Second)
-	delivered := func() uint64 {
-		t.Helper()
-		st, err := w.Stats()
-		if err != nil || st.Dropped[DropRingFull] > 0 {
-			t.Errorf("drops %v, %v", st.Dropped, err)
+	before := readAround(func() { w.drainFor(t, 0, func(*Sample) {}) })
+	dropped := waitStats(t, w).Dropped
+	var hostWait, hostBlocked, wait, blocked sampled
+	take := func(x *Sample) {
+		if x.Due() != 1 {
+			t.Errorf("a sample counts as %d, a loss is one", x.Due())
 		}
-		return st.Delivered
-	}
-	var due uint64
-	begin := delivered()
-	w.drainFor(t, 0, func(*Sample) {})
-	first := delivered()
-	hostBefore, containersBefore, err := s.Read()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var host, wait, blocked sampled
-	w.drainFor(t, d, func(x *Sample) {
-		due += x.Due()
-		if x.Profile == ProfileRunqueue {
-			host.add(x)
-		}
-		if x.Cgroup != id {
-			return
-		}
+		inside := x.Cgroup == id
 		switch x.Profile {
 		case ProfileRunqueue:
-			wait.add(x)
+			hostWait.add(x)
+			if inside {
+				wait.add(x)
+			}
 		case ProfileOffCPU:
-			blocked.add(x)
+			hostBlocked.add(x)
+			if inside {
+				blocked.add(x)
+			}
 		}
-	})
-	hostAfter, containersAfter, err := s.Read()
-	if err != nil {
-		t.Fatal(err)
 	}
-	grown := byName(containersAfter)[c.name].since(byName(containersBefore)[c.name])
-	host.check(t, "waits of the host", hostAfter.Latency.Sum-hostBefore.Latency.Sum, 0.03)
-	wait.check(t, "waits of the container", grown.Latency.Sum, 0.03)
-	blocked.check(t, "blocked time of the container", grown.Blocked.Sum+grown.BlockedIO.Sum, 0.03)
-	// Samples are counted as the kernel side counts them, and with that as losses are. It goes on
-	// during the first and the last drain, and each CPU can have a record that it did not count yet.
-	least := delivered() - first
-	w.drainFor(t, 0, func(x *Sample) { due += x.Due() })
-	most, perCPU := delivered()-begin, uint64(runtime.NumCPU())
-	t.Logf("%d samples, the kernel side delivered %d to %d", due, least, most)
-	if due+perCPU < least || due > most+perCPU {
-		t.Errorf("%d samples, the kernel side delivered %d to %d", due, least, most)
+	w.drainFor(t, d, take)
+	after := readAround(func() { w.drainFor(t, 0, take) })
+	grown := func(sum func(reading) uint64) [2]uint64 {
+		return [2]uint64{sum(after[0]) - sum(before[1]), sum(after[1]) - sum(before[0])}
+	}
+	slept := func(c SchedCells) uint64 { return c.Blocked.Sum + c.BlockedIO.Sum }
+	hostWait.check(t, "waits of the host", grown(func(r reading) uint64 { return r.host.Latency.Sum }), 0.03)
+	hostBlocked.check(t, "blocked time of the host", grown(func(r reading) uint64 { return slept(r.host) }), 0.03)
+	wait.check(t, "waits of the container", grown(func(r reading) uint64 { return r.container.Latency.Sum }), 0.03)
+	blocked.check(t, "blocked time of the container", grown(func(r reading) uint64 { return slept(r.container) }), 0.03)
+	var lost uint64
+	for reason, n := range waitStats(t, w).Dropped {
+		lost += n - dropped[reason]
+	}
+	if n := hostWait.n + hostBlocked.n; lost > uint64(n)/100 {
+		t.Errorf("%d samples, %d lost", n, lost)
 	}
 }
 
@@ -204,9 +221,9 @@ func TestWaitsAllTaken(t *testing.T) {
 	}
 	grown := byName(after)[c.name].since(byName(before)[c.name])
 	const share = 0.01
-	wait.variance, blocked.variance = 0, 0
-	wait.check(t, "waits", grown.Latency.Sum, share)
-	blocked.check(t, "blocked time", grown.Blocked.Sum+grown.BlockedIO.Sum, share)
+	wait.means, blocked.means = 0, 0 // no chance in it
+	wait.check(t, "waits", exactly(grown.Latency.Sum), share)
+	blocked.check(t, "blocked time", exactly(grown.Blocked.Sum+grown.BlockedIO.Sum), share)
 	if n := grown.Latency.Count(); math.Abs(float64(n)-float64(wait.n)) > share*float64(n) {
 		t.Errorf("%d samples of %d waits", wait.n, n)
 	}
@@ -368,7 +385,7 @@ func TestWaitsObserveTheBlocked(t *testing.T) {
 	time.Sleep(100 * time.Millisecond)
 	until, other := around()
 	exact := until.Sub(from)
-	got.check(t, "a sleep", uint64(exact), 0.03+float64(one+other)/float64(exact))
+	got.check(t, "a sleep", exactly(uint64(exact)), 0.03+float64(one+other)/float64(exact))
 }
 
 // Each way into the thread that is switched in that there is here.
