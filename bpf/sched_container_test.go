@@ -5,6 +5,7 @@ package bpf
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
@@ -173,6 +174,7 @@ func (c SchedContainer) since(b SchedContainer) SchedContainer {
 	for i := range c.Preempted {
 		c.Preempted[i] -= b.Preempted[i]
 	}
+	c.DelayedBy = maps.Clone(c.DelayedBy)
 	for by := range c.DelayedBy {
 		c.DelayedBy[by] -= b.DelayedBy[by]
 	}

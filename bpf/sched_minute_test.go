@@ -22,10 +22,12 @@ import (
 
 // A minute of threads that wait for CPUs in many ways, on the host and in three containers,
 // judged by the kernel's own schedstat, by time stamps of every wakeup and switch, and by
-// runqlat of libbpf-tools.
+// runqlat of libbpf-tools, which the virtual machines do not have.
 func TestSchedLoadedMinute(t *testing.T) {
 	kerneltest.Require(t)
-	kerneltest.RequireTool(t, "runqlat", "stdbuf")
+	if !kerneltest.InVM() {
+		kerneltest.RequireTool(t, "runqlat", "stdbuf")
+	}
 	kerneltest.MeasureLock(t)
 	hurry(t)
 	l := startWorkload(t, kerneltest.BuildProgram(t, "waiters"))
@@ -33,9 +35,15 @@ func TestSchedLoadedMinute(t *testing.T) {
 	j := openJudge(t)
 	s := newSched(t)
 	j.attach(t)
-	lat := startRunqlat(t, 60)
+	minute := func() []uint64 { time.Sleep(time.Minute); return nil }
+	if !kerneltest.InVM() {
+		lat := startRunqlat(t, 60)
+		minute = func() []uint64 { return lat.wait(t) }
+	} else {
+		time.Sleep(2 * time.Second) // the judge knows a cgroup from its first switch on
+	}
 	before, countedBefore, bookedBefore := observe(t, s, j), counted(t, s, l), booked(t, l)
-	slots := lat.wait(t)
+	slots := minute()
 	after := observe(t, s, j)
 	d := after.since(before)
 	counted, booked := counted(t, s, l)-countedBefore, booked(t, l)-bookedBefore
@@ -105,7 +113,9 @@ func TestSchedLoadedMinute(t *testing.T) {
 		}
 	}
 	compareStamps(t, d.Latency, d.wait)
-	compareRunqlat(t, d.Latency, slots)
+	if slots != nil {
+		compareRunqlat(t, d.Latency, slots)
+	}
 }
 
 // apart is what n stamps that are so many ns apart come to, in percent of the sum: programs of
