@@ -88,7 +88,7 @@ static __always_inline __u8 hf_futex_state(struct task_struct *task)
  * leaves out what is part of the scheduler, and takes the locks for that. */
 static __always_inline bool hf_waits_for_lock(struct task_struct *task)
 {
-	if (BPF_CORE_READ(task, pi_blocked_on))
+	if (bpf_core_field_exists(task->pi_blocked_on) && BPF_CORE_READ(task, pi_blocked_on))
 		return true;
 	if (bpf_core_field_exists(task->blocked_on) && BPF_CORE_READ(task, blocked_on))
 		return true;

@@ -201,23 +201,34 @@ func sampling(t *testing.T, hz int, length time.Duration) (*Profiler, <-chan *Wi
 	if err != nil {
 		t.Fatal(err)
 	}
-	windows := make(chan *Window, 100)
-	p.OnWindow(func(w *Window) { windows <- w })
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- p.Run(ctx) }()
+	windows, end := runKernel(t, p, cpu.Detach)
 	t.Cleanup(func() {
-		cpu.Detach()
-		cancel()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
+		end()
 		cpu.Close()
 		mappings.Close()
 		s.Close()
 	})
 	await(t, "ready", p.Ready)
 	return p, windows
+}
+
+// runKernel runs p, and returns its windows and what ends it after its source was detached.
+func runKernel(t *testing.T, p *Profiler, detach func() error) (windows chan *Window, end func()) {
+	t.Helper()
+	windows = make(chan *Window, 100)
+	p.OnWindow(func(w *Window) { windows <- w })
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- p.Run(ctx) }()
+	return windows, func() {
+		if err := detach(); err != nil {
+			t.Error(err)
+		}
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // stacks are the samples of one process: their functions, leaf first, joined.

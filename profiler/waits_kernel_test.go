@@ -83,18 +83,8 @@ func TestKernelWaitStacks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	windows := make(chan *Window, 100)
-	p.OnWindow(func(w *Window) { windows <- w })
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- p.Run(ctx) }()
-	defer func() {
-		waits.Detach()
-		cancel()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
-	}()
+	windows, end := runKernel(t, p, waits.Detach)
+	defer end()
 	pid := start(t, "waits")
 
 	type wait struct{ in, time string }
