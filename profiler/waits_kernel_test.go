@@ -3,7 +3,6 @@
 package profiler
 
 import (
-	"context"
 	"maps"
 	"slices"
 	"strings"
